@@ -1,0 +1,2 @@
+from speechbrain_mrl.pretrained import ReDimNetMRL, load_pretrained_redimnet
+from speechbrain_mrl.redimnet import ReDimNet

@@ -1,0 +1,1049 @@
+"""ReDimNet speaker encoders, and the same encoders with a Matryoshka head.
+
+This one file is everything that a published model needs: it is copied unchanged into the published
+folder, so it imports only torch, torchaudio, speechbrain and the standard library.
+
+Reference
+---------
+Yakovlev et al., Reshape Dimensions Network for Speaker Recognition, Interspeech 2024,
+arXiv:2407.18223. Kusupati et al., Matryoshka Representation Learning, 2022, arXiv:2205.13147.
+"""
+
+import torch
+import torch.nn.functional as F
+import torchaudio
+from speechbrain.augment.freq_domain import SpectrogramDrop
+from torch import Tensor, nn
+
+SAMPLE_RATE = 16000  # Hz, that of every released model
+N_FFT, WIN_LENGTH = 512, 400  # samples
+MIN_SAMPLES = N_FFT // 2 + 1  # the shortest signal that reflect padding allows, and two frames
+
+# What the authors' constructor assumes where a checkpoint's model_config is silent.
+CONFIG_DEFAULTS = {
+    "F": 72,
+    "C": 16,
+    "block_1d_type": "att",
+    "block_2d_type": "convnext_like",
+    "stages_setup": [
+        [1, 2, 1, [[3, 3]], 12],
+        [2, 2, 1, [[3, 3]], 12],
+        [1, 3, 1, [[3, 3]], 12],
+        [2, 4, 1, [[3, 3]], 8],
+        [1, 4, 1, [[3, 3]], 8],
+        [2, 4, 1, [[3, 3]], 4],
+    ],
+    "group_divisor": 4,
+    "out_channels": None,
+    "embed_dim": 192,
+    "num_classes": None,
+    "class_dropout": 0.0,
+    "feat_agg_dropout": 0.0,
+    "head_activation": None,
+    "hop_length": 160,
+    "pooling_func": "ASTP",
+    "feat_type": "pt",
+    "global_context_att": False,
+    "emb_bn": False,
+    "spec_params": {},
+    "return_all_outputs": False,
+    "tf_optimized_arch": False,
+}
+SPEC_DEFAULTS = {
+    "do_spec_aug": False,
+    "norm_signal": False,
+    "do_preemph": True,
+    "spec_norm": "mn",
+    "freq_mask_width": (0, 8),
+    "time_mask_width": (0, 10),
+}
+# Options of the authors' code that are refused unless they have one of these values.
+SUPPORTED = {
+    "block_1d_type": ("fc", "conv", "att", "conv+att"),
+    "block_2d_type": (
+        "convnext_like",
+        "convnext_like_relu",
+        "basic_resnet",
+        "basic_resnet_fwse",
+    ),
+    "num_classes": (None,),
+    "head_activation": (None,),
+    "pooling_func": ("ASTP", "TSTP"),
+    "feat_type": ("pt", "pt_mel"),
+    "return_all_outputs": (False, None),
+    "tf_optimized_arch": (False, None),
+    "spec_norm": ("mn", "mvn"),
+}
+
+
+def _preset(n_mels, channels, block_2d_type, group_divisor, stages):
+    return {
+        **CONFIG_DEFAULTS,
+        "F": n_mels,
+        "C": channels,
+        "block_1d_type": "conv+att",
+        "block_2d_type": block_2d_type,
+        "stages_setup": [[s, n, e, [[3, 3]], red] for s, n, e, red in stages],
+        "group_divisor": group_divisor,
+        "hop_length": 240,
+        "global_context_att": True,
+    }
+
+
+# Architectures for random initialisation. b0, b2 and b5 are those of the released checkpoints; b1,
+# b3, b4 and b6 are a third party's (WeSpeaker's) and were never compared with a checkpoint.
+PRESETS = {
+    "b0": _preset(
+        60,
+        10,
+        "basic_resnet",
+        1,
+        [(1, 2, 1, 30), (2, 3, 2, 30), (1, 3, 3, 30), (2, 4, 2, 10), (1, 3, 1, 10)],
+    ),
+    "b1": _preset(
+        72,
+        12,
+        "convnext_like",
+        8,
+        [(1, 2, 1, None), (2, 3, 1, None), (3, 4, 1, 12), (2, 5, 1, 12), (2, 3, 1, 8)],
+    ),
+    "b2": _preset(
+        72,
+        16,
+        "convnext_like",
+        4,
+        [(1, 2, 1, 12), (2, 2, 1, 12), (1, 3, 1, 12), (3, 4, 1, 8), (1, 4, 1, 8), (2, 4, 1, 4)],
+    ),
+    "b3": _preset(
+        72,
+        16,
+        "basic_resnet_fwse",
+        1,
+        [
+            (1, 6, 4, 32),
+            (2, 6, 2, 32),
+            (1, 8, 2, 32),
+            (2, 10, 2, 16),
+            (1, 10, 1, 16),
+            (2, 8, 1, 16),
+        ],
+    ),
+    "b4": _preset(
+        72,
+        32,
+        "basic_resnet_fwse",
+        1,
+        [
+            (1, 4, 2, 48),
+            (2, 4, 2, 48),
+            (1, 6, 2, 48),
+            (2, 6, 1, 32),
+            (1, 8, 1, 24),
+            (2, 4, 1, 16),
+        ],
+    ),
+    "b5": _preset(
+        72,
+        32,
+        "basic_resnet_fwse",
+        16,
+        [
+            (1, 4, 2, 48),
+            (2, 4, 2, 48),
+            (1, 6, 2, 48),
+            (2, 6, 1, 32),
+            (1, 8, 1, 24),
+            (2, 4, 1, 16),
+        ],
+    ),
+    "b6": _preset(
+        72,
+        32,
+        "basic_resnet",
+        32,
+        [
+            (1, 4, 4, 32),
+            (2, 6, 2, 32),
+            (1, 6, 2, 24),
+            (3, 8, 1, 24),
+            (1, 8, 1, 16),
+            (2, 8, 1, 16),
+        ],
+    ),
+}
+
+
+# Front end
+
+
+def check_wavs(wavs: Tensor) -> Tensor:
+    """Waveforms as (B, T); refuses what is not a float signal of one channel.
+
+    Arguments
+    ---------
+    wavs : torch.Tensor
+        Float, 16 kHz, in [-1, 1]; (T,), (B, T) or (B, 1, T).
+
+    Returns
+    -------
+    torch.Tensor
+        (B, T).
+
+    Raises
+    ------
+    ValueError
+        For another shape or type, or fewer than 257 samples.
+    """
+    if not wavs.is_floating_point():
+        raise ValueError(f"wavs must be float in [-1, 1], got {wavs.dtype}; divide integers first")
+    if wavs.ndim == 3 and wavs.shape[1] == 1:
+        wavs = wavs.squeeze(1)
+    if wavs.ndim == 1:
+        wavs = wavs.unsqueeze(0)
+    if wavs.ndim != 2 or wavs.shape[0] == 0:
+        raise ValueError(
+            f"wavs must be (T,), (B, T) or (B, 1, T), got {tuple(wavs.shape)}; "
+            "average the channels of a stereo recording first"
+        )
+    if wavs.shape[1] < MIN_SAMPLES:
+        raise ValueError(
+            f"wavs must hold at least {MIN_SAMPLES} samples (16 ms at 16 kHz), "
+            f"got {wavs.shape[1]}; the signal is too short for an embedding"
+        )
+    return wavs
+
+
+def sample_counts(wavs: Tensor, wav_lens: Tensor | None) -> Tensor | None:
+    """Samples of each clip before padding, (B,); None where no clip is padded.
+
+    Raises
+    ------
+    ValueError
+        If ``wav_lens`` is not (B,) in (0, 1], or leaves a clip fewer than 257 samples.
+    """
+    if wav_lens is None:
+        return None
+    if wav_lens.shape != wavs.shape[:1]:
+        raise ValueError(
+            f"wav_lens must have shape ({wavs.shape[0]},) for wavs {tuple(wavs.shape)}, "
+            f"got {tuple(wav_lens.shape)}"
+        )
+    counts = (wav_lens.to(wavs.device, torch.float64) * wavs.shape[1]).round().long()
+    shortest, longest = counts.min().item(), counts.max().item()
+    if longest > wavs.shape[1] or wav_lens.isnan().any():
+        raise ValueError(f"wav_lens must be relative lengths in (0, 1], got {wav_lens.tolist()}")
+    if shortest < MIN_SAMPLES:
+        raise ValueError(
+            f"wavs[{counts.argmin().item()}] has {shortest} samples by its wav_lens and needs at "
+            f"least {MIN_SAMPLES} (16 ms at 16 kHz); leave so short a clip out"
+        )
+    return None if shortest == wavs.shape[1] else counts
+
+
+def _masked(x, mask):
+    """x with the padding frames at zero: what a clip alone has past its end."""
+    if mask is None:
+        return x
+    return x * (mask if x.ndim == 3 else mask.unsqueeze(2)).to(x.dtype)
+
+
+def _mean(x, mask):
+    """Mean over time of (B, C, T), padding left out, (B, C, 1)."""
+    if mask is None:
+        return x.mean(dim=-1, keepdim=True)
+    return _masked(x, mask).sum(dim=-1, keepdim=True) / mask.sum(dim=-1, keepdim=True)
+
+
+def _mean_and_variance(x, mask):
+    """Mean and unbiased variance over time of (B, C, T), padding left out, each (B, C, 1)."""
+    mean = _mean(x, mask)
+    count = x.shape[-1] if mask is None else mask.sum(dim=-1, keepdim=True)
+    squares = _masked((x - mean) ** 2, mask).sum(dim=-1, keepdim=True)
+    return mean, squares / (count - 1)
+
+
+class PreEmphasis(nn.Module):
+    """y[n] = x[n] - 0.97 x[n-1], the first sample reflected; (B, T) -> (B, T)."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("flipped_filter", torch.tensor([[[-0.97, 1.0]]]))
+
+    def forward(self, wavs):
+        wavs = F.pad(wavs.unsqueeze(1), (1, 0), "reflect")
+        return F.conv1d(wavs, self.flipped_filter).squeeze(1)
+
+
+class LogMel(nn.Module):
+    """Log-mel spectrogram without its mean over time, of padded clips as of each clip alone.
+
+    Arguments
+    ---------
+    n_mels : int
+        F, number of mel bands between 20 and 7600 Hz.
+    hop_length : int
+        Samples between frames.
+    do_spec_aug, norm_signal, do_preemph, spec_norm, freq_mask_width, time_mask_width
+        A checkpoint's ``spec_params``.
+    """
+
+    def __init__(
+        self,
+        n_mels,
+        hop_length,
+        do_spec_aug,
+        norm_signal,
+        do_preemph,
+        spec_norm,
+        freq_mask_width,
+        time_mask_width,
+    ):
+        super().__init__()
+        self.hop_length, self.norm_signal, self.spec_norm = hop_length, norm_signal, spec_norm
+        mel = torchaudio.transforms.MelSpectrogram(
+            sample_rate=SAMPLE_RATE,
+            n_fft=N_FFT,
+            win_length=WIN_LENGTH,
+            hop_length=hop_length,
+            f_min=20.0,
+            f_max=7600.0,
+            n_mels=n_mels,
+            window_fn=torch.hamming_window,
+            center=False,
+        )
+        # Named and numbered like the release's state dict.
+        preemphasis = PreEmphasis() if do_preemph else nn.Identity()
+        self.torchfbank = nn.Sequential(nn.Identity(), preemphasis, mel)
+        self.drops = nn.ModuleList()
+        if do_spec_aug:
+            for dim, (low, high) in ((1, time_mask_width), (2, freq_mask_width)):
+                self.drops.append(
+                    SpectrogramDrop(
+                        drop_length_low=low,
+                        drop_length_high=high,
+                        drop_count_low=1,
+                        drop_count_high=1,
+                        dim=dim,
+                    )
+                )
+
+    def forward(self, wavs: Tensor, counts: Tensor | None = None):
+        """Waveforms (B, T), and samples of each (B,) or None, to features and their mask.
+
+        Returns
+        -------
+        feats : torch.Tensor
+            (B, F, 1 + T // hop_length), float32.
+        mask : torch.Tensor or None
+            (B, 1, 1 + T // hop_length), 1 for a frame of the clip and 0 for padding.
+        """
+        with torch.autocast(wavs.device.type, enabled=False):
+            return self._features(wavs.float(), counts)
+
+    def _features(self, wavs, counts):
+        _, preemphasis, mel = self.torchfbank
+        if self.norm_signal:
+            valid = None
+            if counts is not None:
+                positions = torch.arange(wavs.shape[1], device=wavs.device)
+                valid = (positions < counts[:, None]).unsqueeze(1).float()
+            x = wavs.unsqueeze(1)
+            mean = _mean(x, valid)
+            deviation = _mean((x - mean) ** 2, valid).sqrt()
+            wavs = ((x - mean) / (deviation + 1e-6)).squeeze(1)
+        wavs = preemphasis(wavs)
+
+        half, total = N_FFT // 2, wavs.shape[1]
+        if counts is None:
+            wavs, mask = F.pad(wavs.unsqueeze(1), (half, half), "reflect").squeeze(1), None
+        else:
+            # Each clip is reflected at its own end, not at the batch's.
+            last = counts[:, None] - 1
+            positions = torch.arange(-half, total + half, device=wavs.device).abs()
+            positions = (last - (last - positions).abs()).clamp_min(0)
+            wavs = wavs.gather(1, positions)
+            frames = torch.arange(1 + total // self.hop_length, device=wavs.device)
+            mask = (frames <= counts[:, None] // self.hop_length).unsqueeze(1).float()
+
+        feats = (mel(wavs) + 1e-6).log()  # (B, F, frames)
+        mean, variance = _mean_and_variance(feats, mask)
+        feats = feats - mean
+        if self.spec_norm == "mvn":
+            feats = feats / (variance.sqrt() + 1e-8)
+        if self.training:
+            for drop in self.drops:
+                feats = drop(feats.transpose(1, 2)).transpose(1, 2)
+        return _masked(feats, mask), mask
+
+
+# Layers that know which frames are padding
+
+
+class _MaskedConv:
+    """A convolution before which padding is set to zero."""
+
+    def forward(self, x, mask=None):
+        return super().forward(_masked(x, mask) if self.kernel_size[-1] > 1 else x)
+
+
+class Conv1d(_MaskedConv, nn.Conv1d):
+    """Conv1d that keeps the length, (B, C, T)."""
+
+    def __init__(self, in_channels, out_channels, kernel_size=1, groups=1):
+        super().__init__(in_channels, out_channels, kernel_size, padding="same", groups=groups)
+
+
+class Conv2d(_MaskedConv, nn.Conv2d):
+    """Conv2d that keeps the size, (B, C, F, T)."""
+
+    def __init__(self, in_channels, out_channels, kernel_size=1, groups=1, bias=True):
+        super().__init__(
+            in_channels, out_channels, kernel_size, padding="same", groups=groups, bias=bias
+        )
+
+
+class Sequence(nn.Sequential):
+    """nn.Sequential that hands the mask to this file's layers; torch's own take none."""
+
+    def forward(self, x, mask=None):
+        for layer in self:
+            x = layer(x, mask) if type(layer).__module__ == __name__ else layer(x)
+        return x
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm over the channels of (B, C, …), eps 1e-6."""
+
+    def __init__(self, channels):
+        super().__init__(channels, eps=1e-6)
+
+    def forward(self, x, mask=None):
+        return super().forward(x.transpose(1, -1)).transpose(1, -1)
+
+
+class To1d(nn.Module):
+    """(B, C, F, T) -> (B, F·C, T), frequency-major."""
+
+    def forward(self, x, mask=None):
+        return x.transpose(1, 2).flatten(1, 2)
+
+
+class To2d(nn.Module):
+    """(B, f·c, T) -> (B, c, f, T)."""
+
+    def __init__(self, f, c):
+        super().__init__()
+        self.f, self.c = f, c
+
+    def forward(self, x, mask=None):
+        return x.unflatten(1, (self.f, self.c)).transpose(1, 2)
+
+
+class MapMix(nn.Module):
+    """Sum of the earlier 1-D maps, weighted per channel by a softmax over the maps."""
+
+    def __init__(self, n_maps, channels):
+        super().__init__()
+        if n_maps == 1:
+            channels = 1
+        self.w = nn.Parameter(torch.zeros(1, n_maps, channels, 1), requires_grad=n_maps > 1)
+
+    def forward(self, maps, mask=None):
+        weights = self.w.softmax(dim=1)
+        mixed = maps[0] * weights[:, 0]
+        for i, one in enumerate(maps[1:], start=1):
+            mixed = torch.addcmul(mixed, one, weights[:, i].to(one.dtype))
+        return mixed
+
+
+class ConvNeXtBlock(nn.Module):
+    """Parallel grouped convolutions, BatchNorm, activation, 1×1 convolution, plus the input."""
+
+    def __init__(self, conv, norm, channels, kernel_sizes, groups, activation):
+        super().__init__()
+        width = channels * len(kernel_sizes)
+        self.dwconvs = nn.ModuleList(
+            [conv(channels, channels, size, groups=groups) for size in kernel_sizes]
+        )
+        self.norm = norm(width)
+        self.act = activation()
+        self.pwconv1 = conv(width, channels)
+
+    def forward(self, x, mask=None):
+        out = torch.cat([conv(x, mask) for conv in self.dwconvs], dim=1)
+        return x + self.pwconv1(self.act(self.norm(out)))
+
+
+class FrequencySE(nn.Module):
+    """Squeeze-excitation with one gate per frequency, (B, C, F, T)."""
+
+    def __init__(self, n_freqs, width):
+        super().__init__()
+        self.squeeze = nn.Linear(n_freqs, width)
+        self.exitation = nn.Linear(width, n_freqs)  # spelt so in the release
+
+    def forward(self, x, mask=None):
+        pooled = _mean(x.mean(dim=1), mask).squeeze(-1)  # (B, F)
+        gates = self.exitation(self.squeeze(pooled).relu()).sigmoid()
+        return x * gates[:, None, :, None]
+
+
+class ResNetBlock(nn.Module):
+    """Residual block with ReLU before its first BatchNorm, optionally squeeze-excited."""
+
+    def __init__(self, channels, n_freqs, groups, pointwise, squeeze_excite):
+        super().__init__()
+
+        def pw():
+            return Conv2d(channels, channels) if pointwise else nn.Identity()
+
+        self.conv1 = Conv2d(channels, channels, 3, groups=groups, bias=False)
+        self.conv1pw = pw()
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = Conv2d(channels, channels, 3, groups=groups, bias=False)
+        self.conv2pw = pw()
+        self.bn2 = nn.BatchNorm2d(channels)
+        width = min(64, max(channels, 32))
+        self.se = FrequencySE(n_freqs, width) if squeeze_excite else None
+
+    def forward(self, x, mask=None):
+        out = self.bn1(self.conv1pw(self.conv1(x, mask)).relu())
+        out = self.bn2(self.conv2pw(self.conv2(out, mask)))
+        if self.se is not None:
+            out = self.se(out, mask)
+        return (out + x).relu()
+
+
+class Block2d(nn.Module):
+    """One 2-D block of the named type, under the release's name."""
+
+    def __init__(self, block_type, channels, n_freqs, group_divisor):
+        super().__init__()
+        groups = _groups(channels, group_divisor)
+        if block_type.startswith("convnext_like"):
+            activation = nn.ReLU if block_type.endswith("relu") else nn.GELU
+            block = ConvNeXtBlock(Conv2d, nn.BatchNorm2d, channels, [3], groups, activation)
+        else:
+            squeeze_excite = block_type.endswith("fwse")
+            block = ResNetBlock(
+                channels, n_freqs, groups, group_divisor is not None, squeeze_excite
+            )
+        self.conv_block = block
+
+    def forward(self, x, mask=None):
+        return self.conv_block(x, mask)
+
+
+class PositionalConv(nn.Module):
+    """x + LayerNorm(depthwise convolution of 59 frames), (B, C, T)."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = Conv1d(channels, channels, 59, groups=channels)
+        self.norm = LayerNorm(channels)
+
+    def forward(self, x, mask=None):
+        return x + self.norm(self.conv(x, mask))
+
+
+class SelfAttention(nn.Module):
+    """Four-head self-attention over the frames that are not padding, (B, T, C)."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.k_proj = nn.Linear(channels, channels)
+        self.v_proj = nn.Linear(channels, channels)
+        self.q_proj = nn.Linear(channels, channels)
+        self.out_proj = nn.Linear(channels, channels)
+
+    def forward(self, x, mask=None):
+        q, k, v = (
+            proj(x).unflatten(-1, (4, -1)).transpose(1, 2)  # (B, 4, T, C / 4)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        keys = None if mask is None else mask.bool().unsqueeze(1)  # (B, 1, 1, T)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=keys)
+        return self.out_proj(out.transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    """Linear, tanh GELU, Linear."""
+
+    def __init__(self, channels, width):
+        super().__init__()
+        self.intermediate_dense = nn.Linear(channels, width)
+        self.output_dense = nn.Linear(width, channels)
+
+    def forward(self, x):
+        return self.output_dense(F.gelu(self.intermediate_dense(x), approximate="tanh"))
+
+
+class TransformerLayer(nn.Module):
+    """Post-norm transformer layer on (B, C, T)."""
+
+    def __init__(self, channels, width):
+        super().__init__()
+        if channels % 4:
+            raise ValueError(
+                f"a time-context block has {channels} channels, which its 4 attention heads do "
+                "not divide; check C, F and stages_setup in model_config"
+            )
+        self.attention = SelfAttention(channels)
+        self.layer_norm = nn.LayerNorm(channels, eps=1e-6)
+        self.feed_forward = FeedForward(channels, width)
+        self.final_layer_norm = nn.LayerNorm(channels, eps=1e-6)
+
+    def forward(self, x, mask=None):
+        x = x.transpose(1, 2)
+        x = self.layer_norm(x + self.attention(x, mask))
+        x = self.final_layer_norm(x + self.feed_forward(x))
+        return x.transpose(1, 2)
+
+
+class TimeContext(nn.Module):
+    """x + expand(context(reduce(x))) on (B, C·F, T)."""
+
+    def __init__(self, block_type, channels, hidden):
+        super().__init__()
+        self.red_dim_conv = Sequence(Conv1d(channels, hidden), LayerNorm(hidden))
+
+        def convnext(*kernel_sizes):
+            return ConvNeXtBlock(Conv1d, nn.BatchNorm1d, hidden, kernel_sizes, hidden, nn.GELU)
+
+        if block_type == "fc":
+            layers = [
+                Conv1d(hidden, 2 * hidden),
+                LayerNorm(2 * hidden),
+                nn.GELU(),
+                Conv1d(2 * hidden, hidden),
+            ]
+        elif block_type == "conv":
+            layers = [convnext(7, 15, 31) for _ in range(4)]
+        elif block_type == "att":
+            layers = [PositionalConv(hidden), TransformerLayer(hidden, 2 * hidden)]
+        else:
+            layers = [convnext(size) for size in (7, 19, 31, 59)]
+            layers.append(TransformerLayer(hidden, hidden))
+        self.tcm = Sequence(*layers)
+        self.exp_dim_conv = Conv1d(hidden, channels)
+
+    def forward(self, x, mask=None):
+        return x + self.exp_dim_conv(self.tcm(self.red_dim_conv(x), mask))
+
+
+def _groups(channels, group_divisor):
+    """Convolution groups of ``group_divisor`` channels each (1 group where it is None)."""
+    if group_divisor is None:
+        return 1
+    groups = channels // group_divisor
+    if groups == 0 or channels % groups:
+        raise ValueError(
+            f"group_divisor {group_divisor} does not fit a layer of {channels} channels; "
+            "check C, stages_setup and group_divisor in model_config"
+        )
+    return groups
+
+
+class Backbone(nn.Module):
+    """Features (B, 1, F, T) to frames (B, C·F or out_channels, T)."""
+
+    def __init__(self, config):
+        super().__init__()
+        f, c, divisor = config["F"], config["C"], config["group_divisor"]
+        size = f * c
+        self.stem = Sequence(Conv2d(1, c, 3), LayerNorm(c), To1d())
+        for i, (stride, n_blocks, expansion, _, reduction) in enumerate(config["stages_setup"]):
+            width = int(stride * c * expansion)
+            layers = [
+                MapMix(i + 1, size),
+                To2d(f, c),
+                nn.Conv2d(c, width, kernel_size=(stride, 1), stride=(stride, 1)),
+            ]
+            f, c = f // stride, c * stride
+            layers += [Block2d(config["block_2d_type"], width, f, divisor) for _ in range(n_blocks)]
+            if expansion != 1:
+                groups = _groups(c, divisor)
+                layers.append(
+                    Sequence(
+                        Conv2d(width, c, 3, groups=groups),
+                        nn.BatchNorm2d(c, eps=1e-6),
+                        nn.GELU(),
+                        Conv2d(c, c),
+                    )
+                )
+            layers.append(To1d())
+            if reduction is not None:
+                layers.append(TimeContext(config["block_1d_type"], size, size // reduction))
+            setattr(self, f"stage{i}", Sequence(*layers))
+        self.n_stages = len(config["stages_setup"])
+        self.dropout = nn.Dropout(config["feat_agg_dropout"])
+        self.fin_wght1d = MapMix(self.n_stages + 1, size)
+        out_channels = config["out_channels"]
+        self.mfa = nn.Identity()
+        if out_channels is not None:
+            self.mfa = Sequence(Conv1d(size, out_channels), nn.BatchNorm1d(out_channels))
+
+    def forward(self, feats, mask=None):
+        maps = [self.stem(feats, mask)]
+        for i in range(self.n_stages):
+            maps.append(self.dropout(getattr(self, f"stage{i}")(maps, mask)))
+        return self.mfa(self.fin_wght1d(maps))
+
+
+class ASTP(nn.Module):
+    """Attentive statistics pooling, (B, C, T) -> (B, 2C)."""
+
+    def __init__(self, channels, global_context_att):
+        super().__init__()
+        self.global_context_att = global_context_att
+        self.linear1 = Conv1d(channels * (3 if global_context_att else 1), 128)
+        self.linear2 = Conv1d(128, channels)
+
+    def forward(self, x, mask=None):
+        context = x
+        if self.global_context_att:
+            mean, variance = _mean_and_variance(x, mask)
+            deviation = (variance + 1e-7).sqrt()
+            context = torch.cat([x, mean.expand_as(x), deviation.expand_as(x)], dim=1)
+        logits = self.linear2(self.linear1(context).tanh())
+        if mask is not None:
+            logits = logits.masked_fill(mask == 0, -torch.inf)
+        weights = logits.softmax(dim=-1)
+        mean = (weights * x).sum(dim=-1)
+        variance = (weights * x**2).sum(dim=-1) - mean**2
+        return torch.cat([mean, variance.clamp_min(1e-7).sqrt()], dim=1)
+
+
+class TSTP(nn.Module):
+    """Mean and deviation over time, (B, C, T) -> (B, 2C)."""
+
+    def __init__(self, channels, global_context_att):
+        super().__init__()
+
+    def forward(self, x, mask=None):
+        mean, variance = _mean_and_variance(x, mask)
+        return torch.cat([mean, (variance + 1e-7).sqrt()], dim=1).squeeze(-1)
+
+
+# The encoder
+
+
+def complete_config(model_config: dict) -> dict:
+    """A checkpoint's ``model_config`` with every key, or an error that names what is unsupported.
+
+    Arguments
+    ---------
+    model_config : dict
+        Keyword arguments of the authors' model. Nothing in it is evaluated.
+
+    Returns
+    -------
+    dict
+        All keys of ``CONFIG_DEFAULTS``, ``spec_params`` complete too.
+
+    Raises
+    ------
+    ValueError
+        For an unknown key, or a value that this implementation does not reproduce.
+    """
+    config = _merged("model_config", model_config, CONFIG_DEFAULTS)
+    config["spec_params"] = _merged("spec_params", config["spec_params"], SPEC_DEFAULTS)
+    for key, supported in SUPPORTED.items():
+        value = config[key] if key in config else config["spec_params"][key]
+        if not any(value is one or value == one for one in supported):
+            allowed = ", ".join(map(repr, supported))
+            raise ValueError(f"model_config has {key}={value!r}; supported: {allowed}")
+    for key in ("F", "C", "embed_dim", "hop_length"):
+        _check_positive(key, config[key])
+    for key in ("group_divisor", "out_channels"):
+        if config[key] is not None:
+            _check_positive(key, config[key])
+    for key in ("global_context_att", "emb_bn"):
+        _check_bool(key, config[key])
+    for key in ("do_spec_aug", "norm_signal", "do_preemph"):
+        _check_bool(key, config["spec_params"][key])
+    for key in ("freq_mask_width", "time_mask_width"):
+        _check_range(key, config["spec_params"][key])
+    dropout = config["feat_agg_dropout"]
+    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
+        raise ValueError(f"model_config has feat_agg_dropout={dropout!r}; it must be in [0, 1)")
+    _check_stages(config)
+    return config
+
+
+def _merged(name, given, defaults):
+    if not isinstance(given, dict):
+        raise ValueError(f"{name} must be a mapping, got {type(given).__name__}")
+    unknown = sorted(str(key) for key in set(given) - set(defaults))
+    if unknown:
+        raise ValueError(
+            f"{name} has unknown keys {unknown}; known keys are {sorted(defaults)}, and a model "
+            "with other options would not be reproduced exactly"
+        )
+    return {**defaults, **given}
+
+
+def _check_positive(key, value):
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"model_config has {key}={value!r}; it must be a positive integer")
+
+
+def _check_bool(key, value):
+    if not isinstance(value, bool):
+        raise ValueError(f"model_config has {key}={value!r}; it must be true or false")
+
+
+def _check_range(key, value):
+    ok = isinstance(value, (list, tuple)) and len(value) == 2
+    if not ok or not all(type(x) is int for x in value) or not 0 <= value[0] <= value[1]:
+        raise ValueError(f"spec_params has {key}={value!r}; it must be two ascending integers")
+
+
+def _check_stages(config):
+    stages, f, size = config["stages_setup"], config["F"], config["F"] * config["C"]
+    if not isinstance(stages, (list, tuple)) or not stages:
+        raise ValueError(f"model_config has stages_setup={stages!r}; it must list the stages")
+    c = config["C"]
+    for i, stage in enumerate(stages):
+        where = f"stages_setup[{i}]"
+        if not isinstance(stage, (list, tuple)) or len(stage) != 5:
+            raise ValueError(
+                f"{where} is {stage!r}; it must be [stride, blocks, expansion, kernels, reduction]"
+            )
+        stride, n_blocks, expansion, _, reduction = stage
+        if type(stride) is not int or stride not in (1, 2, 3) or f % stride:
+            raise ValueError(
+                f"{where} has stride {stride!r}; it must be 1, 2 or 3 and divide the {f} "
+                "frequencies left there"
+            )
+        if type(n_blocks) is not int or n_blocks < 0:
+            raise ValueError(f"{where} has {n_blocks!r} blocks; it must be an integer from 0")
+        f, c = f // stride, c * stride
+        if isinstance(expansion, bool) or not isinstance(expansion, (int, float)):
+            raise ValueError(f"{where} has expansion {expansion!r}; it must be a number")
+        if not 1 <= c * expansion < 2**16:
+            raise ValueError(f"{where} has expansion {expansion!r}, {c * expansion} channels")
+        if reduction is not None and (type(reduction) is not int or not 1 <= reduction <= size):
+            raise ValueError(f"{where} has reduction {reduction!r}; it must be 1..{size} or null")
+
+
+class ReDimNet(nn.Module):
+    """ReDimNet speaker encoder: waveforms to embeddings, state-dict keys as released.
+
+    A clip's embedding does not depend on the batch it travels in: with ``wav_lens``, padding changes
+    nothing (convolutions, attention, pooling and the front end all leave it out).
+
+    Arguments
+    ---------
+    **model_config
+        A checkpoint's own ``model_config``; see ``complete_config``.
+
+    Reference
+    ---------
+    Yakovlev et al., Reshape Dimensions Network for Speaker Recognition, Interspeech 2024,
+    arXiv:2407.18223.
+
+    Example
+    -------
+    >>> model = ReDimNet.from_config(PRESETS["b0"]).eval()
+    >>> model(torch.zeros(2, 16000)).shape
+    torch.Size([2, 192])
+    """
+
+    def __init__(self, **model_config):
+        super().__init__()
+        self.model_config = config = complete_config(model_config)
+        self.embed_dim = config["embed_dim"]
+        self.backbone = Backbone(config)
+        self.spec = LogMel(config["F"], config["hop_length"], **config["spec_params"])
+        channels = config["out_channels"] or config["C"] * config["F"]
+        pool = {"ASTP": ASTP, "TSTP": TSTP}[config["pooling_func"]]
+        self.pool = pool(channels, config["global_context_att"])
+        self.bn = nn.BatchNorm1d(2 * channels)
+        self.linear = nn.Linear(2 * channels, self.embed_dim)
+        self.bn2 = nn.BatchNorm1d(self.embed_dim) if config["emb_bn"] else None
+
+    @classmethod
+    def from_config(cls, model_config: dict) -> "ReDimNet":
+        """Random weights in the architecture of a checkpoint's ``model_config``.
+
+        Raises
+        ------
+        ValueError
+            For an unknown key, or a value that this implementation does not reproduce.
+        """
+        return cls(**complete_config(model_config))
+
+    def forward(self, wavs: Tensor, wav_lens: Tensor | None = None) -> Tensor:
+        """Embeddings of waveforms, not length-normalised.
+
+        Arguments
+        ---------
+        wavs : torch.Tensor
+            Float, 16 kHz, in [-1, 1]; (T,), (B, T) or (B, 1, T), at least 257 samples.
+        wav_lens : torch.Tensor, optional
+            Lengths relative to T, in (0, 1], (B,). None: no clip is padded.
+
+        Returns
+        -------
+        torch.Tensor
+            (B, embed_dim).
+
+        Raises
+        ------
+        ValueError
+            For another shape or type, or a clip of fewer than 257 samples.
+        """
+        wavs = check_wavs(wavs)
+        feats, mask = self.spec(wavs, sample_counts(wavs, wav_lens))
+        frames = self.backbone(feats.unsqueeze(1), mask)
+        with torch.autocast(wavs.device.type, enabled=False):  # sums of squares over time
+            pooled = self.pool(frames.float(), mask)  # (B, 2 * channels)
+            embeddings = self.linear(self.bn(pooled))
+            return embeddings if self.bn2 is None else self.bn2(embeddings)
+
+
+def check_mrl_dims(mrl_dims, embed_dim: int) -> tuple[int, ...]:
+    """``mrl_dims`` as a tuple, if it is strictly ascending, positive and ends in ``embed_dim``.
+
+    Raises
+    ------
+    ValueError
+        Otherwise.
+    """
+    dims = tuple(mrl_dims)
+    integers = all(isinstance(d, int) and not isinstance(d, bool) for d in dims)
+    if not dims or not integers or dims[0] < 1 or list(dims) != sorted(set(dims)):
+        raise ValueError(f"mrl_dims must be strictly ascending positive integers, got {mrl_dims!r}")
+    if dims[-1] != embed_dim:
+        raise ValueError(
+            f"mrl_dims must end in embed_dim {embed_dim}, got {list(dims)}; "
+            f"add {embed_dim} or set embed_dim to {dims[-1]}"
+        )
+    return dims
+
+
+class MatryoshkaReDimNet(ReDimNet):
+    """ReDimNet whose embedding's first d coordinates, d in ``mrl_dims``, are embeddings too.
+
+    Arguments
+    ---------
+    embed_dim : int
+        D, size of the whole embedding.
+    mrl_dims : sequence of int
+        Sizes of the prefixes, ascending, the last one ``embed_dim``.
+    backbone : str or dict
+        "b0" … "b6" for a preset architecture, or a checkpoint's ``model_config`` (its ``embed_dim``
+        and ``emb_bn`` are replaced). The weights are random.
+
+    Reference
+    ---------
+    Kusupati et al., Matryoshka Representation Learning, 2022, arXiv:2205.13147.
+
+    Example
+    -------
+    >>> model = MatryoshkaReDimNet(embed_dim=128, mrl_dims=(64, 128), backbone="b0").eval()
+    >>> {d: tuple(z.shape) for d, z in model(torch.zeros(16000), return_all_dims=True).items()}
+    {64: (1, 64), 128: (1, 128)}
+    """
+
+    def __init__(self, embed_dim=256, mrl_dims=(64, 128, 192, 256), backbone="b2"):
+        mrl_dims = check_mrl_dims(mrl_dims, embed_dim)
+        if isinstance(backbone, str):
+            if backbone not in PRESETS:
+                raise ValueError(f"backbone must be one of {sorted(PRESETS)}, got {backbone!r}")
+            backbone = PRESETS[backbone]
+        super().__init__(**{**backbone, "embed_dim": embed_dim, "emb_bn": False})
+        self.mrl_dims = mrl_dims
+
+    @classmethod
+    def from_redimnet(
+        cls, redimnet: ReDimNet, embed_dim=256, mrl_dims=(64, 128, 192, 256)
+    ) -> "MatryoshkaReDimNet":
+        """A copy of ``redimnet`` with more coordinates: its own first, new small random ones after.
+
+        Every tensor comes from ``redimnet``; a BatchNorm behind its linear layer is folded into it.
+
+        Raises
+        ------
+        ValueError
+            If ``embed_dim`` is smaller than that of ``redimnet``.
+        """
+        if embed_dim < redimnet.embed_dim:
+            raise ValueError(
+                f"embed_dim {embed_dim} is smaller than the {redimnet.embed_dim} coordinates of "
+                f"the pretrained model; keep them and read a prefix: {embed_dim} may be in mrl_dims"
+            )
+        model = cls(embed_dim, mrl_dims, redimnet.model_config)
+        head = ("linear.weight", "linear.bias")
+        state = {k: v for k, v in redimnet.state_dict().items() if not k.startswith("bn2.")}
+        weight, bias = (state[key].clone() for key in head)
+        if redimnet.bn2 is not None:
+            norm = redimnet.bn2
+            scale = norm.weight.data / (norm.running_var + norm.eps).sqrt()
+            weight, bias = weight * scale[:, None], (bias - norm.running_mean) * scale + norm.bias
+        n_new = embed_dim - redimnet.embed_dim
+        small = 0.01 * weight.std() * torch.randn(n_new, weight.shape[1])
+        state[head[0]] = torch.cat([weight, small])
+        state[head[1]] = torch.cat([bias, bias.new_zeros(n_new)])
+        model.load_state_dict(state)
+        return model
+
+    @torch.no_grad()
+    def rotate_head(self, matrix: Tensor, mean: Tensor | None = None):
+        """Multiply the embedding's first k coordinates by ``matrix``, inside the linear layer.
+
+        An orthogonal ``matrix`` without ``mean`` leaves every cosine of those k coordinates as it
+        was, and with the principal axes as rows it puts what matters first.
+
+        Arguments
+        ---------
+        matrix : torch.Tensor
+            (k, k), k at most ``embed_dim``.
+        mean : torch.Tensor, optional
+            (k,), subtracted from the coordinates first.
+        """
+        k = matrix.shape[0]
+        if matrix.shape != (k, k) or k > self.embed_dim:
+            raise ValueError(
+                f"matrix must be square with at most {self.embed_dim} rows, "
+                f"got {tuple(matrix.shape)}"
+            )
+        weight, bias = self.linear.weight, self.linear.bias
+        matrix = matrix.to(weight.device, torch.float64)
+        offset = bias[:k].double() if mean is None else bias[:k].double() - mean.to(matrix)
+        weight[:k] = (matrix @ weight[:k].double()).to(weight.dtype)
+        bias[:k] = (matrix @ offset).to(bias.dtype)
+
+    def forward(self, wavs, wav_lens=None, target_dim=None, return_all_dims=False):
+        """Embeddings of waveforms, or their prefixes; not length-normalised.
+
+        Arguments
+        ---------
+        wavs : torch.Tensor
+            Float, 16 kHz, in [-1, 1]; (T,), (B, T) or (B, 1, T), at least 257 samples.
+        wav_lens : torch.Tensor, optional
+            Lengths relative to T, in (0, 1], (B,). None: no clip is padded.
+        target_dim : int, optional
+            One of ``mrl_dims``: coordinates to return. None: all.
+        return_all_dims : bool
+            Return the prefix of every size instead.
+
+        Returns
+        -------
+        torch.Tensor or dict
+            (B, target_dim), or {d: (B, d)}. The prefixes are views of one embedding.
+
+        Raises
+        ------
+        ValueError
+            If ``target_dim`` is not one of ``mrl_dims``, or the signal is refused.
+        """
+        if target_dim is not None and target_dim not in self.mrl_dims:
+            raise ValueError(
+                f"target_dim must be one of mrl_dims {list(self.mrl_dims)}, got {target_dim!r}"
+            )
+        embeddings = super().forward(wavs, wav_lens)
+        if return_all_dims:
+            return {d: embeddings[:, :d] for d in self.mrl_dims}
+        return embeddings[:, :target_dim]
