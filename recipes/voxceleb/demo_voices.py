@@ -1,0 +1,315 @@
+"""Makes a small corpus of synthetic voices in VoxCeleb's layout, for trying the recipe out.
+
+    python recipes/voxceleb/demo_voices.py FOLDER
+
+The voices are espeak-ng's English accents and speaker variants, each with a pitch, pace and vocal
+tract of its own; every session has another room, microphone and background noise.
+"""
+
+import argparse
+import ctypes
+import functools
+import hashlib
+import json
+import multiprocessing
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import soundfile
+from scipy.fft import irfft, next_fast_len
+from scipy.signal import butter, fftconvolve, resample_poly, sosfilt
+from tqdm import tqdm
+
+SAMPLE_RATE = 16000  # Hz
+SNR_DB = (8.0, 15.0)
+CLIPS_PER_SESSION = 4
+
+_ACCENTS = (
+    "en en-us en-us-nyc en-029 en-gb-scotland en-gb-x-rp en-gb-x-gbclan en-gb-x-gbcwmd"
+).split()
+_VARIANTS = (
+    "f1 f2 f3 f4 f5 m1 m2 m3 m4 m5 m6 m7 m8 Alex Alicia Andrea Andy Annie Denis Diogo Gene Hugo "
+    "Lee Mario Michael Mike Nguyen Reed adam anika announcer aunty belinda boris david ed edward "
+    "grandma grandpa gustave john linda marcelo max michel miguel norbert pablo paul quincy rob "
+    "robert sandro shelby steph travis victor zac"
+).split()
+_WORDS = (
+    "again air always animal answer apple autumn balance bank basket beauty because before bell "
+    "bird blue boat bottle bread bridge bright brother butter candle careful carry castle chair "
+    "change cheese children choose city clean clever cloud coffee cold colour copper corner "
+    "cotton country cousin daily dance dark daughter deep dinner doctor door dream early earth "
+    "east easy eight engine evening every family farmer father field finger fire fish flower "
+    "follow forest forty fresh friend garden gentle glass golden grass green guitar happy harbour "
+    "heavy history holiday honest house hundred island january journey juice jump kitchen knife "
+    "ladder language laugh leather lemon letter light little machine market measure memory middle "
+    "milk minute mirror money morning mother mountain music narrow nature never nothing number "
+    "ocean orange other paper pencil people picture planet pleasure pocket power quarter question "
+    "quick quiet rabbit rain reason remember river road round school season seven shadow sheep "
+    "shoulder silver simple sister smooth soldier spring station stone story straight summer "
+    "table teacher thank thirty thought thunder together tomorrow travel treasure under usual "
+    "valley village violin voice water weather welcome whisper window winter wonder wooden yellow "
+    "yesterday young zero"
+).split()
+
+_SPEAKERS_PER_PROCESS = 11
+_BABBLE_VOICES = 6
+_ESPEAK_RATE, _ESPEAK_PITCH, _ESPEAK_RANGE = 1, 3, 4  # espeak_PARAMETER in speak_lib.h
+_ESPEAK_SYNCHRONOUS, _ESPEAK_DONT_EXIT, _ESPEAK_UTF8 = 2, 0x8000, 1
+
+
+class _Voice(NamedTuple):
+    name: str  # accent+variant
+    pitch: float  # 0..100
+    range: float  # 0..100, of intonation
+    rate: float  # words per minute
+    tract: int  # spectrum is scaled by 441/tract
+
+
+def make_demo_corpus(
+    folder: str,
+    n_speakers: int = 88,
+    clips_per_speaker: int = 16,
+    seconds: float = 3.5,
+    seed: int = 0,
+) -> Path:
+    """Writes ``wav/demo0000/s00/00000.flac`` and so on, 16 kHz mono.
+
+    Does nothing when the folder holds a complete corpus of the same arguments; another
+    or a half-made one is replaced.
+
+    Arguments
+    ---------
+    folder : str
+        Where the corpus goes. A folder that holds other speakers is refused.
+    n_speakers : int
+        Speakers, 2 to 458: accents times variants, less the voices of the babble.
+    clips_per_speaker : int
+        Clips of each, four to a session.
+    seconds : float
+        Mean length of a clip; lengths vary by up to half a second.
+    seed : int
+        The same seed gives the same clips, on one platform and espeak-ng to the bit.
+
+    Returns
+    -------
+    Path
+        ``folder``, to be given as ``data_folder``.
+
+    Raises
+    ------
+    ImportError
+        If espeakng-loader is not installed.
+    ValueError
+        If an argument is out of its range, or the folder holds other speakers.
+
+    Example
+    -------
+    >>> import pytest
+    >>> espeakng_loader = pytest.importorskip("espeakng_loader")
+    >>> folder = make_demo_corpus(getfixture("tmp_path"), n_speakers=2, clips_per_speaker=1)
+    >>> sorted(path.relative_to(folder).as_posix() for path in folder.glob("wav/*/*/*"))
+    ['wav/demo0000/s00/00000.flac', 'wav/demo0001/s00/00000.flac']
+    """
+    most = len(_ACCENTS) * len(_VARIANTS) - _BABBLE_VOICES
+    if not 2 <= n_speakers <= most or clips_per_speaker < 1 or seconds < 1:
+        raise ValueError(
+            f"n_speakers must be 2 to {most}, clips_per_speaker and seconds 1 or more; "
+            f"got {n_speakers}, {clips_per_speaker} and {seconds}"
+        )
+    folder = Path(folder)
+    marker = folder / "demo.json"
+    contents = {
+        "n_speakers": n_speakers,
+        "clips_per_speaker": clips_per_speaker,
+        "seconds": seconds,
+        "seed": seed,
+        "script": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
+    }
+    if marker.is_file() and json.loads(marker.read_text()) == contents:
+        if len(list(folder.glob("wav/*/*/*.flac"))) == n_speakers * clips_per_speaker:
+            return folder
+    _import_espeakng_loader()
+    wav_folder = folder / "wav"
+    wav_folder.mkdir(parents=True, exist_ok=True)
+    present = list(wav_folder.iterdir())
+    if others := sorted(path.name for path in present if not path.name.startswith("demo")):
+        raise ValueError(
+            f"{wav_folder} holds other speakers, such as {others[0]}; name a new folder"
+        )
+    marker.unlink(missing_ok=True)
+    for path in present:
+        shutil.rmtree(path)
+
+    # espeak-ng is not thread-safe, and what it says depends on what it said before:
+    # a fixed share of the speakers to a fresh process makes the corpus reproducible.
+    speakers = range(n_speakers)
+    blocks = [speakers[i : i + _SPEAKERS_PER_PROCESS] for i in speakers[::_SPEAKERS_PER_PROCESS]]
+    make_block = functools.partial(
+        _make_speakers, wav_folder, _draw_voices(n_speakers, seed), clips_per_speaker, seconds, seed
+    )
+    with (
+        multiprocessing.Pool(maxtasksperchild=1) as pool,
+        tqdm(desc="make demo voices", total=n_speakers, unit="speaker") as progress,
+    ):
+        for made in pool.imap_unordered(make_block, blocks):
+            progress.update(made)
+    marker.write_text(json.dumps(contents, indent=2))
+    return folder
+
+
+def _import_espeakng_loader():
+    try:
+        import espeakng_loader
+    except ImportError:
+        raise ImportError(
+            "demo voices need espeak-ng: pip install 'speechbrain_mrl[demo]'"
+        ) from None
+    return espeakng_loader
+
+
+def _draw_voices(n_speakers: int, seed: int) -> list[_Voice]:
+    """The speakers' voices, no accent and variant twice, then those of the babble."""
+    rng = np.random.default_rng(seed)
+    names = [f"{accent}+{variant}" for accent in _ACCENTS for variant in _VARIANTS]
+    return [
+        _Voice(
+            name=names[number],
+            pitch=rng.uniform(20, 80),
+            range=rng.uniform(25, 85),
+            rate=rng.uniform(140, 195),
+            tract=int(rng.integers(410, 475)),
+        )
+        for number in rng.permutation(len(names))[: n_speakers + _BABBLE_VOICES]
+    ]
+
+
+def _make_speakers(wav_folder, voices, clips_per_speaker, seconds, seed, speakers) -> int:
+    """All clips of some speakers, in a process of its own."""
+    synthesizer = _Synthesizer(seed)
+    babble = _make_babble(synthesizer, voices[-_BABBLE_VOICES:], seed)
+    for speaker in speakers:
+        for clip in range(clips_per_speaker):
+            session = clip // CLIPS_PER_SESSION
+            folder = wav_folder / f"demo{speaker:04d}" / f"s{session:02d}"
+            folder.mkdir(parents=True, exist_ok=True)
+            rng = np.random.default_rng([seed, speaker, clip])
+            session_rng = np.random.default_rng([seed, speaker, session, 1])
+            length = round((seconds + rng.uniform(-0.5, 0.5)) * SAMPLE_RATE)
+            speech = synthesizer.speak(voices[speaker], length, rng)
+            wav = _record(speech, babble, session_rng, rng)
+            soundfile.write(folder / f"{clip:05d}.flac", wav, SAMPLE_RATE)
+    return len(speakers)
+
+
+class _Synthesizer:
+    """espeak-ng, once per process."""
+
+    def __init__(self, seed: int):
+        loader = _import_espeakng_loader()
+        self.library = ctypes.CDLL(loader.get_library_path())
+        self.library.espeak_ng_SetRandSeed.argtypes = [ctypes.c_long]
+        self.library.espeak_Synth.argtypes = [
+            ctypes.c_char_p,
+            ctypes.c_size_t,
+            ctypes.c_uint,
+            ctypes.c_int,
+            ctypes.c_uint,
+            ctypes.c_uint,
+            ctypes.c_void_p,
+            ctypes.c_void_p,
+        ]
+        data_folder = loader.get_data_path()
+        sample_rate = self.library.espeak_Initialize(
+            _ESPEAK_SYNCHRONOUS, 0, data_folder.encode(), _ESPEAK_DONT_EXIT
+        )
+        if sample_rate != 22050:
+            raise RuntimeError(f"espeak-ng cannot start with its data in {data_folder}")
+        self.library.espeak_ng_SetRandSeed(seed)
+        self.blocks = []
+        callback_type = ctypes.CFUNCTYPE(
+            ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p
+        )
+        self.callback = callback_type(self._receive)  # kept, or ctypes frees it
+        self.library.espeak_SetSynthCallback(self.callback)
+
+    def _receive(self, samples, count, _events) -> int:
+        if samples and count:
+            self.blocks.append(np.frombuffer(ctypes.string_at(samples, 2 * count), np.int16))
+        return 0
+
+    def speak(self, voice: _Voice, length: int, rng) -> np.ndarray:
+        """Random words, ``length`` samples at 16 kHz, at unit power.
+
+        Pitch and pace vary a little from clip to clip, as people's do.
+        """
+        if self.library.espeak_SetVoiceByName(voice.name.encode()) != 0:
+            raise RuntimeError(f"espeak-ng has no voice {voice.name}")
+        pitch = np.clip(voice.pitch + rng.normal(0, 4), 0, 100)
+        rate = voice.rate * rng.uniform(0.92, 1.08)
+        for parameter, value in (
+            (_ESPEAK_RATE, rate),
+            (_ESPEAK_PITCH, pitch),
+            (_ESPEAK_RANGE, voice.range),
+        ):
+            self.library.espeak_SetParameter(parameter, round(value), 0)
+        self.blocks.clear()
+        while sum(map(len, self.blocks)) * 320 < (length + SAMPLE_RATE / 2) * voice.tract:
+            text = " ".join(rng.choice(_WORDS, 5)).encode()
+            self.library.espeak_Synth(text, len(text) + 1, 0, 0, 0, _ESPEAK_UTF8, None, None)
+        speech = np.concatenate(self.blocks) / 32768
+        # 320/441 is from 22,050 Hz to 16 kHz; another divisor also moves pitch and formants.
+        speech = resample_poly(speech, 320, voice.tract)
+        first = rng.integers(SAMPLE_RATE // 10, SAMPLE_RATE // 2)
+        return _unit_power(speech[first : first + length])
+
+
+def _make_babble(synthesizer, voices, seed) -> np.ndarray:
+    """Eight seconds of all ``voices`` at once."""
+    rng = np.random.default_rng([seed, 2])
+    return sum(synthesizer.speak(voice, 8 * SAMPLE_RATE, rng) for voice in voices)
+
+
+def _record(speech, babble, session_rng, rng) -> np.ndarray:
+    """Speech in the session's room and noise through its microphone, at a random level."""
+    room = _room(session_rng)
+    low, high = session_rng.uniform(60, 300), session_rng.uniform(3400, 7600)
+    microphone = butter(1, (low, high), "bandpass", fs=SAMPLE_RATE, output="sos")
+    kind = session_rng.choice(["white", "pink", "babble"])
+
+    wav = _unit_power(fftconvolve(speech, room)[: len(speech)])
+    noise = _unit_power(_noise(kind, len(wav), babble, rng))
+    wav = wav + 10 ** (-rng.uniform(*SNR_DB) / 20) * noise
+    wav = _unit_power(sosfilt(microphone, wav)) * 10 ** (rng.uniform(-30, -22) / 20)
+    return wav / max(1.0, np.abs(wav).max() / 0.95)
+
+
+def _room(rng) -> np.ndarray:
+    """Impulse response: the direct sound, then noise that decays by 60 dB in 0.1 to 0.4 s."""
+    times = np.arange(SAMPLE_RATE // 4) / SAMPLE_RATE
+    tail = rng.standard_normal(len(times)) * 10 ** (-3 * times / rng.uniform(0.1, 0.4))
+    room = rng.uniform(0.1, 0.6) * tail / np.linalg.norm(tail)
+    room[0] = 1.0
+    return room
+
+
+def _noise(kind: str, length: int, babble: np.ndarray, rng) -> np.ndarray:
+    if kind == "babble":
+        return np.take(babble, rng.integers(len(babble)) + np.arange(length), mode="wrap")
+    if kind == "white":
+        return rng.standard_normal(length)
+    fast_length = next_fast_len(length, real=True)
+    bins = np.arange(fast_length // 2 + 1)
+    spectrum = rng.standard_normal(len(bins)) + 1j * rng.standard_normal(len(bins))
+    return irfft(spectrum / np.sqrt(bins + 1), fast_length)[:length]  # pink
+
+
+def _unit_power(wav: np.ndarray) -> np.ndarray:
+    return wav / np.sqrt(np.mean(wav**2))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", help="where the corpus goes")
+    print(make_demo_corpus(parser.parse_args().folder))

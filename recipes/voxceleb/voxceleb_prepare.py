@@ -1,0 +1,429 @@
+"""Lists VoxCeleb's clips for training, validation and test, no speaker in two of them.
+
+Any corpus laid out as ``wav/<speaker>/<session>/<utterance>.<wav|flac|ogg|m4a>`` will do.
+"""
+
+import contextlib
+import csv
+import hashlib
+import itertools
+import json
+import logging
+import os
+import random
+from collections import defaultdict
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+from speechbrain_mrl.audio import audio_info
+
+logger = logging.getLogger(__name__)
+
+SAMPLE_RATE = 16000  # Hz, at which start, stop and durations are counted
+CLIPS_PER_HELD_OUT_SPEAKER = 10  # in generated trials
+IMPOSTORS_PER_TARGET = 10  # in generated trials, as far as there are enough pairs
+
+_SUFFIXES = (".wav", ".flac", ".ogg", ".m4a")  # of one utterance in several formats, the first
+_ROOTS = ("wav", "aac", "dev/wav", "dev/aac", "test/wav", "test/aac")
+_THREADS = 16  # header reading waits for the disk more than it computes
+
+
+class PreparedCorpus(NamedTuple):
+    """Where the lists are, and what they hold.
+
+    Arguments
+    ---------
+    train_csv, valid_csv, test_csv : str
+        Clips: ID, duration (seconds), wav (path), start and stop (samples at 16 kHz), spk_id.
+    valid_trials, test_trials : str
+        Trials in VoxCeleb's format, ``1 a b`` for the same speaker, of IDs in the CSV.
+    counts : dict
+        ``train``, ``valid`` and ``test``: speakers, clips and hours, and the latter two their
+        target and impostor trials. ``left_out``: clips that were bad or short, and test
+        speakers kept out of training and validation.
+    """
+
+    train_csv: str
+    valid_csv: str
+    test_csv: str
+    valid_trials: str
+    test_trials: str
+    counts: dict
+
+
+class _Clip(NamedTuple):
+    ID: str
+    path: str
+    num_frames: int
+
+    @property
+    def speaker(self):
+        return self.ID.split("/")[0]
+
+    @property
+    def session(self):
+        return self.ID.rsplit("/", 1)[0]
+
+
+def prepare_voxceleb(
+    data_folder: str | list[str],
+    save_folder: str,
+    trials: str | None = None,
+    train_speakers: str | None = None,
+    valid_speakers: int = 40,
+    test_speakers: int = 40,
+    min_seconds: float = 1.0,
+    seed: int = 0,
+    skip_bad_files: bool = False,
+    skip_prep: bool = False,
+) -> PreparedCorpus:
+    """Writes the CSV files and trials that training and verification read.
+
+    Speakers of the trials are in neither train nor valid. Does nothing when
+    ``save_folder`` holds the lists of the same arguments and the same files.
+
+    Arguments
+    ---------
+    data_folder : str | list[str]
+        VoxCeleb 1, 2 or both: each folder holds ``wav/<speaker>/<session>/<utterance>``
+        (or ``aac/``, or either below ``dev/`` and ``test/``), or is that ``wav`` itself.
+    save_folder : str
+        Where the lists go.
+    trials : str | None
+        Test trials in VoxCeleb's format, paths below ``wav/``; their suffix need not be
+        the file's. None holds ``test_speakers`` speakers out and makes trials of them.
+    train_speakers : str | None
+        File with one speaker per line; None is every speaker that is not tested.
+    valid_speakers : int
+        Speakers to hold out for validation: at most this many, and at most a tenth of
+        the training speakers or 4, whichever is more.
+    test_speakers : int
+        Speakers to hold out for the test where no trials are given.
+    min_seconds : float
+        Shorter clips are left out, except in given trials.
+    seed : int
+        Decides who is held out and which trials are made.
+    skip_bad_files : bool
+        Leave out what cannot be read and list it in ``bad_files.txt``, instead of
+        stopping. A given trial's clip is never left out.
+    skip_prep : bool
+        Trust what ``save_folder`` holds, for ranks that wait while another prepares.
+
+    Returns
+    -------
+    PreparedCorpus
+        Paths and counts.
+
+    Raises
+    ------
+    ValueError
+        If a folder has no audio in the expected layout, files cannot be read, a clip of
+        the trials is missing, or too few speakers remain.
+
+    Example
+    -------
+    >>> import numpy as np, soundfile
+    >>> folder = getfixture("tmp_path")
+    >>> for speaker, clip in itertools.product(range(10), range(3)):
+    ...     path = folder / f"wav/id{speaker}/session/{clip}.wav"
+    ...     path.parent.mkdir(parents=True, exist_ok=True)
+    ...     soundfile.write(path, np.zeros(16000), 16000)
+    >>> prepared = prepare_voxceleb(str(folder), str(folder / "lists"), test_speakers=2)
+    >>> prepared.counts["train"]["speakers"], prepared.counts["valid"]["target"]
+    (4, 12)
+    """
+    save_folder = Path(save_folder).absolute()
+    if skip_prep:
+        return _prepared(save_folder)
+    if min(valid_speakers, test_speakers) < 2:
+        raise ValueError(
+            "valid_speakers and test_speakers must be 2 or more, impostor trials need two; "
+            f"got {valid_speakers} and {test_speakers}"
+        )
+    folders = [data_folder] if isinstance(data_folder, (str, os.PathLike)) else data_folder
+    folders = [os.path.abspath(folder) for folder in folders]
+    arguments = {
+        "data_folder": folders,
+        "trials": trials and os.path.abspath(trials),
+        "train_speakers": train_speakers and os.path.abspath(train_speakers),
+        "valid_speakers": valid_speakers,
+        "test_speakers": test_speakers,
+        "min_seconds": min_seconds,
+        "seed": seed,
+        "skip_bad_files": skip_bad_files,
+    }
+    paths = _find_clips(folders)
+    state = {"arguments": arguments, "files": _fingerprint(paths, trials, train_speakers)}
+    if _done(save_folder, state):
+        logger.info("%s is up to date; delete it to prepare again", save_folder)
+        return _prepared(save_folder)
+
+    speakers = _train_speakers(train_speakers, paths)
+    trial_list = _read_trials(trials) if trials else []
+    test_ids = _locate_trial_clips(trials, trial_list, paths)
+    tested = {ID.split("/")[0] for ID in test_ids}
+
+    needed = {stem for stem in paths if not trials or stem.split("/")[0] in speakers - tested}
+    frames = _read_headers({s: paths[s] for s in needed.union(test_ids.values())})
+    bad = {stem: reason for stem, reason in frames.items() if isinstance(reason, str)}
+    _refuse_bad_files(bad, len(frames), set(test_ids.values()), skip_bad_files)
+    short = {s for s in needed - set(bad) if frames[s] < min_seconds * SAMPLE_RATE}
+    usable = defaultdict(list)  # speaker -> clips
+    for stem in sorted(needed - set(bad) - short):
+        ID = stem + os.path.splitext(paths[stem])[1]
+        usable[stem.split("/")[0]].append(_Clip(ID, paths[stem], frames[stem]))
+
+    rng = random.Random(seed)
+    if trials:
+        test = [_Clip(ID, paths[stem], frames[stem]) for ID, stem in test_ids.items()]
+    else:
+        pool = {s: c for s, c in usable.items() if not train_speakers or s not in speakers}
+        test = _hold_out(pool, test_speakers, "test_speakers", rng)
+        trial_list = _make_trials(test, rng)
+        tested = {clip.speaker for clip in test}
+
+    overlap = speakers & tested
+    logger.info("%d test speakers are kept out of training and validation", len(overlap))
+    pool = {s: usable[s] for s in sorted(speakers - tested) if s in usable}
+    count = min(valid_speakers, max(4, len(pool) // 10))
+    if len(pool) < count + 2:
+        raise ValueError(
+            f"{len(pool)} speakers remain for training after {len(overlap)} of {len(speakers)} "
+            f"are kept for the test; {count} for validation and at least 2 others are needed. "
+            "Trials of a corpus' own training speakers (VoxCeleb1-E, VoxCeleb1-H) need another "
+            "corpus to train on"
+        )
+    valid = _hold_out(pool, count, "valid_speakers", rng)
+    valid_trials = _make_trials(valid, rng)
+    validated = {clip.speaker for clip in valid}
+    train = [clip for s, clips in pool.items() if s not in validated for clip in clips]
+
+    state["test_trials"] = os.path.abspath(trials or save_folder / "test_trials.txt")
+    state["counts"] = {
+        "train": _count(train),
+        "valid": _count(valid) | _count_trials(valid_trials),
+        "test": _count(test) | _count_trials(trial_list),
+        "left_out": {"bad": len(bad), "short": len(short), "test_speakers": len(overlap)},
+    }
+    logger.info("left out: %d bad clips, %d under %s s", len(bad), len(short), min_seconds)
+
+    save_folder.mkdir(parents=True, exist_ok=True)
+    (save_folder / "prepare.json").unlink(missing_ok=True)
+    for name, clips in (("train", train), ("valid", valid), ("test", test)):
+        _write_csv(save_folder / f"{name}.csv", clips)
+    _write_trials(save_folder / "valid_trials.txt", valid_trials)
+    if not trials:
+        _write_trials(save_folder / "test_trials.txt", trial_list)
+    with _replacing(save_folder / "bad_files.txt") as file:
+        file.writelines(f"{reason}\n" for _, reason in sorted(bad.items()))
+    with _replacing(save_folder / "prepare.json") as file:
+        json.dump(state, file, indent=2)
+    return _prepared(save_folder)
+
+
+def _prepared(save_folder: Path) -> PreparedCorpus:
+    try:
+        state = json.loads((save_folder / "prepare.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{save_folder} is not prepared; run without skip_prep first") from None
+    names = ("train.csv", "valid.csv", "test.csv", "valid_trials.txt")
+    lists = [str(save_folder / name) for name in names]
+    return PreparedCorpus(*lists, state["test_trials"], state["counts"])
+
+
+def _done(save_folder: Path, state: dict) -> bool:
+    try:
+        stored = json.loads((save_folder / "prepare.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return False
+    return all(stored.get(key) == value for key, value in state.items())
+
+
+def _find_clips(folders: list[str]) -> dict[str, str]:
+    """Path of each utterance by its stem, ``<speaker>/<session>/<utterance>``."""
+    found = {}
+    for folder in folders:
+        if not os.path.isdir(folder):
+            raise ValueError(f"data_folder {folder} is not a folder")
+        roots = [os.path.join(folder, root) for root in _ROOTS]
+        roots = [root for root in roots if os.path.isdir(root)] or [folder]
+        speakers = [speaker for root in roots for speaker in _subfolders(root)]
+        before = len(found)
+        for clips in _in_threads(_list_speaker, speakers, f"list {folder}"):
+            for stem, path in clips:
+                if stem not in found or _preference(path) < _preference(found[stem]):
+                    found[stem] = path
+        if len(found) == before:
+            raise ValueError(
+                f"data_folder {folder} adds no clip; expected "
+                f"{folder}/wav/<speaker>/<session>/<utterance>.<wav|flac|ogg|m4a>"
+            )
+    return found
+
+
+def _subfolders(folder: str) -> list[str]:
+    with os.scandir(folder) as entries:
+        return sorted(entry.path for entry in entries if entry.is_dir())
+
+
+def _list_speaker(folder: str) -> list[tuple[str, str]]:
+    clips = []
+    for session in _subfolders(folder):
+        for name in os.listdir(session):
+            utterance, suffix = os.path.splitext(name)
+            if suffix.lower() in _SUFFIXES:
+                stem = f"{os.path.basename(folder)}/{os.path.basename(session)}/{utterance}"
+                clips.append((stem, os.path.join(session, name)))
+    return clips
+
+
+def _preference(path: str) -> int:
+    return _SUFFIXES.index(os.path.splitext(path)[1].lower())
+
+
+def _in_threads(function, items, description):
+    with ThreadPool(_THREADS) as pool:
+        results = pool.imap(function, items, chunksize=16)
+        yield from tqdm(results, description, len(items), disable=None)
+
+
+def _fingerprint(paths: dict[str, str], *lists: str | None) -> str:
+    digest = hashlib.sha256("\n".join(sorted(paths.values())).encode())
+    for path in filter(None, lists):
+        digest.update(Path(path).read_bytes())
+    return digest.hexdigest()
+
+
+def _train_speakers(path: str | None, paths: dict[str, str]) -> set[str]:
+    present = {stem.split("/")[0] for stem in paths}
+    if path is None:
+        return present
+    wanted = set(Path(path).read_text(encoding="utf-8").split())
+    if missing := sorted(wanted - present):
+        raise ValueError(
+            f"{len(missing)} of {len(wanted)} speakers in {path} have no clip in data_folder, "
+            f"such as {', '.join(missing[:5])}"
+        )
+    return wanted
+
+
+def _read_trials(path: str) -> list[tuple[str, str, str]]:
+    trials = []
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+        fields = line.split()
+        if len(fields) != 3 or fields[0] not in ("0", "1"):
+            raise ValueError(
+                f"{path}, line {number}: expected '1 a b' (same speaker) or '0 a b', got {line!r}"
+            )
+        trials.append(tuple(fields))
+    if not trials:
+        raise ValueError(f"{path} holds no trial")
+    return trials
+
+
+def _locate_trial_clips(path, trials, paths: dict[str, str]) -> dict[str, str]:
+    """Stem of each clip in the trials, in the order in which the trials name them."""
+    stems = {}
+    for number, (_, *pair) in enumerate(trials, 1):
+        for ID in pair:
+            stem = stems.setdefault(ID, os.path.splitext(ID)[0])
+            if stem not in paths:
+                raise ValueError(f"{path}, line {number}: {ID} is not in data_folder")
+    return stems
+
+
+def _read_headers(paths: dict[str, str]) -> dict[str, int | str]:
+    """Length of each clip in samples at 16 kHz, or the reason why it cannot be read."""
+    lengths = _in_threads(_num_frames_or_reason, paths.values(), "read headers")
+    return dict(zip(paths, lengths, strict=True))
+
+
+def _num_frames_or_reason(path: str) -> int | str:
+    try:
+        return audio_info(path, SAMPLE_RATE).num_frames
+    except (ValueError, OSError) as error:
+        return str(error)
+
+
+def _refuse_bad_files(bad: dict[str, str], total: int, test_stems: set[str], skip: bool):
+    in_trials = sorted(bad.keys() & test_stems)
+    if in_trials:
+        raise ValueError(f"{len(in_trials)} clips of the trials are bad: {bad[in_trials[0]]}")
+    if bad and not skip:
+        first = "\n".join(reason for _, reason in sorted(bad.items())[:5])
+        raise ValueError(
+            f"{len(bad)} of {total} files are bad; skip_bad_files=True leaves them out. "
+            f"The first:\n{first}"
+        )
+
+
+def _hold_out(pool: dict[str, list], count: int, argument: str, rng) -> list[_Clip]:
+    """Some clips each of ``count`` random speakers that have two or more."""
+    eligible = sorted(speaker for speaker, clips in pool.items() if len(clips) > 1)
+    if len(eligible) < count:
+        raise ValueError(
+            f"{argument} needs {count} speakers with two or more clips, {len(eligible)} have them"
+        )
+    return [
+        clip
+        for speaker in sorted(rng.sample(eligible, count))
+        for clip in sorted(
+            rng.sample(pool[speaker], min(CLIPS_PER_HELD_OUT_SPEAKER, len(pool[speaker])))
+        )
+    ]
+
+
+def _make_trials(clips: list[_Clip], rng) -> list[tuple[str, str, str]]:
+    """Every target pair across sessions (within, for a speaker of one), and random impostors."""
+    by_speaker = {s: list(c) for s, c in itertools.groupby(clips, lambda clip: clip.speaker)}
+    targets = []
+    for own in by_speaker.values():
+        pairs = list(itertools.combinations(own, 2))
+        targets += [(a, b) for a, b in pairs if a.session != b.session] or pairs
+    possible = (len(clips) ** 2 - sum(len(own) ** 2 for own in by_speaker.values())) // 2
+    drawn = set(rng.sample(range(possible), min(IMPOSTORS_PER_TARGET * len(targets), possible)))
+    others = (
+        pair for pair in itertools.combinations(clips, 2) if pair[0].speaker != pair[1].speaker
+    )
+    impostors = [pair for number, pair in enumerate(others) if number in drawn]
+    labelled = [("1", targets), ("0", impostors)]
+    return [(label, a.ID, b.ID) for label, pairs in labelled for a, b in pairs]
+
+
+def _count(clips: list[_Clip]) -> dict:
+    return {
+        "speakers": len({clip.speaker for clip in clips}),
+        "clips": len(clips),
+        "hours": round(sum(clip.num_frames for clip in clips) / SAMPLE_RATE / 3600, 3),
+    }
+
+
+def _count_trials(trials) -> dict:
+    target = sum(label == "1" for label, _, _ in trials)
+    return {"target": target, "impostor": len(trials) - target}
+
+
+def _write_csv(path: Path, clips: list[_Clip]):
+    with _replacing(path) as file:
+        writer = csv.writer(file)
+        writer.writerow(["ID", "duration", "wav", "start", "stop", "spk_id"])
+        for clip in clips:
+            duration = clip.num_frames / SAMPLE_RATE
+            writer.writerow([clip.ID, duration, clip.path, 0, clip.num_frames, clip.speaker])
+
+
+def _write_trials(path: Path, trials):
+    with _replacing(path) as file:
+        file.writelines(f"{label} {a} {b}\n" for label, a, b in trials)
+
+
+@contextlib.contextmanager
+def _replacing(path: Path):
+    """A file to write that takes ``path``'s place when it is complete."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8", newline="") as file:
+        yield file
+    os.replace(temporary, path)
