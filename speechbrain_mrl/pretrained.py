@@ -1,6 +1,7 @@
 """Released ReDimNet checkpoints: where they are, under which licence, and how they are loaded."""
 
 import hashlib
+import http.client
 import os
 import urllib.error
 import urllib.request
@@ -9,7 +10,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from speechbrain_mrl.redimnet import MatryoshkaReDimNet, ReDimNet
+from speechbrain_mrl.redimnet import MatryoshkaReDimNet, ReDimNet, refuse_foreign_weights
 
 URL = "https://github.com/IDRnD/ReDimNet/releases/download/latest/"
 # Train types by dataset, and the licence of the weights. vox2: VoxCeleb2, CC BY 4.0; vb2:
@@ -121,15 +122,20 @@ def read_checkpoint(path: str | os.PathLike, sha256: str | None = None) -> dict:
             )
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
     except Exception as error:  # torch raises many types for damaged or unsafe pickles
         raise ValueError(
             f"{path} is damaged or holds more than tensors and settings "
-            f"({type(error).__name__}: {str(error).splitlines()[0]}); "
+            f"({type(error).__name__}: {str(error).partition(chr(10))[0]}); "
             "delete it and load it again from a source that you trust"
         ) from error
     keys = {"model_config", "state_dict"}
     if not isinstance(checkpoint, dict) or not keys <= set(checkpoint):
         raise ValueError(f"{path} is not a ReDimNet release: it must hold {sorted(keys)}")
+    if not isinstance(checkpoint["state_dict"], dict):
+        found = type(checkpoint["state_dict"]).__name__
+        raise ValueError(f"{path} is not a ReDimNet release: its state_dict is a {found}")
     return checkpoint
 
 
@@ -141,11 +147,7 @@ def load_strictly(model: ReDimNet, state_dict: dict, where):
     ValueError
         If a key is missing, unexpected, of another shape, or holds NaN or infinity. Lists them.
     """
-    if any(key.startswith("backbone.inputs_weights") for key in state_dict):
-        raise ValueError(
-            f"{where} has the key names of releases before 2024.11; "
-            f"get today's file of the same model from {URL}"
-        )
+    refuse_foreign_weights(model, state_dict, where)
     expected = model.state_dict()
     problems = {
         "missing": sorted(set(expected) - set(state_dict)),
@@ -166,37 +168,35 @@ def load_strictly(model: ReDimNet, state_dict: dict, where):
     problems["of another shape"], problems["not finite"] = sorted(shapes), sorted(broken)
     found = "; ".join(f"{len(keys)} {what}: {keys}" for what, keys in problems.items() if keys)
     if found:
-        raise ValueError(
-            f"{where} does not fit the model: {found}. Weights of one ReDimNet cannot be put into "
-            "another; to join several models use distillation (train_distilled_mrl), progressive "
-            "expansion (expand_model) or routing (MultiModelEnsemble)"
-        )
+        raise ValueError(f"{where} does not fit the model: {found}")
     model.load_state_dict(flushed)
 
 
 def _find_release(model_name, train_type, dataset, folder):
     """Path of a release file, in a folder or, downloaded if need be, in torch.hub's cache."""
     name = f"{model_name}-{dataset}-{train_type}.pt"
+    release = RELEASES.get(dataset, {"model_names": (), "train_types": ()})
+    released = model_name in release["model_names"] and train_type in release["train_types"]
     if folder is not None:
         path = Path(folder) / name
         if not path.is_file():
+            hint = f"; download it from {URL}{name}" if released else ""
             raise FileNotFoundError(
-                f"source {str(folder)!r} is neither a checkpoint nor a folder that holds {name}; "
-                f"download it from {URL}{name}"
+                f"source {str(folder)!r} is neither a checkpoint nor a folder that holds {name}"
+                + hint
             )
         return path
-    release = RELEASES.get(dataset, {"model_names": (), "train_types": ()})
-    if model_name not in release["model_names"] or train_type not in release["train_types"]:
-        released = [
+    if not released:
+        known = [
             f"{'/'.join(entry['model_names'])}-{data}-{'/'.join(entry['train_types'])}"
             for data, entry in RELEASES.items()
         ]
-        raise ValueError(f"{name} was never released; released are {', '.join(released)}")
+        raise ValueError(f"{name} was never released; released are {', '.join(known)}")
     path = Path(torch.hub.get_dir()) / "checkpoints" / name
     if not path.is_file():
         try:
             download(URL + name, path)
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, http.client.HTTPException) as error:
             raise ConnectionError(
                 f"cannot download {URL}{name} ({error}); get that file elsewhere and put it at "
                 f"{path}, or name it with source="
@@ -212,7 +212,7 @@ def download(url: str, path: Path):
     ------
     OSError
         If the server cannot be reached or refuses.
-    EOFError
+    EOFError, http.client.IncompleteRead
         If the connection ended early; what has come is kept for the next try.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -239,6 +239,6 @@ def download(url: str, path: Path):
                 file.write(block)
                 bar.update(len(block))
             done = file.tell()
-    if total is not None and done < total:
+    if total is not None and done != total:
         raise EOFError(f"the connection ended after {done} of {total} bytes")
     os.replace(part, path)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 import torchaudio
 from speechbrain.augment.freq_domain import SpectrogramDrop
+from speechbrain.utils.checkpoints import mark_as_transfer, register_checkpoint_hooks
 from torch import Tensor, nn
 
 SAMPLE_RATE = 16000  # Hz, that of every released model
@@ -631,15 +632,15 @@ class TimeContext(nn.Module):
         return x + self.exp_dim_conv(self.tcm(self.red_dim_conv(x), mask))
 
 
-def _groups(channels, group_divisor):
+def _groups(channels, group_divisor, in_channels=None):
     """Convolution groups of ``group_divisor`` channels each (1 group where it is None)."""
     if group_divisor is None:
         return 1
     groups = channels // group_divisor
-    if groups == 0 or channels % groups:
+    if groups == 0 or channels % groups or (in_channels or channels) % groups:
         raise ValueError(
-            f"group_divisor {group_divisor} does not fit a layer of {channels} channels; "
-            "check C, stages_setup and group_divisor in model_config"
+            f"group_divisor {group_divisor} does not fit a layer of {in_channels or channels} to "
+            f"{channels} channels; check C, stages_setup and group_divisor in model_config"
         )
     return groups
 
@@ -662,7 +663,7 @@ class Backbone(nn.Module):
             f, c = f // stride, c * stride
             layers += [Block2d(config["block_2d_type"], width, f, divisor) for _ in range(n_blocks)]
             if expansion != 1:
-                groups = _groups(c, divisor)
+                groups = _groups(c, divisor, width)
                 layers.append(
                     Sequence(
                         Conv2d(width, c, 3, groups=groups),
@@ -755,6 +756,11 @@ def complete_config(model_config: dict) -> dict:
             raise ValueError(f"model_config has {key}={value!r}; supported: {allowed}")
     for key in ("F", "C", "embed_dim", "hop_length"):
         _check_positive(key, config[key])
+    if config["hop_length"] >= MIN_SAMPLES:
+        raise ValueError(
+            f"model_config has hop_length={config['hop_length']}; it must be below {MIN_SAMPLES}, "
+            "so that the shortest signal has two frames"
+        )
     for key in ("group_divisor", "out_channels"):
         if config[key] is not None:
             _check_positive(key, config[key])
@@ -795,7 +801,7 @@ def _check_bool(key, value):
 
 def _check_range(key, value):
     ok = isinstance(value, (list, tuple)) and len(value) == 2
-    if not ok or not all(type(x) is int for x in value) or not 0 <= value[0] <= value[1]:
+    if not ok or not all(type(x) is int for x in value) or not 0 <= value[0] < value[1]:
         raise ValueError(f"spec_params has {key}={value!r}; it must be two ascending integers")
 
 
@@ -825,6 +831,31 @@ def _check_stages(config):
             raise ValueError(f"{where} has expansion {expansion!r}, {c * expansion} channels")
         if reduction is not None and (type(reduction) is not int or not 1 <= reduction <= size):
             raise ValueError(f"{where} has reduction {reduction!r}; it must be 1..{size} or null")
+
+
+def refuse_foreign_weights(model: nn.Module, state_dict: dict, where="state_dict"):
+    """Raise if ``state_dict`` is of another architecture than ``model``, or of an old release.
+
+    Raises
+    ------
+    ValueError
+        If a backbone tensor has another shape, or the keys are those of a release before 2024.11.
+    """
+    if any(str(key).startswith("backbone.inputs_weights") for key in state_dict):
+        raise ValueError(
+            f"{where} has the key names of releases before 2024.11; get today's file of the same "
+            "model from https://github.com/IDRnD/ReDimNet/releases"
+        )
+    for key, own in model.state_dict().items():
+        shape = getattr(state_dict.get(key), "shape", own.shape)
+        if key.startswith("backbone.") and shape != own.shape:
+            raise ValueError(
+                f"{where} is of another ReDimNet ({key} is {tuple(shape)}, here "
+                f"{tuple(own.shape)}), whose weights cannot be transferred because no channel of "
+                "one network corresponds to one of the other; to join models use distillation "
+                "(train_distilled_mrl), progressive expansion (expand_model) or routing "
+                "(MultiModelEnsemble)"
+            )
 
 
 class ReDimNet(nn.Module):
@@ -873,6 +904,19 @@ class ReDimNet(nn.Module):
             For an unknown key, or a value that this implementation does not reproduce.
         """
         return cls(**complete_config(model_config))
+
+    def load_state_dict(self, state_dict, strict=True, assign=False):
+        """As torch's, but weights of another ReDimNet are refused with the reason.
+
+        Raises
+        ------
+        ValueError
+            If the weights are of another architecture, or of a release before 2024.11.
+        RuntimeError
+            For anything else that does not fit.
+        """
+        refuse_foreign_weights(self, state_dict)
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     def forward(self, wavs: Tensor, wav_lens: Tensor | None = None) -> Tensor:
         """Embeddings of waveforms, not length-normalised.
@@ -1047,3 +1091,179 @@ class MatryoshkaReDimNet(ReDimNet):
         if return_all_dims:
             return {d: embeddings[:, :d] for d in self.mrl_dims}
         return embeddings[:, :target_dim]
+
+
+# The parts of a published model, under the names that SpeechBrain's EncoderClassifier calls
+
+
+def check_state_dict(module: nn.Module, state_dict: dict) -> dict[str, list[str]]:
+    """What keeps ``state_dict`` from filling every tensor of ``module``, by kind of problem.
+
+    Example
+    -------
+    >>> state_dict = {"weight": torch.ones(2, 3), "scale": torch.ones(1)}
+    >>> check_state_dict(nn.Linear(3, 2), state_dict)
+    {'missing': ['bias'], 'unexpected': ['scale']}
+    """
+    expected, shapes, broken = module.state_dict(), [], []
+    for key in sorted(expected.keys() & state_dict.keys()):
+        value = state_dict[key]
+        if not isinstance(value, Tensor) or value.shape != expected[key].shape:
+            shapes.append(f"{key} {tuple(getattr(value, 'shape', ()))}")
+        elif not value.isfinite().all():
+            broken.append(key)
+    problems = {
+        "missing": sorted(set(expected) - set(state_dict)),
+        "unexpected": sorted(map(str, set(state_dict) - set(expected))),
+        "of another shape": shapes,
+        "not finite": broken,
+    }
+    return {what: keys for what, keys in problems.items() if keys}
+
+
+@register_checkpoint_hooks
+class StrictlyLoaded:
+    """A module whose published weights load completely or not at all.
+
+    SpeechBrain's own loading only warns about a missing key and leaves random weights there.
+    """
+
+    @mark_as_transfer
+    def load_published(self, path):
+        """Load a file of tensors, float16 or float32; ValueError lists the keys that do not fit."""
+        state_dict = torch.load(path, map_location="cpu", weights_only=True)
+        if problems := check_state_dict(self, state_dict):
+            raise ValueError(
+                f"{path} does not fit {type(self).__name__}: "
+                + "; ".join(f"{len(keys)} {what}: {keys}" for what, keys in problems.items())
+                + ". Fetch the model again, with all files of one revision"
+            )
+        self.load_state_dict(state_dict)
+
+
+class WaveformInput(nn.Module):
+    """``compute_features``: any recording as (B, T) that the network accepts.
+
+    SpeechBrain does not tell this step the clips' lengths, on which every feature depends, so the
+    features themselves are computed by ``EmbeddingModel``.
+
+    Example
+    -------
+    >>> inputs = WaveformInput()
+    >>> inputs(torch.zeros(1, 16000, 2)).shape, inputs(torch.zeros(1, 0)).shape
+    (torch.Size([1, 16000]), torch.Size([1, 257]))
+    """
+
+    def forward(self, wavs: Tensor) -> Tensor:
+        """(T,), (B, T), or channels along the shorter side of (B, T, channels), which are averaged.
+
+        A recording of fewer than 257 samples (16 ms) is continued with silence.
+        """
+        if wavs.numel() == 0:
+            wavs = wavs.new_zeros(len(wavs) if wavs.ndim > 1 else 1, MIN_SAMPLES)
+        if wavs.ndim == 3:
+            wavs = wavs.mean(dim=1 if wavs.shape[1] < wavs.shape[2] else 2)
+        if wavs.ndim == 1:
+            wavs = wavs.unsqueeze(0)
+        return F.pad(wavs, (0, max(0, MIN_SAMPLES - wavs.shape[-1])))
+
+
+class SilentPadding(nn.Module):
+    """``mean_var_norm``: zeros after each clip's end; the network normalises its features itself.
+
+    Example
+    -------
+    >>> SilentPadding()(torch.ones(2, 4), torch.tensor([1.0, 0.5]))
+    tensor([[1., 1., 1., 1.],
+            [1., 1., 0., 0.]])
+    """
+
+    def forward(self, wavs: Tensor, wav_lens: Tensor) -> Tensor:
+        ends = (wav_lens.double() * wavs.shape[1]).round().unsqueeze(1)
+        padding = torch.arange(wavs.shape[1], device=wavs.device) >= ends
+        return wavs.masked_fill(padding, 0.0)
+
+
+class EmbeddingModel(StrictlyLoaded, MatryoshkaReDimNet):
+    """``embedding_model``: waveforms to embeddings of one size, (B, 1, target_dim).
+
+    Arguments
+    ---------
+    model_config : dict
+        Architecture; see ``complete_config``.
+    mrl_dims : sequence of int
+        Sizes that the model was trained for, ascending, the last one ``embed_dim``.
+    target_dim : int, optional
+        One of ``mrl_dims``: coordinates to return. None: all.
+
+    Example
+    -------
+    >>> model = EmbeddingModel(PRESETS["b0"], mrl_dims=(64, 192), target_dim=64).eval()
+    >>> model(torch.zeros(2, 16000)).shape
+    torch.Size([2, 1, 64])
+    """
+
+    def __init__(self, model_config, mrl_dims, target_dim=None):
+        super().__init__(model_config["embed_dim"], mrl_dims, model_config)
+        if target_dim is not None and target_dim not in self.mrl_dims:
+            raise ValueError(
+                f"target_dim must be one of mrl_dims {list(self.mrl_dims)}, got {target_dim!r}"
+            )
+        self.target_dim = target_dim
+
+    def forward(self, wavs: Tensor, wav_lens: Tensor | None = None) -> Tensor:
+        """As ``MatryoshkaReDimNet``; a clip of fewer than 257 samples takes in some of its padding.
+
+        A ``wav_lens`` of one element holds for every clip.
+        """
+        if wav_lens is not None:
+            wav_lens = wav_lens.expand(len(wavs)).clamp_min(MIN_SAMPLES / wavs.shape[1])
+        return super().forward(wavs, wav_lens, self.target_dim).unsqueeze(1)
+
+
+class PrefixSpeakerClassifier(StrictlyLoaded, nn.Module):
+    """``classifier``: log-posteriors of the speakers, from the cosines of the first coordinates.
+
+    Arguments
+    ---------
+    embed_dim : int
+        D, size of the speakers' vectors.
+    n_classes : int
+        C, number of speakers. 0: a model that was published without speakers.
+    target_dim : int, optional
+        Coordinates that are compared, 1..D. None: all.
+    scale : float
+        What the cosines are multiplied by before the softmax.
+
+    Example
+    -------
+    >>> classifier = PrefixSpeakerClassifier(embed_dim=2, n_classes=2, target_dim=1, scale=10.0)
+    >>> classifier.weight.data = torch.tensor([[1.0, 5.0], [-1.0, 5.0]])
+    >>> classifier(torch.tensor([[[2.0, 0.0]]])).exp()
+    tensor([[[1.0000e+00, 2.0612e-09]]])
+    """
+
+    def __init__(self, embed_dim, n_classes, target_dim=None, scale=30.0):
+        super().__init__()
+        if target_dim is not None and not 1 <= target_dim <= embed_dim:
+            raise ValueError(f"target_dim must be in 1..{embed_dim}, got {target_dim!r}")
+        self.target_dim, self.scale = target_dim, scale
+        self.weight = nn.Parameter(torch.zeros(n_classes, embed_dim))
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        """Embeddings (..., d), d at least ``target_dim``, to log-posteriors (..., C)."""
+        if len(self.weight) == 0:
+            raise ValueError(
+                "this model was published without speakers to choose from; "
+                "compare embeddings instead (encode_batch, verify_batch)"
+            )
+        speakers = F.normalize(self.weight[:, : self.target_dim], dim=-1)
+        embeddings = F.normalize(embeddings[..., : self.target_dim], dim=-1)
+        return (self.scale * embeddings @ speakers.T).log_softmax(dim=-1)
+
+
+class LengthNorm(nn.Module):
+    """``mean_var_norm_emb``: embeddings at unit length."""
+
+    def forward(self, embeddings: Tensor, lens: Tensor | None = None) -> Tensor:
+        return F.normalize(embeddings, dim=-1)

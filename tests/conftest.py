@@ -1,0 +1,108 @@
+import json
+from pathlib import Path
+
+import fill
+import numpy as np
+import pytest
+import torch
+
+from speechbrain_mrl.redimnet import ReDimNet
+
+torch.set_num_threads(1)
+
+PARITY = Path(__file__).parent / "parity"
+
+
+class Fixture(dict):
+    """A parity fixture: its JSON, and the weights that it says how to draw."""
+
+    def weights(self):
+        """The release's keys -> tensors; what the fixture leaves as constructed included."""
+        state = ReDimNet.from_config(self["model_config"]).state_dict()
+        return state | fill.fill_state_dict(self["manifest"])
+
+    def model(self):
+        model = ReDimNet.from_config(self["model_config"])
+        model.load_state_dict(self.weights())
+        return model.eval()
+
+
+@pytest.fixture(scope="session")
+def parity():
+    """``parity("b0")``: that fixture."""
+    return lambda name: Fixture(json.loads((PARITY / f"{name}.json").read_text()))
+
+
+@pytest.fixture(scope="session")
+def tiny_config():
+    """The smallest model that has every kind of layer of b0 … b6; runs in milliseconds."""
+    return {
+        "F": 24,
+        "C": 4,
+        "block_1d_type": "conv+att",
+        "block_2d_type": "basic_resnet_fwse",
+        "stages_setup": [[1, 1, 2, [[3, 3]], 12], [2, 1, 1, [[3, 3]], None]],
+        "group_divisor": 2,
+        "embed_dim": 32,
+        "hop_length": 240,
+        "global_context_att": True,
+    }
+
+
+def _random_model(model_config, seed=0):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = ReDimNet.from_config(model_config)
+        for module in model.modules():
+            if isinstance(module, (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d)):
+                module.running_mean.normal_(0, 0.1)
+                module.running_var.uniform_(0.5, 2.0)
+                module.weight.data.uniform_(0.5, 1.5)
+                module.bias.data.normal_(0, 0.1)
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def random_model():
+    """``random_model(config)``: in eval mode, its BatchNorm statistics not the identity."""
+    return _random_model
+
+
+@pytest.fixture
+def release_file(tmp_path):
+    """``release_file(config)`` writes a checkpoint as released, and returns its path."""
+
+    def write(model_config, state_dict=None, name="b2-vox2-ft_lm", seed=0):
+        if state_dict is None:
+            state_dict = _random_model(model_config, seed).state_dict()
+        path = tmp_path / f"{name}.pt"
+        torch.save({"model_config": model_config, "state_dict": state_dict}, path)
+        return path
+
+    return write
+
+
+def _synthetic_voice(speaker, seconds, clip=0):
+    """A buzzing source through three resonances, all drawn from the speaker; (T,), float32.
+
+    The pitch glides and the resonances move a little with ``clip``, as they would with the words.
+    """
+    rng = np.random.default_rng([speaker])
+    pitch, formants = rng.uniform(90, 250), rng.uniform([300, 900, 2200], [800, 2000, 3200])
+    rng = np.random.default_rng([speaker, clip])
+    formants = formants * rng.uniform(0.92, 1.08, 3)
+    n = round(seconds * 16000)
+    times = np.arange(n) / 16000
+    glide = 1 + 0.1 * np.sin(2 * np.pi * rng.uniform(1, 3) * times + rng.uniform(0, 6))
+    phase = np.cumsum(pitch * glide) / 16000
+    pulses = np.diff(np.floor(phase), prepend=0.0) + 0.01 * rng.standard_normal(n)
+    hertz = np.fft.rfftfreq(n, 1 / 16000)
+    gain = sum(1 / (1 + ((hertz - formant) / 80) ** 2) for formant in formants)
+    wav = np.fft.irfft(np.fft.rfft(pulses) * gain, n)
+    return torch.from_numpy(0.5 * wav / np.abs(wav).max()).float()
+
+
+@pytest.fixture(scope="session")
+def voices():
+    """``voices(speaker, seconds, clip=0)``: a short synthetic voice, (T,)."""
+    return _synthetic_voice
