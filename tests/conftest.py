@@ -4,8 +4,10 @@ from pathlib import Path
 import fill
 import numpy as np
 import pytest
+import soundfile
 import torch
 
+from speechbrain_mrl.embedding import Clip
 from speechbrain_mrl.redimnet import ReDimNet
 
 torch.set_num_threads(1)
@@ -106,3 +108,26 @@ def _synthetic_voice(speaker, seconds, clip=0):
 def voices():
     """``voices(speaker, seconds, clip=0)``: a short synthetic voice, (T,)."""
     return _synthetic_voice
+
+
+@pytest.fixture(scope="session")
+def small_corpus(tmp_path_factory):
+    """A folder in VoxCeleb's layout: 20 synthetic voices, 3 sessions each of 2 clips of 1.2 s."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for speaker in range(20):
+        for clip in range(6):
+            path = folder / "wav" / f"id{speaker:02d}" / f"s{clip // 2}" / f"{clip % 2}.wav"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            soundfile.write(path, _synthetic_voice(speaker, 1.2, clip).numpy(), 16000)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_clips(small_corpus):
+    """The clips of ``small_corpus``, of unequal lengths."""
+    paths = sorted(small_corpus.glob("wav/*/*/*.wav"))
+    root = small_corpus / "wav"
+    return [
+        Clip(str(path.relative_to(root)), str(path), 0, 8000 + 640 * (i % 17))
+        for i, path in enumerate(paths)
+    ]

@@ -1,0 +1,174 @@
+"""Embeds the clips of a CSV with one or several encoders, reading each file once."""
+
+import csv
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from speechbrain_mrl.audio import audio_info, read_audio
+
+SAMPLE_RATE = 16000  # Hz
+AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a")
+
+
+class Clip(NamedTuple):
+    """A segment of a recording.
+
+    Arguments
+    ---------
+    id : str
+        Its name in trial lists, ``speaker/session/utterance.wav``.
+    wav : str
+        Path of the file.
+    start, stop : int
+        First sample and the one after the last, at 16 kHz.
+    """
+
+    id: str
+    wav: str
+    start: int
+    stop: int
+
+    @property
+    def num_frames(self) -> int:
+        return self.stop - self.start
+
+
+def read_clips(path: str | os.PathLike) -> list[Clip]:
+    """The clips of a SpeechBrain CSV with columns ID, wav, start and stop (samples at 16 kHz)."""
+    with open(path, newline="") as file:
+        return [
+            Clip(row["ID"], row["wav"], int(row["start"]), int(row["stop"]))
+            for row in csv.DictReader(file)
+        ]
+
+
+def write_clips(clips: Sequence[Clip], path: str | os.PathLike):
+    """Write clips as the CSV that ``read_clips`` and SpeechBrain's datasets read."""
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["ID", "duration", "wav", "start", "stop"])
+        for clip in clips:
+            writer.writerow([clip.id, clip.num_frames / SAMPLE_RATE, *clip[1:]])
+
+
+def find_clips(folder: str | os.PathLike) -> list[Clip]:
+    """Every recording below a folder, whatever its structure, in the order of their paths.
+
+    Raises
+    ------
+    ValueError
+        If there is none, or one cannot be read.
+    """
+    root = Path(folder)
+    paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in AUDIO_SUFFIXES)
+    if not paths:
+        raise ValueError(f"{folder} holds no recording ({', '.join(AUDIO_SUFFIXES)})")
+    return [
+        Clip(str(path.relative_to(root)), str(path), 0, audio_info(path).num_frames)
+        for path in tqdm(paths, desc="Reading headers", unit="file", disable=None)
+    ]
+
+
+class _Batches(torch.utils.data.Dataset):
+    """Padded batches of clips, their relative lengths and their indices."""
+
+    def __init__(self, clips, batches, max_samples):
+        self.clips, self.batches, self.max_samples = clips, batches, max_samples
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __getitem__(self, i):
+        wavs = []
+        for index in self.batches[i]:
+            clip = self.clips[index]
+            wavs.append(read_audio(clip.wav, clip.start, min(clip.num_frames, self.max_samples)))
+        lengths = torch.tensor([len(wav) for wav in wavs])
+        padded = nn.utils.rnn.pad_sequence(wavs, batch_first=True)  # (B, T)
+        return padded, lengths / padded.shape[1], self.batches[i]
+
+
+def embed_clips(
+    encoders: Mapping[str, nn.Module],
+    clips: Sequence[Clip],
+    device: str = "cpu",
+    batch_seconds: float = 60.0,
+    max_seconds: float = 30.0,
+    num_workers: int = 0,
+    progress: tqdm | None = None,
+) -> dict[str, Tensor]:
+    """Embeddings of all clips by all encoders; each file is read and decoded once.
+
+    Arguments
+    ---------
+    encoders : dict of str to torch.nn.Module
+        Called as ``encoder(wavs (B, T), wav_lens (B,))``, to give (B, D). Put into eval mode for
+        the time of the call.
+    clips : sequence of Clip
+        N clips.
+    device : str
+        Where the encoders are.
+    batch_seconds : float
+        Seconds of audio in a batch, padding included. Clips of like length travel together.
+    max_seconds : float
+        Only that much of the beginning of a clip is read.
+    num_workers : int
+        Processes that read and decode; 0: this one.
+    progress : tqdm, optional
+        A bar that is moved on by the number of clips done.
+
+    Returns
+    -------
+    dict of str to torch.Tensor
+        (N, D) float32 on the CPU for each encoder, in the order of ``clips``.
+
+    Raises
+    ------
+    ValueError
+        If a file cannot be decoded, or an embedding is not finite; names the clip.
+    """
+    max_samples = int(max_seconds * SAMPLE_RATE)
+    lengths = [min(clip.num_frames, max_samples) for clip in clips]
+    batches = _batches_by_length(lengths, batch_seconds * SAMPLE_RATE)
+    loader = DataLoader(
+        _Batches(clips, batches, max_samples), batch_size=None, num_workers=num_workers
+    )
+    training = {name: encoder.training for name, encoder in encoders.items()}
+    for encoder in encoders.values():
+        encoder.eval()
+    results: dict[str, Tensor] = {}
+    with torch.inference_mode():
+        for wavs, wav_lens, indices in loader:
+            wavs, wav_lens = wavs.to(device), wav_lens.to(device)
+            for name, encoder in encoders.items():
+                embeddings = encoder(wavs, wav_lens).float().cpu()  # (B, D)
+                broken = ~embeddings.isfinite().all(dim=1)
+                if broken.any():
+                    clip = clips[indices[broken.int().argmax().item()]]
+                    raise ValueError(f"{name} gives an embedding that is not finite for {clip.wav}")
+                if name not in results:
+                    results[name] = torch.empty(len(clips), embeddings.shape[1])
+                results[name][indices] = embeddings
+            if progress is not None:
+                progress.update(len(indices))
+    for name, encoder in encoders.items():
+        encoder.train(training[name])
+    return results
+
+
+def _batches_by_length(lengths, max_samples):
+    """Lists of indices, longest clips first, each list at most ``max_samples`` when padded."""
+    batches, longest = [], 0
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if not batches or (len(batches[-1]) + 1) * longest > max_samples:
+            batches.append([])
+            longest = lengths[index]
+        batches[-1].append(index)
+    return batches

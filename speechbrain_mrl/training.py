@@ -1,0 +1,389 @@
+"""Trains a Matryoshka student: the data pipelines, the Brain and the order of events."""
+
+import os
+from functools import partial
+from pathlib import Path
+
+import speechbrain as sb
+import torch
+from speechbrain.dataio.dataset import DynamicItemDataset
+from speechbrain.dataio.encoder import CategoricalEncoder
+from speechbrain.nnet.schedulers import WarmCoolDecayLRSchedule
+from speechbrain.utils.checkpoints import Checkpointer
+from speechbrain.utils.epoch_loop import EpochCounter
+from speechbrain.utils.train_logger import FileTrainLogger
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from speechbrain_mrl.audio import read_audio
+from speechbrain_mrl.embedding import SAMPLE_RATE, find_clips, read_clips, write_clips
+from speechbrain_mrl.losses import MatryoshkaDistillationLoss
+from speechbrain_mrl.pretrained import ReDimNetMRL
+from speechbrain_mrl.redimnet import MatryoshkaReDimNet, ReDimNet
+from speechbrain_mrl.teachers import LiveTeachers, TeacherStore, load_teachers
+from speechbrain_mrl.verification import Trials, evaluate
+
+FIT_CLIPS = 50_000  # clips that rotations are fitted on, at most
+
+
+def train_dataset(
+    csv_path: str,
+    chunk_seconds: float,
+    chunks_per_clip: int = 1,
+    label_encoder: CategoricalEncoder | None = None,
+) -> DynamicItemDataset:
+    """Random chunks of the clips of a CSV, with their speaker's index if there is an encoder.
+
+    Arguments
+    ---------
+    csv_path : str
+        Columns ID, wav, start and stop (samples at 16 kHz), and spk_id for labels.
+    chunk_seconds : float
+        Length of a chunk; a shorter clip is repeated to that length.
+    chunks_per_clip : int
+        How many random chunks of each clip make an epoch.
+    label_encoder : CategoricalEncoder, optional
+        Of the speakers. None: no label is read.
+    """
+    length = round(chunk_seconds * SAMPLE_RATE)
+
+    @sb.utils.data_pipeline.takes("wav", "start", "stop")
+    @sb.utils.data_pipeline.provides("sig")
+    def chunk(wav, start, stop):
+        start, stop = int(start), int(stop)
+        spare = stop - start - length
+        if spare > 0:
+            start += torch.randint(spare + 1, (1,)).item()
+        signal = read_audio(wav, start, min(length, stop - start))
+        return signal.repeat(-(-length // len(signal)))[:length]
+
+    @sb.utils.data_pipeline.takes("spk_id")
+    @sb.utils.data_pipeline.provides("label")
+    def label(spk_id):
+        return label_encoder.encode_label(spk_id)
+
+    items, keys = [chunk], ["id", "sig"]
+    if label_encoder is not None:
+        items, keys = [chunk, label], ["id", "sig", "label"]
+    dataset = DynamicItemDataset.from_csv(csv_path, {}, items, keys)
+    dataset.data_ids = dataset.data_ids * chunks_per_clip
+    return dataset
+
+
+def valid_dataset(csv_path: str, max_seconds: float) -> DynamicItemDataset:
+    """Whole clips of a CSV, longest first; of each at most its first ``max_seconds``."""
+
+    @sb.utils.data_pipeline.takes("wav", "start", "stop")
+    @sb.utils.data_pipeline.provides("sig")
+    def clip(wav, start, stop):
+        start, stop = int(start), int(stop)
+        return read_audio(wav, start, min(stop - start, round(max_seconds * SAMPLE_RATE)))
+
+    dataset = DynamicItemDataset.from_csv(csv_path, {}, [clip], ["id", "sig"])
+    return dataset.filtered_sorted(sort_key="duration", reverse=True)
+
+
+class MRLBrain(sb.Brain):
+    """Trains ``modules.student`` by ``modules.objective``, validates by EER at every size.
+
+    Takes from ``hparams``: ``mrl_dims``, ``labels``, ``wav_augment`` (or None), ``train_logger``. The
+    checkpoint with the lowest ``valid_error`` is kept: the mean EER over sizes, or without trials
+    the objective's loss, which is the disagreement with the teachers.
+
+    Arguments
+    ---------
+    stores : dict of Stage to TeacherStore or LiveTeachers
+        Teachers' embeddings of training and validation clips.
+    valid_trials : Trials or None
+        Of validation clips.
+    lr_schedule : callable
+        Called as ``lr_schedule(optimizer, number_of_the_step)`` before each step.
+    **brain_arguments
+        Those of ``speechbrain.Brain``.
+    """
+
+    def __init__(self, *, stores, valid_trials: Trials, lr_schedule, **brain_arguments):
+        super().__init__(**brain_arguments)
+        self.stores, self.valid_trials, self.lr_schedule = stores, valid_trials, lr_schedule
+
+    def compute_forward(self, batch, stage) -> Tensor:
+        """A batch of waveforms to embeddings (B, D), augmented in training."""
+        batch = batch.to(self.device)
+        wavs, wav_lens = batch.sig
+        if stage == sb.Stage.TRAIN and self.hparams.wav_augment is not None:
+            wavs, wav_lens = self.hparams.wav_augment(wavs, wav_lens)
+        return self.modules.student(wavs, wav_lens)
+
+    def compute_objectives(self, embeddings, batch, stage) -> Tensor:
+        """The objective's loss; an augmented copy learns what the clean whole clip gives."""
+        if stage != sb.Stage.TRAIN:
+            self.embeddings.update(zip(batch.id, embeddings.float().cpu(), strict=True))
+            if self.hparams.labels:  # validation speakers are not among the classes
+                return torch.zeros(())
+        copies = len(embeddings) // len(batch.id)
+        targets = {}
+        if stage in self.stores:
+            found = self.stores[stage].targets(batch)
+            targets = {name: x.to(self.device).repeat(copies, 1) for name, x in found.items()}
+        labels = batch.label.repeat(copies) if self.hparams.labels else None
+        loss, values = self.modules.objective(embeddings, targets, labels)
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        self.n_batches += 1
+        return loss
+
+    def on_stage_start(self, stage, epoch=None):
+        """Forgets the last stage's values."""
+        self.sums, self.n_batches, self.embeddings = {}, 0, {}
+
+    def on_fit_batch_start(self, batch, should_step):
+        """Sets the learning rate of the coming step."""
+        self.lr_schedule(self.optimizer, self.optimizer_step + 1)
+
+    def on_stage_end(self, stage, stage_loss, epoch=None):
+        """Logs the stage; after validation, keeps the checkpoint if it is the best."""
+        stats = {"loss": stage_loss}
+        stats.update({name: total / self.n_batches for name, total in self.sums.items()})
+        if stage == sb.Stage.TRAIN:
+            self.train_stats = stats
+            return
+        stats.update(self._eers())
+        if sb.utils.distributed.if_main_process():
+            self.hparams.train_logger.log_stats(
+                {"epoch": epoch, "lr": self.optimizer.param_groups[0]["lr"]},
+                train_stats=self.train_stats,
+                valid_stats=stats,
+            )
+        eers = [value for name, value in stats.items() if name.startswith("eer/")]
+        error = sum(eers) / len(eers) if eers else stage_loss
+        self.checkpointer.save_and_keep_only(meta={"valid_error": error}, min_keys=["valid_error"])
+
+    def _eers(self):
+        if self.valid_trials is None:
+            return {}
+        clips = self.valid_trials.stack(self.embeddings)
+        results = evaluate(clips, self.valid_trials, self.hparams.mrl_dims)
+        return {f"eer/{dim}": result["eer"] for dim, result in results.items()}
+
+
+def train_student(
+    student: MatryoshkaReDimNet,
+    objective: nn.Module,
+    train_set,
+    valid_set,
+    hparams: dict,
+    run_opts: dict,
+    stores: dict,
+    valid_trials: Trials | None = None,
+) -> MRLBrain:
+    """Train a student, or go on with a killed training, and recover its best checkpoint.
+
+    Arguments
+    ---------
+    student : MatryoshkaReDimNet
+        Changed in place.
+    objective : torch.nn.Module
+        Called as ``MatryoshkaDistillationLoss``; fitted on the training clips' embeddings.
+    train_set : DynamicItemDataset or DataLoader
+        As from ``train_dataset``.
+    valid_set : DynamicItemDataset
+        As from ``valid_dataset``.
+    hparams : dict
+        The loaded YAML.
+    run_opts : dict
+        SpeechBrain's run options.
+    stores : dict of Stage to TeacherStore or LiveTeachers
+        For TRAIN and VALID; empty for a training without teachers.
+    valid_trials : Trials, optional
+        Of validation clips. None: the checkpoint that agrees best with the teachers is kept.
+
+    Returns
+    -------
+    MRLBrain
+        Its ``modules.student`` is the best of the run.
+    """
+    checkpointer = hparams["checkpointer"]
+    checkpointer.add_recoverables({"student": student, "objective": objective})
+    if stores and checkpointer.find_checkpoint() is None:
+        train_embeddings = stores[sb.Stage.TRAIN].embeddings
+        objective.fit({name: found[:FIT_CLIPS] for name, found in train_embeddings.items()})
+
+    n_batches = len(train_set)
+    if not isinstance(train_set, DataLoader):
+        world_size = int(os.environ.get("WORLD_SIZE", 1))
+        n_batches //= hparams["batch_size"] * world_size
+        if n_batches == 0:
+            raise ValueError(
+                f"the training clips give {len(train_set)} chunks, fewer than batch_size "
+                f"{hparams['batch_size']} on {world_size} processes; give a smaller batch_size"
+            )
+    n_steps = hparams["number_of_epochs"] * n_batches
+    brain = MRLBrain(
+        modules={"student": student, "objective": objective},
+        opt_class=hparams["opt_class"],
+        hparams=hparams,
+        run_opts=run_opts,
+        checkpointer=checkpointer,
+        stores=stores,
+        valid_trials=valid_trials,
+        lr_schedule=hparams["lr_schedule"](
+            warmup=max(1, round(hparams["warmup"] * n_steps)),
+            cooldown=max(1, round(hparams["cooldown"] * n_steps)),
+            total_steps=n_steps,
+        ),
+    )
+    brain.fit(
+        hparams["epoch_counter"],
+        train_set,
+        valid_set,
+        train_loader_kwargs=hparams["train_loader"],
+        valid_loader_kwargs=hparams["valid_loader"],
+    )
+    checkpointer.recover_if_possible(min_key="valid_error")
+    return brain
+
+
+def expand_model(model: MatryoshkaReDimNet, new_dim: int) -> MatryoshkaReDimNet:
+    """A copy with ``new_dim`` coordinates: the old ones as they were, new ones small and random.
+
+    Arguments
+    ---------
+    model : MatryoshkaReDimNet
+        Not changed.
+    new_dim : int
+        More than ``model.embed_dim``; becomes the last of ``mrl_dims``.
+
+    Raises
+    ------
+    ValueError
+        If ``new_dim`` is not larger.
+
+    Example
+    -------
+    >>> from speechbrain_mrl import ReDimNetMRL
+    >>> small = ReDimNetMRL(embed_dim=64, mrl_dims=(64,), backbone="b0")
+    >>> expand_model(small, 128).mrl_dims
+    (64, 128)
+    """
+    if new_dim <= model.embed_dim:
+        raise ValueError(
+            f"new_dim must be larger than the model's embed_dim {model.embed_dim}, got {new_dim}"
+        )
+    return type(model).from_redimnet(model, new_dim, (*model.mrl_dims, new_dim))
+
+
+def train_distilled_mrl(
+    teachers: dict,
+    student_config: dict,
+    data,
+    epochs: int = 30,
+    *,
+    output_folder: str | os.PathLike = "results/distilled",
+    objective: nn.Module | None = None,
+    wav_augment=None,
+    batch_size: int = 64,
+    chunk_seconds: float = 3.0,
+    max_seconds: float = 20.0,
+    lr: float = 1e-3,
+    num_workers: int = 0,
+    device: str = "cpu",
+) -> ReDimNetMRL:
+    """Distil teachers into one Matryoshka student, without a YAML and without labels.
+
+    A call that was interrupted goes on where it was when it is made again. One clip in twenty, at
+    most 500, is held out; the checkpoint that agrees best with the teachers on those is returned.
+
+    Arguments
+    ---------
+    teachers : dict of str to teacher
+        What ``load_teacher`` takes: modules, released names, checkpoint files, Hub ids.
+    student_config : dict
+        Arguments of ``ReDimNetMRL``: ``embed_dim``, ``mrl_dims``, ``backbone``. A ``ReDimNet`` as
+        ``backbone`` is where the student starts from.
+    data : path or torch.utils.data.DataLoader
+        A folder of recordings of any structure, a CSV (ID, wav, start and stop in samples at
+        16 kHz), or a DataLoader of SpeechBrain batches with ``id`` and ``sig``, which the teachers
+        then hear at every step; with it nothing is held out and the last weights are returned.
+    epochs : int
+        Passes over the data.
+    output_folder : path
+        Checkpoints, log and the teachers' embeddings.
+    objective : torch.nn.Module, optional
+        Default: ``MatryoshkaDistillationLoss``, all teachers for every size, cosine and contrastive.
+    wav_augment : callable, optional
+        SpeechBrain ``Augmenter``: (wavs, wav_lens) to augmented ones.
+    batch_size : int
+        Chunks in a step.
+    chunk_seconds, max_seconds : float
+        Length of a training chunk, and of what teachers and validation hear of a clip at most.
+    lr : float
+        Largest learning rate (AdamW, warm-up of 5 %, linear cool-down over the second half).
+    num_workers : int
+        Processes that read and decode.
+    device : str
+        Where student and teachers are.
+
+    Returns
+    -------
+    ReDimNetMRL
+        In eval mode.
+    """
+    sizes = {key: value for key, value in student_config.items() if key != "backbone"}
+    backbone = student_config.get("backbone", "b2")
+    if isinstance(backbone, ReDimNet):
+        student = ReDimNetMRL.from_redimnet(backbone, **sizes)
+    else:
+        student = ReDimNetMRL(backbone=backbone, **sizes)
+    if objective is None:
+        objective = MatryoshkaDistillationLoss(
+            student.mrl_dims, "all", terms={"cosine": 1.0, "contrastive": 0.1}
+        )
+    folder = Path(output_folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    teachers = load_teachers(teachers, device=device)
+
+    valid_set = None
+    if isinstance(data, DataLoader):
+        train_set, stores = data, {sb.Stage.TRAIN: LiveTeachers(teachers, data, device)}
+    else:
+        clips = find_clips(data) if Path(data).is_dir() else read_clips(data)
+        held_out = clips[::20][:500]
+        splits = {
+            sb.Stage.TRAIN: [clip for clip in clips if clip not in set(held_out)],
+            sb.Stage.VALID: held_out,
+        }
+        stores = {}
+        for stage, split in splits.items():
+            write_clips(split, folder / f"{stage.name.lower()}.csv")
+            stores[stage] = TeacherStore(folder / "teachers" / stage.name.lower())
+            stores[stage].fill(
+                teachers, split, device, max_seconds=max_seconds, num_workers=num_workers
+            )
+        train_set = train_dataset(folder / "train.csv", chunk_seconds)
+        valid_set = valid_dataset(folder / "valid.csv", max_seconds)
+
+    epoch_counter = EpochCounter(epochs)
+    hparams = {
+        "mrl_dims": student.mrl_dims,
+        "labels": False,
+        "wav_augment": wav_augment,
+        "train_logger": FileTrainLogger(folder / "train_log.txt"),
+        "checkpointer": Checkpointer(folder / "checkpoints", {"epoch_counter": epoch_counter}),
+        "epoch_counter": epoch_counter,
+        "number_of_epochs": epochs,
+        "batch_size": batch_size,
+        "warmup": 0.05,
+        "cooldown": 0.5,
+        "opt_class": partial(torch.optim.AdamW, lr=lr, weight_decay=1e-4),
+        "lr_schedule": partial(WarmCoolDecayLRSchedule, lr=lr, decay_factor=1.0),
+        "train_loader": {
+            "batch_size": batch_size,
+            "shuffle": True,
+            "drop_last": True,
+            "num_workers": num_workers,
+        },
+        "valid_loader": {"batch_size": 16, "num_workers": num_workers},
+    }
+    run_opts = {"device": device}
+    train_student(student, objective, train_set, valid_set, hparams, run_opts, stores)
+    return student.eval()

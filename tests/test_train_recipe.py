@@ -1,0 +1,176 @@
+"""The recipe end to end: lists, teachers, student, report; from the YAML, as a user runs it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import train
+
+from speechbrain_mrl import ReDimNetMRL, load_pretrained_redimnet
+from speechbrain_mrl.embedding import embed_clips, read_clips
+
+SIZES = {"embed_dim": 48, "mrl_dims": "[8, 16, 32, 48]"}
+
+
+@pytest.fixture
+def run(small_corpus, release_file, tiny_config, tmp_path):
+    """``run(key=value, ...)`` trains on the small corpus with two tiny teachers; its folder."""
+    first = release_file(tiny_config, name="first", seed=1)
+    second = release_file({**tiny_config, "embed_dim": 24}, name="second", seed=2)
+
+    def call(*flags, yaml="hparams/mrl_distill.yaml", **changes):
+        options = {
+            "data_folder": small_corpus,
+            "output_folder": tmp_path / "run",
+            "teachers": [str(first), str(second)],
+            "backbone": first,
+            "valid_speakers": 4,
+            "chunk_seconds": 0.5,
+            "batch_size": 8,
+            "num_workers": 0,
+            "number_of_epochs": 2,
+            "device": "cpu",
+            **SIZES,
+            **changes,
+        }
+        student = train.main([yaml, *flags, *(f"--{k}={v}" for k, v in options.items())])
+        return student, Path(options["output_folder"])
+
+    # Eight test speakers in place of forty: the small corpus has twenty.
+    prepare_voxceleb = train.prepare_voxceleb
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            train,
+            "prepare_voxceleb",
+            lambda **arguments: prepare_voxceleb(**arguments, test_speakers=6),
+        )
+        yield call
+
+
+def test_training_ends_in_a_report_of_every_size_and_its_baselines(run):
+    _, folder = run()
+    report = json.loads((folder / "report.json").read_text())
+    assert sorted(report["dims"], key=int) == ["8", "16", "32", "48"]
+    for results in report["dims"].values():
+        assert 0 <= results["eer"] <= 1 and 0 <= results["min_dcf"] <= 1
+        assert -1 <= results["threshold"] <= 1
+    baselines = report["baselines"]
+    assert set(baselines["teachers"]) == {"first", "second"}
+    best = min(baselines["teachers"], key=lambda name: baselines["teachers"][name]["eer"])
+    assert baselines["teacher"] == best
+    sizes = {"first": {"8", "16", "32"}, "second": {"8", "16"}}[best]
+    assert set(baselines["naive_truncation"]) == set(baselines["pca_truncation"]) == sizes
+    assert report["trials"]["target"] > 0 and report["trials"]["impostor"] > 0
+    for name in ("eer_by_dim.png", "det.png", "train_log.txt", "hyperparams.yaml"):
+        assert (folder / name).stat().st_size > 0
+
+
+def test_the_same_command_again_only_reports(run, monkeypatch):
+    student, folder = run()
+    weights = {key: value.clone() for key, value in student.state_dict().items()}
+    log = (folder / "train_log.txt").read_text()
+    again, _ = run()
+    assert (folder / "train_log.txt").read_text() == log
+    for key, value in again.state_dict().items():
+        torch.testing.assert_close(value, weights[key], rtol=0, atol=0)
+
+
+def test_teachers_are_in_neither_optimizer_nor_checkpoint(run):
+    student, folder = run(number_of_epochs=1)
+    (checkpoint,) = (folder / "checkpoints").glob("CKPT*")
+    tensors = torch.load(checkpoint / "student.ckpt", weights_only=True)
+    assert tensors.keys() == student.state_dict().keys()
+    optimizer = torch.load(checkpoint / "optimizer.ckpt", weights_only=True)
+    n_student = len(list(student.parameters()))
+    assert len(optimizer["param_groups"][0]["params"]) == n_student
+    names = {path.stem for path in checkpoint.glob("*.ckpt")}
+    assert names == {
+        "student",
+        "objective",
+        "optimizer",
+        "epoch_counter",
+        "brain",
+        "dataloader-TRAIN",
+    }
+
+
+def test_debug_runs_two_batches_and_keeps_no_checkpoint(run):
+    _, folder = run("--debug")
+    assert not list((folder / "checkpoints").glob("CKPT*"))
+    assert json.loads((folder / "report.json").read_text())["trials"]["target"] <= 8
+
+
+def test_labels_train_without_any_teacher(run):
+    student, folder = run(yaml="hparams/mrl_supervised.yaml", teachers="null", number_of_epochs=1)
+    assert "train aam/8" in (folder / "train_log.txt").read_text()
+    baselines = json.loads((folder / "report.json").read_text())["baselines"]
+    assert baselines["teacher"] is None and baselines["teachers"] == {}
+
+
+def test_bf16_trains_to_finite_weights(run):
+    student, _ = run("--precision=bf16", number_of_epochs=1)
+    assert all(value.isfinite().all() for value in student.state_dict().values())
+
+
+def test_an_unknown_key_is_refused(run):
+    with pytest.raises(Exception, match="chunk_secs"):
+        run(chunk_secs=2)
+
+
+def test_a_batch_larger_than_the_corpus_is_refused(run):
+    with pytest.raises(ValueError, match="smaller batch_size"):
+        run(batch_size=4000)
+
+
+def test_the_untrained_student_verifies_as_its_backbone_does(
+    small_corpus, release_file, tiny_config, small_clips
+):
+    """All cosines of the first 32 coordinates equal the checkpoint's; the other 16 are small."""
+    path = release_file(tiny_config, name="first")
+
+    class NoCheckpoint:
+        def find_checkpoint(self):
+            return None
+
+    hparams = {
+        "backbone": path,
+        "pretrained": True,
+        "student_train_type": "ptn",
+        "student_dataset": "vox2",
+        "embed_dim": 48,
+        "mrl_dims": [8, 32, 48],
+        "checkpointer": NoCheckpoint(),
+    }
+    csv_path = path.with_suffix(".csv")
+    rows = [f"{c.id},{c.num_frames / 16000},{c.wav},{c.start},{c.stop}" for c in small_clips]
+    csv_path.write_text("\n".join(["ID,duration,wav,start,stop", *rows]) + "\n")
+
+    class Corpus:
+        train_csv = csv_path
+
+    student = train.make_student(hparams, Corpus)
+    encoders = {"student": student, "backbone": load_pretrained_redimnet(source=path)}
+    found = embed_clips(encoders, read_clips(csv_path))
+    cosines = {
+        name: torch.nn.functional.normalize(embeddings[:, :32].double(), dim=1)
+        for name, embeddings in found.items()
+    }
+    torch.testing.assert_close(
+        cosines["student"] @ cosines["student"].T,
+        cosines["backbone"] @ cosines["backbone"].T,
+        rtol=0,
+        atol=1e-5,
+    )
+    assert found["student"][:, 32:].abs().mean() < 0.05 * found["student"][:, :32].abs().mean()
+    # The principal axes come first: eight rotated coordinates hold more than the first eight did.
+    spread = {n: z - z.mean(0) for n, z in found.items()}
+    kept = {n: (z[:, :8].square().sum() / z[:, :32].square().sum()) for n, z in spread.items()}
+    assert kept["student"] > kept["backbone"]
+
+
+def test_a_random_student_has_the_sizes_of_the_yaml(tiny_config):
+    hparams = {"backbone": tiny_config, "pretrained": False, "embed_dim": 48, "mrl_dims": [8, 48]}
+    student = train.make_student(hparams, None)
+    assert isinstance(student, ReDimNetMRL)
+    assert student.mrl_dims == (8, 48)
