@@ -1239,7 +1239,7 @@ class PrefixSpeakerClassifier(StrictlyLoaded, nn.Module):
     -------
     >>> classifier = PrefixSpeakerClassifier(embed_dim=2, n_classes=2, target_dim=1, scale=10.0)
     >>> classifier.weight.data = torch.tensor([[1.0, 5.0], [-1.0, 5.0]])
-    >>> classifier(torch.tensor([[[2.0, 0.0]]])).exp()
+    >>> classifier(torch.tensor([[[2.0, 0.0]]])).exp().detach()
     tensor([[[1.0000e+00, 2.0612e-09]]])
     """
 

@@ -13,6 +13,7 @@ from speechbrain.utils.checkpoints import Checkpointer
 from speechbrain.utils.epoch_loop import EpochCounter
 from speechbrain.utils.train_logger import FileTrainLogger
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from speechbrain_mrl.audio import read_audio
@@ -148,15 +149,27 @@ class MRLBrain(sb.Brain):
             self.train_stats = stats
             return
         stats.update(self._eers())
-        if sb.utils.distributed.if_main_process():
-            self.hparams.train_logger.log_stats(
-                {"epoch": epoch, "lr": self.optimizer.param_groups[0]["lr"]},
-                train_stats=self.train_stats,
-                valid_stats=stats,
-            )
+        self.hparams.train_logger.log_stats(  # writes on the main process, all must call it
+            {"epoch": epoch, "lr": self.optimizer.param_groups[0]["lr"]},
+            train_stats=self.train_stats,
+            valid_stats=stats,
+        )
         eers = [value for name, value in stats.items() if name.startswith("eer/")]
         error = sum(eers) / len(eers) if eers else stage_loss
         self.checkpointer.save_and_keep_only(meta={"valid_error": error}, min_keys=["valid_error"])
+
+    def _wrap_distributed(self):
+        """As SpeechBrain does, but on CPUs without SyncBatchNorm, which only GPUs have.
+
+        There each process normalises by its own clips, and rank 0's statistics are kept.
+        """
+        if not self.distributed_launch or self.device_type != "cpu":
+            return super()._wrap_distributed()
+        for name, module in self.modules.items():
+            if any(p.requires_grad for p in module.parameters()):
+                self.modules[name] = DistributedDataParallel(
+                    module, find_unused_parameters=self.find_unused_parameters
+                )
 
     def _eers(self):
         if self.valid_trials is None:

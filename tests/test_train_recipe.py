@@ -1,11 +1,16 @@
 """The recipe end to end: lists, teachers, student, report; from the YAML, as a user runs it."""
 
+import csv
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import train
+from speechbrain.inference.classifiers import EncoderClassifier
 
 from speechbrain_mrl import ReDimNetMRL, load_pretrained_redimnet
 from speechbrain_mrl.embedding import embed_clips, read_clips
@@ -26,6 +31,7 @@ def run(small_corpus, release_file, tiny_config, tmp_path):
             "teachers": [str(first), str(second)],
             "backbone": first,
             "valid_speakers": 4,
+            "test_speakers": 6,
             "chunk_seconds": 0.5,
             "batch_size": 8,
             "num_workers": 0,
@@ -37,15 +43,7 @@ def run(small_corpus, release_file, tiny_config, tmp_path):
         student = train.main([yaml, *flags, *(f"--{k}={v}" for k, v in options.items())])
         return student, Path(options["output_folder"])
 
-    # Eight test speakers in place of forty: the small corpus has twenty.
-    prepare_voxceleb = train.prepare_voxceleb
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            train,
-            "prepare_voxceleb",
-            lambda **arguments: prepare_voxceleb(**arguments, test_speakers=6),
-        )
-        yield call
+    return call
 
 
 def test_training_ends_in_a_report_of_every_size_and_its_baselines(run):
@@ -64,6 +62,18 @@ def test_training_ends_in_a_report_of_every_size_and_its_baselines(run):
     assert report["trials"]["target"] > 0 and report["trials"]["impostor"] > 0
     for name in ("eer_by_dim.png", "det.png", "train_log.txt", "hyperparams.yaml"):
         assert (folder / name).stat().st_size > 0
+
+
+def test_the_model_folder_loads_with_speechbrain_and_gives_the_students_embeddings(run):
+    student, folder = run(number_of_epochs=1)
+    wavs, wav_lens = torch.randn(2, 16000) * 0.1, torch.tensor([1.0, 0.6])
+    loaded = EncoderClassifier.from_hparams(source=str(folder / "model"))
+    with torch.no_grad():
+        expected = student.eval()(wavs, wav_lens)
+    torch.testing.assert_close(loaded.encode_batch(wavs, wav_lens)[:, 0], expected)
+    with open(folder / "lists" / "train.csv", newline="") as file:
+        train_speakers = {row["spk_id"] for row in csv.DictReader(file)}
+    assert set(loaded.hparams.label_encoder.lab2ind) == train_speakers
 
 
 def test_the_same_command_again_only_reports(run, monkeypatch):
@@ -111,6 +121,36 @@ def test_labels_train_without_any_teacher(run):
 def test_bf16_trains_to_finite_weights(run):
     student, _ = run("--precision=bf16", number_of_epochs=1)
     assert all(value.isfinite().all() for value in student.state_dict().values())
+
+
+def test_two_processes_train_one_student(small_corpus, release_file, tiny_config, tmp_path):
+    """With torchrun and gloo; each fills its part of the store, one writes the report."""
+    teacher = release_file(tiny_config, name="first")
+    options = {
+        "data_folder": small_corpus,
+        "output_folder": tmp_path / "run",
+        "teachers": [str(teacher)],
+        "backbone": teacher,
+        "valid_speakers": 4,
+        "test_speakers": 6,
+        "chunk_seconds": 0.5,
+        "batch_size": 8,
+        "num_workers": 0,
+        "number_of_epochs": 1,
+        "device": "cpu",
+        "distributed_backend": "gloo",
+        **SIZES,
+    }
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += ["recipes/voxceleb/train.py", "hparams/mrl_distill.yaml"]
+    command += [f"--{key}={value}" for key, value in options.items()]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr[-6000:]
+    log = (tmp_path / "run" / "train_log.txt").read_text().splitlines()
+    assert len(log) == 1
+    assert done.stdout.count("teachers, at full size") == 1
+    assert (tmp_path / "run" / "model" / "hyperparams.yaml").exists()
 
 
 def test_an_unknown_key_is_refused(run):

@@ -9,6 +9,7 @@ import csv
 import io
 import sys
 import time
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import speechbrain as sb
@@ -21,8 +22,16 @@ from speechbrain.dataio.encoder import CategoricalEncoder
 from speechbrain.utils.distributed import ddp_init_group, if_main_process, run_on_main
 from voxceleb_prepare import prepare_voxceleb
 
-from speechbrain_mrl import ReDimNetMRL, load_pretrained_redimnet, matryoshka_rotation
+from speechbrain_mrl import (
+    ReDimNetMRL,
+    export_model,
+    load_pretrained_redimnet,
+    matryoshka_rotation,
+    push_to_hub,
+)
+from speechbrain_mrl.card import Provenance
 from speechbrain_mrl.embedding import embed_clips, read_clips
+from speechbrain_mrl.pretrained import RELEASES
 from speechbrain_mrl.teachers import TeacherStore, load_teachers
 from speechbrain_mrl.training import train_dataset, train_student, valid_dataset
 from speechbrain_mrl.verification import (
@@ -38,6 +47,7 @@ from speechbrain_mrl.verification import (
 )
 
 HEAD_CLIPS = 2000  # training clips that give the principal axes of a pretrained student
+ENROLMENT_CLIPS = 5  # a training speaker's, for the exported classifier
 RECIPE = Path(__file__).resolve().parent
 DEMO = "demo: synthetic voices and small demo teachers, no figure here is a VoxCeleb figure"
 
@@ -84,6 +94,7 @@ def prepare(hparams, debug):
         "trials": hparams["trials"],
         "train_speakers": hparams["train_speakers"],
         "valid_speakers": hparams["valid_speakers"],
+        "test_speakers": hparams["test_speakers"],
         "seed": hparams["seed"],
         "skip_bad_files": hparams["skip_bad_files"],
     }
@@ -172,6 +183,48 @@ def report_on(student, teachers, fit_embeddings, corpus, hparams, started, **emb
     return report
 
 
+def enrol(student, corpus, **embed_options):
+    """Embeddings of a few clips of each training speaker, for the exported classifier."""
+    with open(corpus.train_csv, newline="") as file:
+        speaker_of = {row["ID"]: row["spk_id"] for row in csv.DictReader(file)}
+    chosen, counts = [], Counter()
+    for clip in read_clips(corpus.train_csv):
+        counts[speaker_of[clip.id]] += 1
+        if counts[speaker_of[clip.id]] <= ENROLMENT_CLIPS:
+            chosen.append(clip)
+    embeddings = embed_clips({"student": student}, chosen, **embed_options)["student"]
+    speakers = defaultdict(list)
+    for clip, embedding in zip(chosen, embeddings, strict=True):
+        speakers[speaker_of[clip.id]].append(embedding)
+    return {speaker: torch.stack(found) for speaker, found in speakers.items()}
+
+
+def export(student, speakers, teachers, report, hparams):
+    """Write the model folder, and publish it if the YAML says where."""
+    released = RELEASES[hparams["teacher_dataset"]]
+    licenses = {
+        name: released["license"] if name in released["model_names"] else "not stated here"
+        for name in teachers
+    }
+    folder = Path(hparams["output_folder"])
+    export_model(
+        student,
+        folder / "model",
+        Provenance(
+            hparams["model_title"],
+            hparams["license"],
+            hparams["training_data"],
+            teachers=licenses,
+            trials=str(hparams["trials"] or "made from held-out speakers of the same corpus"),
+        ),
+        report=report,
+        plot=folder / "eer_by_dim.png",
+        speakers=speakers,
+    )
+    if hparams["push_to_hub"] is not None:
+        push_to_hub(folder / "model", hparams["push_to_hub"])
+
+
 def main(argv):
     """Everything from the command line to the report."""
     started = time.time()
@@ -181,11 +234,11 @@ def main(argv):
     if demo and if_main_process():
         print(DEMO)
     ddp_init_group(run_opts)
+    resolved = Path(hparams["output_folder"]) / "resolved.yaml"
     if if_main_process():
-        Path(hparams["output_folder"]).mkdir(parents=True, exist_ok=True)
-        resolved = Path(hparams["output_folder"]) / "resolved.yaml"
+        resolved.parent.mkdir(parents=True, exist_ok=True)
         resolved.write_text(text)
-        sb.create_experiment_directory(hparams["output_folder"], resolved)
+    sb.create_experiment_directory(hparams["output_folder"], resolved)
     corpus = prepare(hparams, run_opts.get("debug", False))
 
     embed_options = {
@@ -223,8 +276,15 @@ def main(argv):
     )
     if if_main_process():
         fit_embeddings = stores[sb.Stage.TRAIN].embeddings if teachers else {}
-        report_on(student, teachers, fit_embeddings, corpus, hparams, started, **embed_options)
-        print(f"Report and plots: {hparams['output_folder']}")
+        report = report_on(
+            student, teachers, fit_embeddings, corpus, hparams, started, **embed_options
+        )
+        speakers = enrol(student, corpus, **embed_options)
+        export(student, speakers, teachers, report, hparams)
+        print(
+            f"Report, plots and model/: {hparams['output_folder']}\nNext: python "
+            f"recipes/voxceleb/publish.py {hparams['output_folder']}/model ORG/NAME --dry_run"
+        )
         if demo:
             print(DEMO)
     return student

@@ -69,7 +69,8 @@ def main():
         config = {key: value for key, value in student.model_config.items() if key in backbone}
         config.update(embed_dim=192, out_channels=None)
         checkpoint = {"model_config": config, "state_dict": student.state_dict()}
-        torch.save(checkpoint, RECIPE / "demo_teachers" / f"{name}-demo-ptn.pt")
+        path = RECIPE / "demo_teachers" / f"{name}-demo-ptn.pt"
+        torch.save(checkpoint, path, _use_new_zipfile_serialization=False)  # smaller
 
 
 if __name__ == "__main__":

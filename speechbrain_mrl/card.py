@@ -1,0 +1,296 @@
+"""Writes a published model's card, every figure of it out of the model's report, and checks it."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_url
+
+REPO_ID = "ORG/NAME"  # stands in a card until the upload knows better
+METRICS = {"eer": "EER (fraction)", "min_dcf": "minDCF (p = 0.01)"}
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What a model was made from; its card says so.
+
+    Arguments
+    ---------
+    title : str
+        The card's headline.
+    license : str
+        The weights' licence, by the Hub's name for it: "cc-by-4.0", "cc-by-nc-sa-4.0", …
+    training_data : str
+        A sentence on the speech that the weights were trained on.
+    teachers : mapping of str to str
+        Name of each model that taught this one, or that it started from -> its weights' licence.
+    datasets : sequence of str
+        Training sets, by their names on the Hub.
+    trials : str
+        Name of the trial list behind the report.
+
+    Raises
+    ------
+    ValueError
+        If a teacher's licence forbids commercial use and the model's does not.
+
+    Example
+    -------
+    >>> Provenance("ReDimNet-MRL", "cc-by-4.0", "VoxCeleb2.", teachers={"M": "cc-by-nc-sa-4.0"})
+    Traceback (most recent call last):
+    ...
+    ValueError: license 'cc-by-4.0' allows commercial use, which the teachers ['M'] do not: ...
+    """
+
+    title: str
+    license: str
+    training_data: str
+    teachers: Mapping[str, str] = field(default_factory=dict)
+    datasets: Sequence[str] = ()
+    trials: str = ""
+
+    def __post_init__(self):
+        for name in ("title", "license", "training_data"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} must say something about the model, it is empty")
+        strict = [name for name, license in self.teachers.items() if _is_noncommercial(license)]
+        if strict and not _is_noncommercial(self.license):
+            raise ValueError(
+                f"license {self.license!r} allows commercial use, which the teachers {strict} do "
+                "not: a student of theirs needs a licence with the same restriction, such as "
+                f"{self.teachers[strict[0]]!r}"
+            )
+
+
+def _is_noncommercial(license: str) -> bool:
+    return "nc" in license.split("-")
+
+
+CARD = """\
+---
+{front_matter}
+---
+
+# {title}
+
+A ReDimNet speaker encoder for SpeechBrain: 16 kHz speech to embeddings that are compared by cosine.
+{sizes}
+
+## Results
+
+{results}
+
+## Use
+
+Needs SpeechBrain (1.0.3 or later) and nothing else.
+
+```python
+from speechbrain.inference.speaker import SpeakerRecognition
+
+model = SpeakerRecognition.from_hparams(source="{repo_id}", overrides={{"target_dim": {smallest}}})
+score, _ = model.verify_files("one.wav", "two.wav")
+same_speaker = score >= model.hparams.thresholds["{smallest}"]
+```
+
+`target_dim` may be {choices}. `verify_files` decides by a threshold of 0.25 whatever the model; use
+the threshold of the size, or better one fitted to recordings like yours. `EncoderClassifier` loads
+it too: `encode_batch(wavs, wav_lens)` gives (batch, 1, target_dim), and a clip's embedding does not
+depend on the clips that it is padded with. {classification}
+
+Loading a SpeechBrain model runs the code in its `hyperparams.yaml`. Read it, then pin what you have
+read: `fetch_config=FetchConfig(revision="<commit hash>")`, from `speechbrain.utils.fetching`, or
+before SpeechBrain 1.1 `source=huggingface_hub.snapshot_download("{repo_id}", revision="<commit hash>")`.
+
+## Training data, teachers and licence
+
+{training_data}
+
+{teachers}The weights are under {license}{noncommercial}; the code in `hyperparams.yaml` is under
+Apache-2.0.
+
+## Limits and misuse
+
+* A voice identifies a person. Enrol and search for people only with their knowledge and a legal
+  basis; embeddings are biometric data, the small ones too.
+* Error rates differ between groups of people (language, accent, age, gender), microphones, rooms and
+  durations. The figures above hold for their own trials; measure on your own.
+* There is no defence against recordings, synthetic or converted voices. Do not let it open a door
+  by itself.
+* A score is no proof that two recordings are of the same person.
+
+## Citation
+
+```bibtex
+@inproceedings{{yakovlev2024reshape,
+  title = {{Reshape Dimensions Network for Speaker Recognition}},
+  author = {{Yakovlev, Ivan and Makarov, Rostislav and Balykin, Andrei and Malov, Pavel and
+            Okhotnikov, Anton and Torgashov, Nikita}},
+  booktitle = {{Interspeech}},
+  year = {{2024}}
+}}
+@inproceedings{{kusupati2022matryoshka,
+  title = {{Matryoshka Representation Learning}},
+  author = {{Kusupati, Aditya and Bhatt, Gantavya and Rege, Aniket and others}},
+  booktitle = {{Advances in Neural Information Processing Systems}},
+  year = {{2022}}
+}}
+```
+"""
+
+
+def write_card(
+    sizes: Sequence[int],
+    provenance: Provenance,
+    report: Mapping[str, Any] | None,
+    has_plot: bool,
+    n_speakers: int,
+    widget: Sequence[Mapping],
+) -> str:
+    """The text of README.md; the repo's name is left open until the upload (``card_for``).
+
+    Example
+    -------
+    >>> provenance = Provenance("ReDimNet b0", "cc-by-4.0", "VoxCeleb2.")
+    >>> card = write_card([192], provenance, None, has_plot=False, n_speakers=0, widget=[])
+    >>> ModelCard(card).data.license
+    'cc-by-4.0'
+    """
+    if report is not None:
+        _check_report(report, sizes, provenance)
+    front = ModelCardData(
+        library_name="speechbrain",
+        license=provenance.license,
+        pipeline_tag="audio-classification" if n_speakers else None,
+        tags=["speechbrain", "speaker-verification", "speaker-recognition", "embeddings"]
+        + ["redimnet", "matryoshka", "pytorch"],
+        datasets=list(provenance.datasets) or None,
+        model_name=provenance.title,
+        eval_results=None if report is None else _eval_results(sizes, provenance, report),
+        widget=widget or None,
+    )
+    if len(sizes) == 1:
+        about_sizes = f"An embedding has {sizes[0]} coordinates."
+    else:
+        about_sizes = (
+            f"Its first {_choices(sizes[:-1])} coordinates, normalised after the cut, are "
+            f"embeddings as well; all {sizes[-1]} come out of the same forward pass."
+        )
+    teachers = "".join(f"* {name}: {license}\n" for name, license in provenance.teachers.items())
+    return CARD.format(
+        front_matter=front.to_yaml(),
+        title=provenance.title,
+        sizes=about_sizes,
+        results="None: no trial list was scored."
+        if report is None
+        else _results(sizes, provenance, report, has_plot),
+        repo_id=REPO_ID,
+        smallest=sizes[0],
+        choices=_choices(sizes),
+        classification=f"`classify_batch` tells {n_speakers} speakers apart, with the same sizes."
+        if n_speakers
+        else "It was published without a list of speakers to choose from.",
+        training_data=provenance.training_data,
+        teachers=teachers and f"Models that it started from or learned from:\n\n{teachers}\n",
+        license=provenance.license,
+        noncommercial=" and **not for commercial use**"
+        if _is_noncommercial(provenance.license)
+        else "",
+    )
+
+
+def _check_report(report, sizes, provenance):
+    missing = [size for size in sizes if str(size) not in report["dims"]]
+    if missing:
+        raise ValueError(
+            f"report has no results for the sizes {missing}, only for {list(report['dims'])}; "
+            "verify the model that is published"
+        )
+    if not provenance.trials:
+        raise ValueError("provenance.trials must name the trial list that report was made on")
+
+
+def _choices(sizes) -> str:
+    *others, last = map(str, sizes)
+    return f"{', '.join(others)} or {last}" if others else last
+
+
+def _corpus(report) -> str:
+    return "demo" if report["corpus"] == "demo" else Path(report["corpus"]).name
+
+
+def _eval_results(sizes, provenance, report) -> list[EvalResult]:
+    corpus = _corpus(report)
+    return [
+        EvalResult(
+            task_type="speaker-verification",
+            task_name="Speaker verification",
+            dataset_type=corpus.lower().replace(" ", "-"),
+            dataset_name=f"{corpus}, {provenance.trials}",
+            metric_type=metric,
+            metric_name=f"{METRICS[metric]}, {size} coordinates",
+            metric_value=report["dims"][str(size)][metric],
+        )
+        for size in sizes
+        for metric in METRICS
+    ]
+
+
+def _results(sizes, provenance, report, has_plot) -> str:
+    trials, baselines = report["trials"], report.get("baselines", {})
+    lines = []
+    if _corpus(report) == "demo":
+        lines += [
+            "**Demo numbers**: measured on a small corpus of synthetic voices. They show that the "
+            "model works, and say nothing about real speech.",
+            "",
+        ]
+    lines += [
+        f"{_corpus(report)}, {provenance.trials}: {trials['target']} target and "
+        f"{trials['impostor']} impostor trials; from `report.json`.",
+        "",
+        "| coordinates | EER % | minDCF (p = 0.01) | threshold |",
+        "| --- | --- | --- | --- |",
+    ]
+    for size in sizes:
+        result = report["dims"][str(size)]
+        cells = f"{100 * result['eer']:.2f} | {result['min_dcf']:.3f} | {result['threshold']:.3f}"
+        lines.append(f"| {size} | {cells} |")
+    for name, result in baselines.get("teachers", {}).items():
+        cells = f"{100 * result['eer']:.2f} | {result['min_dcf']:.3f} | {result['threshold']:.3f}"
+        lines.append(f"| {result['dim']}: teacher {name} | {cells} |")
+    if has_plot:
+        lines += ["", "![EER against embedding size](eer_by_dim.png)"]
+    return "\n".join(lines)
+
+
+def card_problems(folder: Path, n_labels: int, sizes: Sequence[int]) -> list[str]:
+    """What keeps the card of an exported folder from being published."""
+    card, problems = ModelCard.load(folder / "README.md").data, []
+    if card.get("library_name") != "speechbrain":
+        problems.append("README.md needs library_name: speechbrain")
+    if not card.get("license"):
+        problems.append("README.md names no license")
+    if (card.get("pipeline_tag") == "audio-classification") != (n_labels > 0):
+        problems.append(f"README.md has pipeline_tag {card.get('pipeline_tag')}, {n_labels} labels")
+    if not (folder / "report.json").is_file():
+        return [*problems, "it has no report.json; export the model with the report of its trials"]
+    dims = json.loads((folder / "report.json").read_text(encoding="utf-8"))["dims"]
+    measured = {
+        f"{name}, {size} coordinates": dims[str(size)][metric]
+        for size in sizes
+        for metric, name in METRICS.items()
+    }
+    told = {result.metric_name: result.metric_value for result in card.get("eval_results", [])}
+    if told != measured:
+        problems.append("README.md has a model-index with other numbers than report.json")
+    return problems
+
+
+def card_for(folder: Path, repo_id: str, endpoint: str) -> str:
+    """The card of an exported folder with the repo's name and addresses filled in."""
+    card = ModelCard.load(folder / "README.md")
+    for example in card.data.get("widget", []):
+        example["src"] = hf_hub_url(repo_id, example["src"], endpoint=endpoint)
+    return str(card).replace(REPO_ID, repo_id)
