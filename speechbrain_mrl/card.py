@@ -9,6 +9,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_url
 
 REPO_ID = "ORG/NAME"  # stands in a card until the upload knows better
+OWN_LICENSES = ("non-commercial", "not stated")
 METRICS = {"eer": "EER (fraction)", "min_dcf": "minDCF (p = 0.01)"}
 
 
@@ -21,7 +22,8 @@ class Provenance:
     title : str
         The card's headline.
     license : str
-        The weights' licence, by the Hub's name for it: "cc-by-4.0", "cc-by-nc-sa-4.0", …
+        The weights' licence, by the Hub's name for it: "cc-by-4.0", "cc-by-nc-sa-4.0", …; or
+        "non-commercial", or "not stated", with which nothing is uploaded.
     training_data : str
         A sentence on the speech that the weights were trained on.
     teachers : mapping of str to str
@@ -44,9 +46,9 @@ class Provenance:
     ValueError: license 'cc-by-4.0' allows commercial use, which the teachers ['M'] do not: ...
     """
 
-    title: str
-    license: str
-    training_data: str
+    title: str = "ReDimNet-MRL"
+    license: str = "not stated"
+    training_data: str = "Not stated."
     teachers: Mapping[str, str] = field(default_factory=dict)
     datasets: Sequence[str] = ()
     trials: str = ""
@@ -65,7 +67,7 @@ class Provenance:
 
 
 def _is_noncommercial(license: str) -> bool:
-    return "nc" in license.split("-")
+    return license == "non-commercial" or "nc" in license.split("-")
 
 
 CARD = """\
@@ -161,7 +163,9 @@ def write_card(
         _check_report(report, sizes, provenance)
     front = ModelCardData(
         library_name="speechbrain",
-        license=provenance.license,
+        # What the Hub has no name for is "other" there, with a name of its own.
+        license="other" if provenance.license in OWN_LICENSES else provenance.license,
+        license_name=provenance.license if provenance.license in OWN_LICENSES else None,
         pipeline_tag="audio-classification" if n_speakers else None,
         tags=["speechbrain", "speaker-verification", "speaker-recognition", "embeddings"]
         + ["redimnet", "matryoshka", "pytorch"],
@@ -270,7 +274,7 @@ def card_problems(folder: Path, n_labels: int, sizes: Sequence[int]) -> list[str
     card, problems = ModelCard.load(folder / "README.md").data, []
     if card.get("library_name") != "speechbrain":
         problems.append("README.md needs library_name: speechbrain")
-    if not card.get("license"):
+    if not card.get("license") or card.get("license_name") == "not stated":
         problems.append("README.md names no license")
     if (card.get("pipeline_tag") == "audio-classification") != (n_labels > 0):
         problems.append(f"README.md has pipeline_tag {card.get('pipeline_tag')}, {n_labels} labels")

@@ -37,7 +37,7 @@ FILES = (
 def export_model(
     model: ReDimNet,
     folder: str | os.PathLike,
-    provenance: Provenance,
+    provenance: Provenance | None = None,
     *,
     report: Mapping[str, Any] | None = None,
     plot: str | os.PathLike | None = None,
@@ -57,8 +57,8 @@ def export_model(
         A student, a rotated pretrained model, or a plain ReDimNet of one size. Stays as it is.
     folder : path
         To be written.
-    provenance : Provenance
-        For the card.
+    provenance : Provenance, optional
+        For the card. None states no licence and cannot be uploaded.
     report : dict, optional
         A verification's report.json. The card's numbers all come from it; without one the folder
         loads but cannot be published.
@@ -97,7 +97,7 @@ def export_model(
     >>> loaded.encode_batch(torch.zeros(1, 16000)).shape
     torch.Size([1, 1, 32])
     """
-    folder = Path(folder)
+    folder, provenance = Path(folder), provenance or Provenance()
     if folder.exists() and (foreign := foreign_files(folder)):
         raise ValueError(f"{folder} holds {foreign}, which no export wrote; choose another folder")
     if dtype not in (torch.float32, torch.float16):

@@ -10,7 +10,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from speechbrain_mrl.redimnet import MatryoshkaReDimNet, ReDimNet, refuse_foreign_weights
+from speechbrain_mrl.redimnet import (
+    MatryoshkaReDimNet,
+    ReDimNet,
+    check_state_dict,
+    refuse_foreign_weights,
+)
 
 URL = "https://github.com/IDRnD/ReDimNet/releases/download/latest/"
 # Train types by dataset, and the licence of the weights. vox2: VoxCeleb2, CC BY 4.0; vb2:
@@ -21,11 +26,11 @@ RELEASES = {
         "train_types": ("ptn", "ft_lm"),
         "license": "cc-by-4.0",
     },
-    "vb2": {"model_names": ("S", "M"), "train_types": ("ptn",), "license": "cc-by-nc-sa-4.0"},
+    "vb2": {"model_names": ("S", "M"), "train_types": ("ptn",), "license": "non-commercial"},
     "vb2+vox2+cnc": {
         "model_names": ("S", "M"),
         "train_types": ("ft_mix",),
-        "license": "cc-by-nc-sa-4.0",
+        "license": "non-commercial",
     },
 }
 
@@ -148,28 +153,14 @@ def load_strictly(model: ReDimNet, state_dict: dict, where):
         If a key is missing, unexpected, of another shape, or holds NaN or infinity. Lists them.
     """
     refuse_foreign_weights(model, state_dict, where)
-    expected = model.state_dict()
-    problems = {
-        "missing": sorted(set(expected) - set(state_dict)),
-        "unexpected": sorted(map(str, set(state_dict) - set(expected))),
-    }
-    flushed, shapes, broken = {}, [], []
-    for key in expected.keys() & state_dict.keys():
-        value = state_dict[key]
-        if not isinstance(value, torch.Tensor) or value.shape != expected[key].shape:
-            shapes.append(f"{key} {tuple(getattr(value, 'shape', ()))}")
-        elif not value.isfinite().all():
-            broken.append(key)
-        elif value.is_floating_point():
-            # Subnormal weights slow a CPU down by up to 25 times.
-            flushed[key] = value.where(value.abs() >= torch.finfo(value.dtype).tiny, 0.0)
-        else:
-            flushed[key] = value
-    problems["of another shape"], problems["not finite"] = sorted(shapes), sorted(broken)
-    found = "; ".join(f"{len(keys)} {what}: {keys}" for what, keys in problems.items() if keys)
-    if found:
+    if problems := check_state_dict(model, state_dict):
+        found = "; ".join(f"{len(keys)} {what}: {keys}" for what, keys in problems.items())
         raise ValueError(f"{where} does not fit the model: {found}")
-    model.load_state_dict(flushed)
+    # Subnormal weights slow a CPU down by up to 25 times.
+    tiny = torch.finfo(torch.float32).tiny
+    model.load_state_dict(
+        {key: value.where(value.abs() >= tiny, 0) for key, value in state_dict.items()}
+    )
 
 
 def _find_release(model_name, train_type, dataset, folder):

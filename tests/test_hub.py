@@ -412,6 +412,21 @@ def test_the_cards_examples_carry_the_models_answers(published):
     assert example["output"][0]["label"] == "id2" and len(example["output"]) == 5
 
 
+def test_an_export_that_states_no_licence_loads_and_is_not_uploaded(student, tmp_path):
+    folder = export_model(student, tmp_path / "model")
+    loaded = EncoderClassifier.from_hparams(source=str(folder))
+    assert loaded.encode_batch(torch.zeros(1, 16000)).shape[-1] == student.embed_dim
+    with pytest.raises(ValueError, match="names no license"):
+        check_folder(folder)
+
+
+def test_a_licence_of_its_own_is_other_to_the_hub(student, tmp_path):
+    provenance = Provenance("Tiny", "non-commercial", "VoxBlink2.", {"M": "non-commercial"})
+    card = ModelCard.load(export_model(student, tmp_path / "model", provenance) / "README.md")
+    assert (card.data.license, card.data.license_name) == ("other", "non-commercial")
+    assert "**not for commercial use**" in card.text
+
+
 def test_a_student_of_a_noncommercial_teacher_says_so(student, tmp_path):
     teachers = {"M": "cc-by-nc-sa-4.0"}
     with pytest.raises(ValueError, match=r"teachers \['M'\]"):

@@ -203,7 +203,7 @@ def export(student, speakers, teachers, report, hparams):
     """Write the model folder, and publish it if the YAML says where."""
     released = RELEASES[hparams["teacher_dataset"]]
     licenses = {
-        name: released["license"] if name in released["model_names"] else "not stated here"
+        name: released["license"] if name in released["model_names"] else "not stated"
         for name in teachers
     }
     folder = Path(hparams["output_folder"])
