@@ -160,9 +160,7 @@ class TeacherStore:
             if missing:
                 todo.append((i, shard, missing))
         total = sum(len(shard) for _, shard, _ in todo)
-        with tqdm(
-            total=total, unit="clip", desc="Embedding with teachers", disable=not todo
-        ) as bar:
+        with tqdm(total=total, unit="clip", desc="Embedding", disable=not todo) as bar:
             for i, shard, missing in todo:
                 found = embed_clips(
                     missing, shard, device, batch_seconds, max_seconds, num_workers, bar
@@ -206,7 +204,7 @@ class TeacherStore:
         if changed:
             raise ValueError(
                 f"{path.parent} was filled with other {' and '.join(changed)}; delete that folder "
-                "or name another teacher_store"
+                "or name another one"
             )
 
 

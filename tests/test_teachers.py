@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from speechbrain_mrl import teachers
+from speechbrain_mrl import export_model, teachers
 from speechbrain_mrl.embedding import embed_clips
 from speechbrain_mrl.teachers import TeacherStore, fingerprint, load_teacher, load_teachers
 
@@ -37,6 +37,16 @@ def test_a_checkpoint_file_a_module_and_a_mapping_are_teachers(
     torch.testing.assert_close(load_teacher(path)(wavs), expected)
     torch.testing.assert_close(load_teachers([str(path)])["any"](wavs), expected)
     assert load_teachers({"mine": Counting()})["mine"](wavs, torch.ones(2)).shape == (2, 2)
+
+
+def test_any_speechbrain_encoder_is_a_teacher(tmp_path, random_model, tiny_config):
+    model = random_model(tiny_config)
+    folder = export_model(model, tmp_path / "published")
+    teacher = load_teachers({"published": str(folder)})["published"]
+    wavs, wav_lens = torch.randn(2, 8000), torch.tensor([1.0, 0.7])
+    torch.testing.assert_close(teacher(wavs, wav_lens), model(wavs, wav_lens))
+    assert len(fingerprint(teacher)) == 64
+    assert not any(p.requires_grad for p in teacher.parameters())
 
 
 def test_a_teacher_is_frozen_and_in_eval_mode():

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import train
+from huggingface_hub import ModelCard
 from speechbrain.inference.classifiers import EncoderClassifier
 
 from speechbrain_mrl import ReDimNetMRL, load_pretrained_redimnet
@@ -74,6 +75,19 @@ def test_the_model_folder_loads_with_speechbrain_and_gives_the_students_embeddin
     with open(folder / "lists" / "train.csv", newline="") as file:
         train_speakers = {row["spk_id"] for row in csv.DictReader(file)}
     assert set(loaded.hparams.label_encoder.lab2ind) == train_speakers
+
+
+def test_training_may_end_with_the_upload_of_a_model_with_examples(run, monkeypatch):
+    pushed = []
+    monkeypatch.setattr(train, "push_to_hub", lambda *arguments: pushed.append(arguments))
+    _, folder = run(number_of_epochs=1, push_to_hub="org/tiny", card_examples=2)
+    assert pushed == [(folder / "model", "org/tiny")]
+    card = ModelCard.load(folder / "model" / "README.md")
+    assert [Path(widget["src"]).suffix for widget in card.data.widget] == [".wav", ".wav"]
+    assert all(widget["output"] for widget in card.data.widget)
+    measured = {result.metric_value for result in card.data.eval_results}
+    report = json.loads((folder / "report.json").read_text())
+    assert {results["eer"] for results in report["dims"].values()} <= measured
 
 
 def test_the_same_command_again_only_reports(run, monkeypatch):

@@ -1,145 +1,27 @@
-"""Trial lists, scores, error rates, baselines, report and plots of the verification module."""
+"""Trial lists, scores, error rates with their intervals, and differences of models."""
 
-import json
-import subprocess
-import sys
-
-import matplotlib
 import numpy as np
 import pytest
 import torch
-from scipy.optimize import brentq
-from sklearn.metrics import roc_curve
+from reference_metrics import reference_eer, reference_min_dcf
+from toy_trials import toy_trials
 
 from speechbrain_mrl.verification import (
+    BOOTSTRAP_SEED,
     Trials,
-    eer,
+    compare,
+    eer_by_duration,
     evaluate,
-    make_report,
-    min_dcf,
-    plot_det,
-    plot_eer_by_dim,
-    plot_scores,
-    print_report,
+    evaluate_scores,
+    read_clip_list,
     read_trials,
     score_trials,
-    teacher_baselines,
-    truncation_baselines,
-    write_report,
 )
 
 
 @pytest.fixture
-def rng():
-    return np.random.default_rng(3)
-
-
-@pytest.fixture
-def voices(rng):
-    """Every trial among 12 speakers' 5 clips each, and float64 embeddings (60, 16)."""
-    speakers = rng.normal(size=(12, 1, 16))
-    embeddings = torch.from_numpy((speakers + rng.normal(size=(12, 5, 16))).reshape(60, 16))
-    names = [f"s{speaker}/{clip}" for speaker in range(12) for clip in range(5)]
-    pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
-    trials = Trials.parse(f"{int(a.split('/')[0] == b.split('/')[0])} {a} {b}" for a, b in pairs)
-    return trials, trials.stack(dict(zip(names, embeddings)))
-
-
-def reference_eer(scores, labels):
-    """Where 1 - TPR meets FPR on scikit-learn's ROC polyline, walked by arc length."""
-    fpr, tpr, _ = roc_curve(labels, scores, drop_intermediate=False)
-    walk = np.arange(len(fpr))
-    crossing = brentq(
-        lambda t: np.interp(t, walk, fpr) - (1 - np.interp(t, walk, tpr)), 0, walk[-1], xtol=1e-12
-    )
-    return np.interp(crossing, walk, fpr)
-
-
-def reference_min_dcf(scores, labels, p_target, c_miss, c_fa):
-    """Every threshold tried one by one."""
-    scores, labels = np.asarray(scores), np.asarray(labels)
-    costs = []
-    for threshold in [np.inf, *scores]:
-        miss = np.mean(scores[labels == 1] < threshold)
-        false_accept = np.mean(scores[labels == 0] >= threshold)
-        costs.append(c_miss * p_target * miss + c_fa * (1 - p_target) * false_accept)
-    return min(costs) / min(c_miss * p_target, c_fa * (1 - p_target))
-
-
-def score_lists():
-    rng = np.random.default_rng(0)
-    labels = rng.integers(0, 2, 300)
-    smooth = rng.normal(size=300) + labels
-    few_targets = np.arange(300) < 7
-    return {
-        "distinct": (smooth, labels),
-        "many ties": (smooth.round(), labels),
-        "two values": ((smooth > 0.5).astype(float), labels),
-        "all equal": (np.full(300, 0.2), labels),
-        "perfectly separated": (labels + rng.uniform(0, 0.5, 300), labels),
-        "perfectly wrong": (-labels - rng.uniform(0, 0.5, 300), labels),
-        "few targets": (rng.normal(size=300).round(1) + few_targets, few_targets),
-        "integers": (smooth.round().astype(int), labels),
-        "one trial of each": (np.array([0.1, 0.9]), np.array([1, 0])),
-    }
-
-
-@pytest.mark.parametrize("name", score_lists())
-def test_eer_is_that_of_the_roc_polyline(name):
-    scores, labels = score_lists()[name]
-    assert eer(scores, labels)[0] == pytest.approx(reference_eer(scores, labels), abs=1e-6)
-
-
-@pytest.mark.parametrize("costs", [(0.01, 1, 1), (0.05, 1, 1), (0.5, 10, 1), (0.9, 1, 3)])
-@pytest.mark.parametrize("name", score_lists())
-def test_min_dcf_is_the_smallest_cost_of_all_thresholds(name, costs):
-    scores, labels = score_lists()[name]
-    expected = reference_min_dcf(scores, labels, *costs)
-    assert min_dcf(scores, labels, *costs) == pytest.approx(expected, abs=1e-9)
-
-
-def test_eer_of_equal_scores_is_one_half_and_of_separated_scores_zero():
-    assert eer([0.2, 0.2, 0.2], [1, 0, 0]) == (0.5, 0.2)
-    assert eer([0.7, 0.6, 0.5], [1, 1, 0]) == (0.0, 0.6)
-
-
-def test_eer_is_interpolated_between_tied_thresholds():
-    # accept nothing: FAR 0, FRR 1; accept the tie: FAR 1/3, FRR 0; they meet at a quarter
-    rate, threshold = eer([0.9, 0.9, 0.9, 0.1, 0.1], [1, 1, 0, 0, 0])
-    assert rate == pytest.approx(0.25, abs=1e-12)
-    assert threshold == 0.9
-
-
-def test_threshold_gives_the_rates_that_eer_promises(rng):
-    labels = rng.integers(0, 2, 2000)
-    scores = rng.normal(size=2000) + 2 * labels
-    rate, threshold = eer(scores, labels)
-    accepted = scores >= threshold
-    assert accepted[labels == 0].mean() == pytest.approx(rate, abs=2e-3)
-    assert (~accepted[labels == 1]).mean() == pytest.approx(rate, abs=2e-3)
-
-
-@pytest.mark.parametrize("metric", [eer, min_dcf])
-@pytest.mark.parametrize(
-    ("scores", "labels", "message"),
-    [
-        ([0.1, 0.2], [1, 1], "got 2 ones, 0 zeros"),
-        ([0.1, 0.2], [0, 0], "got 0 ones, 2 zeros"),
-        ([], [], "got 0 ones, 0 zeros"),
-        ([0.1, 0.2, 0.3], [0, 1, 2], "got 1 ones, 1 zeros among 3"),
-        ([0.1, float("nan")], [0, 1], "1 of 2 scores are NaN"),
-        ([0.1, 0.2], [1], r"got \(2,\) and \(1,\)"),
-    ],
-)
-def test_lists_without_a_defined_rate_are_refused(metric, scores, labels, message):
-    with pytest.raises(ValueError, match=message):
-        metric(scores, labels)
-
-
-@pytest.mark.parametrize("costs", [{"p_target": 0}, {"p_target": 1}, {"c_miss": 0}, {"c_fa": -1}])
-def test_min_dcf_refuses_meaningless_costs(costs):
-    with pytest.raises(ValueError, match="p_target must lie inside 0..1"):
-        min_dcf([0.1, 0.2], [0, 1], **costs)
+def voices():
+    return toy_trials()
 
 
 def test_trials_are_read_as_indices_into_unique_clips(tmp_path):
@@ -228,15 +110,13 @@ def test_evaluate_reports_every_size_as_if_measured_alone(voices):
         prefixes = torch.nn.functional.normalize(embeddings[:, :size], dim=1)
         scores = (prefixes[trials.enrol] * prefixes[trials.test]).sum(1).numpy()
         result = results[str(size)]
-        assert set(result) == {"eer", "min_dcf", "threshold"}
+        assert set(result) == {"eer", "min_dcf", "min_dcf_0.05", "threshold", "thresholds"}
         assert result["eer"] == pytest.approx(reference_eer(scores, trials.labels), abs=1e-6)
         expected = reference_min_dcf(scores, trials.labels, 0.01, 1, 1)
         assert result["min_dcf"] == pytest.approx(expected, abs=1e-6)
 
 
 def test_bootstrap_weights_equal_a_list_with_trials_repeated(voices):
-    from speechbrain_mrl.verification import BOOTSTRAP_SEED
-
     trials, embeddings = voices
     scores = score_trials(embeddings, trials, [16])[16]
     interval = evaluate(embeddings, trials, [16], n_bootstrap=1)["16"]["eer_ci"]
@@ -256,7 +136,7 @@ def test_bootstrap_interval_is_reproducible_and_holds_the_estimate(voices):
     first = evaluate(embeddings, trials, [4, 16], n_bootstrap=50)
     assert first == evaluate(embeddings, trials, [4, 16], n_bootstrap=50)
     for result in first.values():
-        for metric in ("eer", "min_dcf"):
+        for metric in ("eer", "min_dcf", "min_dcf_0.05"):
             low, high = result[f"{metric}_ci"]
             assert low <= result[metric] <= high
         assert result["eer_ci"][0] < result["eer_ci"][1]
@@ -268,115 +148,99 @@ def test_bootstrap_without_speakers_in_the_clip_ids_is_refused():
         evaluate(torch.eye(3), trials, [3], n_bootstrap=10)
 
 
-def test_pca_cut_centres_and_rotates_by_the_fit_clips_and_naive_cut_does_not(voices, rng):
+def test_calibrated_scores_have_costs_with_intervals(voices):
     trials, embeddings = voices
-    embeddings = embeddings + 1.0
-    fit = torch.from_numpy(rng.normal(size=(200, 16)) * np.linspace(1, 3, 16) + 0.5)
-    cuts = truncation_baselines(embeddings, fit, trials, [4, 16, 32])
-    directions = np.linalg.svd((fit - fit.mean(0)).numpy())[2]
-    rotated = (embeddings - fit.mean(0)) @ torch.from_numpy(directions.T)
-    for name, teacher in (("naive_truncation", embeddings), ("pca_truncation", rotated)):
-        assert list(cuts[name]) == ["4", "16"]  # the teacher has no 32
-        for size in (4, 16):
-            prefixes = torch.nn.functional.normalize(teacher[:, :size], dim=1)
-            scores = (prefixes[trials.enrol] * prefixes[trials.test]).sum(1).numpy()
+    scores = {16: 20 * score_trials(embeddings, trials, [16])[16] - 9}
+    (result,) = evaluate_scores(scores, trials, n_bootstrap=30, calibrated=True).values()
+    for name in ("act_dcf", "act_dcf_0.05", "cllr"):
+        low, high = result[f"{name}_ci"]
+        assert low < result[name] < high
+
+
+def test_the_difference_of_two_models_is_that_of_their_eers(voices):
+    trials, embeddings = voices
+    rng = np.random.default_rng(0)
+    noisy = embeddings + torch.from_numpy(rng.normal(size=embeddings.shape))
+    found = compare(noisy, embeddings, trials, [4, 16], n_bootstrap=50)
+    for size in (4, 16):
+        result = found[str(size)]
+        for name, model in (("eer_a", noisy), ("eer_b", embeddings)):
+            scores = score_trials(model, trials, [size])[size]
             expected = reference_eer(scores, trials.labels)
-            assert cuts[name][str(size)]["eer"] == pytest.approx(expected, abs=1e-6)
+            assert result[name] == pytest.approx(expected, abs=1e-6)
+        assert result["difference"] == result["eer_a"] - result["eer_b"]
+    low, high = found["16"]["difference_ci"]
+    assert 0 < low < found["16"]["difference"] < high  # noise makes it worse, without doubt
 
 
-def test_teacher_smaller_than_every_size_has_no_cuts(voices):
+def test_the_difference_is_taken_within_each_draw(voices):
     trials, embeddings = voices
-    cuts = truncation_baselines(embeddings, embeddings, trials, [32])
-    assert cuts == {"naive_truncation": {}, "pca_truncation": {}}
+    noisy = embeddings + 0.3 * torch.from_numpy(np.random.default_rng(0).normal(size=(60, 16)))
+    alone = evaluate(embeddings, trials, [16], n_bootstrap=200)["16"]["eer_ci"]
+    paired = compare(noisy, embeddings, trials, [16], n_bootstrap=200)["16"]["difference_ci"]
+    assert paired[1] - paired[0] < alone[1] - alone[0]  # what is hard for both cancels out
 
 
-@pytest.fixture
-def report(voices, rng):
+def test_a_model_does_not_differ_from_itself_and_swapping_turns_the_sign(voices):
     trials, embeddings = voices
-    noise = torch.from_numpy(rng.normal(size=embeddings.shape))
-    teachers = {"worse": (embeddings + 2 * noise)[:, :12], "better": embeddings}
-    baselines = teacher_baselines(teachers, teachers, trials, [4, 8, 16, 32])
-    dims = {"16": {"eer": np.float32(0.25), "min_dcf": np.float64(0.5), "threshold": 0.1}}
-    return make_report(dims, trials, baselines, corpus="demo", params=np.int64(7), seconds=1.5)
+    same = compare(embeddings, 2 * embeddings, trials, [4], n_bootstrap=20)["4"]
+    assert same["difference"] == 0 and same["difference_ci"] == [0, 0]
+    shifted = embeddings + 1
+    forth = compare(embeddings, shifted, trials, [4], n_bootstrap=20)["4"]
+    back = compare(shifted, embeddings, trials, [4], n_bootstrap=20)["4"]
+    assert back["difference_ci"] == pytest.approx([-x for x in forth["difference_ci"][::-1]])
 
 
-def test_report_has_the_promised_layout_and_plain_values(report):
-    assert list(report) == [
-        "dims", "baselines", "trials", "corpus", "params", "seconds", "versions",
-    ]  # fmt: skip
-    baselines = report["baselines"]
-    assert baselines["teacher"] == "better"
-    assert {name: result["dim"] for name, result in baselines["teachers"].items()} == {
-        "worse": 12,
-        "better": 16,
-    }
-    assert list(baselines["naive_truncation"]) == list(baselines["pca_truncation"])
-    assert list(baselines["naive_truncation"]) == ["4", "8", "16"]
-    assert baselines["teachers"]["better"]["eer"] == baselines["naive_truncation"]["16"]["eer"]
-    assert report["trials"] == {"target": 120, "impostor": 1650}  # 12 * C(5, 2), C(60, 2) - 120
-    assert type(report["dims"]["16"]["eer"]) is float and type(report["params"]) is int
-    assert torch.__version__.startswith(report["versions"]["torch"])  # without the +cu130
-
-
-def test_written_report_reads_back_and_leaves_no_other_file(report, tmp_path):
-    path = write_report(report, tmp_path / "new" / "folder")
-    assert json.loads(path.read_text()) == report
-    assert [entry.name for entry in path.parent.iterdir()] == ["report.json"]
-
-
-def test_nan_is_refused_and_the_old_report_survives(report, tmp_path):
-    path = write_report(report, tmp_path)
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        write_report({**report, "seconds": float("nan")}, tmp_path)
-    assert json.loads(path.read_text()) == report
-
-
-def test_printed_report_is_an_aligned_table_in_percent(report, capsys):
-    print_report(report)
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "120 target, 1650 impostor trials; corpus: demo"
-    assert lines[1].split("  ")[-1].strip() == "better, PCA cut"
-    by_size = {line.split()[0]: line for line in lines[3:6]}
-    assert list(by_size) == ["4", "8", "16"]
-    assert by_size["4"].split()[1] == "-"  # the student has 16 only
-    assert by_size["16"].split()[1:3] == ["25.00", "0.500"]
-    assert len({len(line) for line in lines[1:6]}) == 1
-    percent = 100 * report["baselines"]["teachers"]["worse"]["eer"]
-    assert lines[-2].split()[:3] == ["worse", "(12)", f"{percent:.2f}"]
-
-
-def test_plots_are_written_without_touching_the_callers_matplotlib(report, voices, tmp_path):
+def test_every_size_can_be_compared_with_one_size_of_another_model(voices):
     trials, embeddings = voices
-    backend, settings = matplotlib.get_backend(), dict(matplotlib.rcParams)
+    found = compare(embeddings, embeddings[:, :8], trials, [4, 16], n_bootstrap=0, size_b=8)
+    expected = reference_eer(score_trials(embeddings, trials, [8])[8], trials.labels)
+    assert [found[size]["eer_b"] for size in ("4", "16")] == pytest.approx([expected] * 2, abs=1e-6)
+    assert "difference_ci" not in found["4"]
+
+
+def test_durations_split_the_trials_by_their_shorter_clip(voices):
+    trials, embeddings = voices
+    seconds = {clip_id: 1.0 + int(clip_id[-1]) for clip_id in trials.clip_ids}
     scores = score_trials(embeddings, trials, [4, 16])
-    plot_eer_by_dim(report, tmp_path / "eer.png")
-    plot_det(scores, trials.labels, tmp_path / "det.png")
-    plot_scores(scores[4], trials.labels, 0.3, tmp_path / "scores.png")
-    for name in ("eer.png", "det.png", "scores.png"):
-        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
-    assert matplotlib.get_backend() == backend and dict(matplotlib.rcParams) == settings
+    bins = eer_by_duration(scores, trials, seconds, n_bins=4)
+    # clips of a speaker last 1 to 5 s: of ten pairs 4, 3, 2 and 1 have a shorter one of 1 to 4 s
+    assert [found["seconds"] for found in bins] == [[1, 1], [2, 2], [3, 5]]
+    assert [found["target"] for found in bins] == [12 * 4, 12 * 3, 12 * (2 + 1)]
+    lengths = np.array([seconds[clip_id] for clip_id in trials.clip_ids])
+    shorter = np.minimum(lengths[trials.enrol], lengths[trials.test])
+    for found in bins:
+        low, high = found["seconds"]
+        inside = (shorter >= low) & (shorter <= high)
+        assert found["impostor"] == (~trials.labels[inside]).sum()
+        expected = reference_eer(scores[16][inside], trials.labels[inside])
+        assert found["eer"]["16"] == pytest.approx(expected, abs=1e-6)
 
 
-def test_det_numbers_are_the_rates_at_their_thresholds(voices, tmp_path):
+def test_clips_of_one_length_are_one_bin(voices):
     trials, embeddings = voices
     scores = score_trials(embeddings, trials, [4])
-    plot_det(scores, trials.labels, tmp_path / "det.png")
-    points = np.genfromtxt(tmp_path / "det.csv", delimiter=",", names=True)
-    for point in points[:: len(points) // 10]:
-        accepted = scores[4] >= point["threshold"] - 1e-6  # six digits are written
-        far, frr = accepted[~trials.labels].mean(), 1 - accepted[trials.labels].mean()
-        assert point["false_accept_rate"] == pytest.approx(far, abs=2e-3)
-        assert point["false_reject_rate"] == pytest.approx(frr, abs=1e-2)
+    (found,) = eer_by_duration(scores, trials, dict.fromkeys(trials.clip_ids, 3.0))
+    assert found["seconds"] == [3.0, 3.0] and found["target"] == 120
 
 
-def test_plots_of_a_perfect_list_are_written(tmp_path):
-    plot_det({2: np.array([0.9, 0.1])}, [1, 0], tmp_path / "det.png")
-    plot_scores([0.9, 0.1], [1, 0], 0.9, tmp_path / "scores.png")
+def test_a_duration_without_impostors_has_no_eer():
+    trials = Trials.parse(["1 a/1 a/2", "1 b/1 b/2", "0 a/1 b/1"])
+    seconds = {"a/1": 9.0, "a/2": 1.0, "b/1": 9.0, "b/2": 9.0}
+    short, long = eer_by_duration({4: np.array([0.9, 0.8, 0.1])}, trials, seconds, n_bins=2)
+    assert (short["impostor"], short["eer"]) == (0, {})
+    assert long["eer"] == {"4": 0.0}
 
 
-def test_import_needs_neither_matplotlib_nor_sklearn():
-    code = (
-        "import sys, speechbrain_mrl.verification; "
-        "sys.exit(bool({'matplotlib', 'sklearn'} & set(sys.modules)))"
-    )
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a/1\na/2 b/1\n", r"line 2: expected one clip id, got 'a/2 b/1'"),
+        ("", r"line 1: expected one clip id, got ''"),
+        ("a/1\na/2\na/1\n", r"line 3: clip 'a/1' is on line 1 too"),
+    ],
+)
+def test_a_broken_clip_list_is_refused_by_path_and_line(tmp_path, text, message):
+    (tmp_path / "cohort.txt").write_text(text)
+    with pytest.raises(ValueError, match=rf"cohort\.txt, {message}"):
+        read_clip_list(tmp_path / "cohort.txt")

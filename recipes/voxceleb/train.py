@@ -9,7 +9,7 @@ import csv
 import io
 import sys
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from pathlib import Path
 
 import speechbrain as sb
@@ -31,20 +31,12 @@ from speechbrain_mrl import (
 )
 from speechbrain_mrl.card import Provenance
 from speechbrain_mrl.embedding import embed_clips, read_clips
+from speechbrain_mrl.plots import write_plots
 from speechbrain_mrl.pretrained import RELEASES
+from speechbrain_mrl.report import make_report, print_report, teacher_baselines, write_report
 from speechbrain_mrl.teachers import TeacherStore, load_teachers
 from speechbrain_mrl.training import train_dataset, train_student, valid_dataset
-from speechbrain_mrl.verification import (
-    evaluate,
-    make_report,
-    plot_det,
-    plot_eer_by_dim,
-    print_report,
-    read_trials,
-    score_trials,
-    teacher_baselines,
-    write_report,
-)
+from speechbrain_mrl.verification import evaluate, read_trials, score_trials
 
 HEAD_CLIPS = 2000  # training clips that give the principal axes of a pretrained student
 ENROLMENT_CLIPS = 5  # a training speaker's, for the exported classifier
@@ -177,35 +169,34 @@ def report_on(student, teachers, fit_embeddings, corpus, hparams, started, **emb
     )
     folder = Path(hparams["output_folder"])
     write_report(report, folder)
-    plot_eer_by_dim(report, folder / "eer_by_dim.png")
-    plot_det(score_trials(student_embeddings, trials, mrl_dims), trials.labels, folder / "det.png")
+    write_plots(report, score_trials(student_embeddings, trials, mrl_dims), trials.labels, folder)
     print_report(report)
     return report
 
 
 def enrol(student, corpus, **embed_options):
     """Embeddings of a few clips of each training speaker, for the exported classifier."""
-    with open(corpus.train_csv, newline="") as file:
-        speaker_of = {row["ID"]: row["spk_id"] for row in csv.DictReader(file)}
-    chosen, counts = [], Counter()
+    clips = defaultdict(list)
     for clip in read_clips(corpus.train_csv):
-        counts[speaker_of[clip.id]] += 1
-        if counts[speaker_of[clip.id]] <= ENROLMENT_CLIPS:
-            chosen.append(clip)
+        clips[clip.id.split("/")[0]].append(clip)
+    chosen = [clip for found in clips.values() for clip in found[:ENROLMENT_CLIPS]]
     embeddings = embed_clips({"student": student}, chosen, **embed_options)["student"]
     speakers = defaultdict(list)
     for clip, embedding in zip(chosen, embeddings, strict=True):
-        speakers[speaker_of[clip.id]].append(embedding)
+        speakers[clip.id.split("/")[0]].append(embedding)
     return {speaker: torch.stack(found) for speaker, found in speakers.items()}
 
 
-def export(student, speakers, teachers, report, hparams):
+def export(student, speakers, teachers, report, corpus, hparams):
     """Write the model folder, and publish it if the YAML says where."""
     released = RELEASES[hparams["teacher_dataset"]]
     licenses = {
         name: released["license"] if name in released["model_names"] else "not stated"
         for name in teachers
     }
+    first_clips = {}
+    for clip in read_clips(corpus.train_csv):
+        first_clips.setdefault(clip.id.split("/")[0], clip.wav)
     folder = Path(hparams["output_folder"])
     export_model(
         student,
@@ -220,6 +211,7 @@ def export(student, speakers, teachers, report, hparams):
         report=report,
         plot=folder / "eer_by_dim.png",
         speakers=speakers,
+        examples=dict(list(first_clips.items())[: hparams["card_examples"]]),
     )
     if hparams["push_to_hub"] is not None:
         push_to_hub(folder / "model", hparams["push_to_hub"])
@@ -280,7 +272,7 @@ def main(argv):
             student, teachers, fit_embeddings, corpus, hparams, started, **embed_options
         )
         speakers = enrol(student, corpus, **embed_options)
-        export(student, speakers, teachers, report, hparams)
+        export(student, speakers, teachers, report, corpus, hparams)
         print(
             f"Report, plots and model/: {hparams['output_folder']}\nNext: python "
             f"recipes/voxceleb/publish.py {hparams['output_folder']}/model ORG/NAME --dry_run"

@@ -17,7 +17,7 @@ import speechbrain as sb
 import torch
 from hyperpyyaml import load_hyperpyyaml
 from speechbrain.utils.distributed import ddp_init_group, if_main_process
-from voxceleb_prepare import SAMPLE_RATE, _find_clips, _read_headers
+from voxceleb_prepare import SAMPLE_RATE, find_recordings, read_headers
 
 from speechbrain_mrl.calibration import (
     Calibration,
@@ -86,7 +86,7 @@ def _speaker(clip_id):
 def locate_clips(data_folder, trial_lists, clip_lists):
     """Every clip of the lists by its id."""
     folders = [data_folder] if isinstance(data_folder, str) else data_folder
-    paths = _find_clips([os.path.abspath(folder) for folder in folders])
+    paths = find_recordings([os.path.abspath(folder) for folder in folders])
     wanted = [*clip_lists.values(), *(trials.clip_ids for trials in trial_lists)]
     stems = {clip_id: os.path.splitext(clip_id)[0] for ids in wanted for clip_id in ids}
     stems = {clip_id: stem for clip_id, stem in stems.items() if stem in paths}
@@ -96,7 +96,7 @@ def locate_clips(data_folder, trial_lists, clip_lists):
         for number, clip_id in enumerate(clip_ids, start=1):
             if clip_id not in stems:
                 raise ValueError(f"{path}, line {number}: clip {clip_id!r} is missing")
-    lengths = _read_headers({stem: paths[stem] for stem in set(stems.values())})
+    lengths = read_headers({stem: paths[stem] for stem in set(stems.values())})
     if bad := sorted(reason for reason in lengths.values() if isinstance(reason, str)):
         raise ValueError(f"{len(bad)} of {len(lengths)} clips are bad, the first: {bad[0]}")
     return {

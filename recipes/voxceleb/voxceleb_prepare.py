@@ -155,7 +155,7 @@ def prepare_voxceleb(
         "seed": seed,
         "skip_bad_files": skip_bad_files,
     }
-    paths = _find_clips(folders)
+    paths = find_recordings(folders)
     state = {"arguments": arguments, "files": _fingerprint(paths, trials, train_speakers)}
     if _done(save_folder, state):
         logger.info("%s is up to date; delete it to prepare again", save_folder)
@@ -167,7 +167,7 @@ def prepare_voxceleb(
     tested = {ID.split("/")[0] for ID in test_ids}
 
     needed = {stem for stem in paths if not trials or stem.split("/")[0] in speakers - tested}
-    frames = _read_headers({s: paths[s] for s in needed.union(test_ids.values())})
+    frames = read_headers({s: paths[s] for s in needed.union(test_ids.values())})
     bad = {stem: reason for stem, reason in frames.items() if isinstance(reason, str)}
     _refuse_bad_files(bad, len(frames), set(test_ids.values()), skip_bad_files)
     short = {s for s in needed - set(bad) if frames[s] < min_seconds * SAMPLE_RATE}
@@ -242,7 +242,7 @@ def _done(save_folder: Path, state: dict) -> bool:
     return all(stored.get(key) == value for key, value in state.items())
 
 
-def _find_clips(folders: list[str]) -> dict[str, str]:
+def find_recordings(folders: list[str]) -> dict[str, str]:
     """Path of each utterance by its stem, ``<speaker>/<session>/<utterance>``."""
     found = {}
     for folder in folders:
@@ -335,7 +335,7 @@ def _locate_trial_clips(path, trials, paths: dict[str, str]) -> dict[str, str]:
     return stems
 
 
-def _read_headers(paths: dict[str, str]) -> dict[str, int | str]:
+def read_headers(paths: dict[str, str]) -> dict[str, int | str]:
     """Length of each clip in samples at 16 kHz, or the reason why it cannot be read."""
     lengths = _in_threads(_num_frames_or_reason, paths.values(), "read headers")
     return dict(zip(paths, lengths, strict=True))
