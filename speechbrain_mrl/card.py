@@ -93,7 +93,7 @@ from speechbrain.inference.speaker import SpeakerRecognition
 
 model = SpeakerRecognition.from_hparams(source="{repo_id}", overrides={{"target_dim": {smallest}}})
 score, _ = model.verify_files("one.wav", "two.wav")
-same_speaker = score >= model.hparams.thresholds["{smallest}"]
+same_speaker = score >= model.hparams.thresholds["{smallest}"]["eer"]
 ```
 
 `target_dim` may be {choices}. `verify_files` decides by a threshold of 0.25 whatever the model; use

@@ -214,7 +214,7 @@ HYPERPARAMS = """\
 target_dim: {embed_dim}  # coordinates of an embedding, one of mrl_dims
 mrl_dims: {sizes}
 sample_rate: 16000  # Hz
-thresholds: {thresholds}  # cosine at the equal error rate that report.json gives, per size
+thresholds: {thresholds}  # cosines of report.json, per size: at the equal error rate, and at false-accept rates
 
 # The model's definition, as a module under a name that no other version of it has
 model_source: !new:types.ModuleType
@@ -264,9 +264,9 @@ def _hyperparams(network, classifier, title, report) -> str:
     config = (f"{key}: {json.dumps(value)}" for key, value in network.model_config.items())
     thresholds = {}
     if report is not None:
-        thresholds = {
-            d: round(report["dims"][d]["threshold"], 4) for d in map(str, network.mrl_dims)
-        }
+        for d in map(str, network.mrl_dims):
+            found = report["dims"][d]
+            thresholds[d] = {"eer": found["threshold"], **found.get("thresholds", {})}
     return HYPERPARAMS.format(
         title=title.replace("\n", " "),
         embed_dim=network.embed_dim,

@@ -36,7 +36,12 @@ REPORT = {
     "dims": {
         "8": {"eer": 0.125, "min_dcf": 0.75, "threshold": 0.5},
         "16": {"eer": 0.0625, "min_dcf": 0.5, "threshold": 0.4375},
-        "32": {"eer": 0.03125, "min_dcf": 0.25, "threshold": 0.375},
+        "32": {
+            "eer": 0.03125,
+            "min_dcf": 0.25,
+            "threshold": 0.375,
+            "thresholds": {"far_0.01": 0.6},
+        },
     },
     "baselines": {"teachers": {"b0": {"dim": 48, "eer": 0.1, "min_dcf": 0.3, "threshold": 0.2}}},
     "trials": {"target": 30, "impostor": 150},
@@ -410,6 +415,13 @@ def test_the_cards_examples_carry_the_models_answers(published):
     assert (published / example["src"]).is_file()
     assert example["example_title"] == "Speaker 2"
     assert example["output"][0]["label"] == "id2" and len(example["output"]) == 5
+
+
+def test_thresholds_of_the_report_travel_with_the_model(student, tmp_path):
+    folder = export_model(student, tmp_path / "model", PROVENANCE, report=REPORT)
+    loaded = EncoderClassifier.from_hparams(source=str(folder))
+    assert loaded.hparams.thresholds["8"] == {"eer": 0.5}
+    assert loaded.hparams.thresholds["32"] == {"eer": 0.375, "far_0.01": 0.6}
 
 
 def test_an_export_that_states_no_licence_loads_and_is_not_uploaded(student, tmp_path):
