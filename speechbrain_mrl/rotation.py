@@ -127,6 +127,39 @@ def matryoshka_rotation(
     return Rotation(mean.float(), axes[: mrl_dims[-1]].float()).to(embeddings.device)
 
 
+def aligning_rotation(embeddings: Tensor, targets: Tensor) -> Tensor:
+    """The orthogonal matrix that brings embeddings nearest to targets; no cosine changes.
+
+    Arguments
+    ---------
+    embeddings, targets : torch.Tensor
+        Of the same clips, (N, k).
+
+    Returns
+    -------
+    torch.Tensor
+        (k, k), float32; ``embeddings @ matrix.T`` is nearest to ``targets`` (Procrustes).
+
+    Reference
+    ---------
+    Schönemann, A generalized solution of the orthogonal Procrustes problem, 1966.
+
+    Example
+    -------
+    >>> embeddings = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+    >>> aligning_rotation(embeddings, embeddings.flip(1))
+    tensor([[0., 1.],
+            [1., 0.]])
+    """
+    if embeddings.shape != targets.shape or embeddings.ndim != 2:
+        raise ValueError(
+            f"embeddings and targets must both be (N, k), got {tuple(embeddings.shape)} and "
+            f"{tuple(targets.shape)}"
+        )
+    left, _, right = torch.linalg.svd(targets.double().T @ embeddings.double())
+    return (left @ right).float()
+
+
 class EnsembleRotation(nn.Module):
     """One nested target out of several teachers: its first d coordinates are the best d.
 
@@ -187,6 +220,31 @@ class EnsembleRotation(nn.Module):
         union = self.concatenate(teachers).cpu()
         moment = sum(part.double().T @ part.double() for part in union.split(65536))
         self.matrix = _principal_axes(moment / len(union))[: self.dim].to(self.matrix)
+        return self
+
+    def align(self, teachers: Mapping[str, Tensor], prefix: Tensor) -> "EnsembleRotation":
+        """Turn the target so that it goes on from what a student already has.
+
+        Its first coordinates become those directions of the target that are nearest to the
+        student's (Procrustes), the others the principal axes of what these leave. The whole target's
+        cosines do not change.
+
+        Arguments
+        ---------
+        teachers : mapping of str to torch.Tensor
+            Of N clips, {name: (N, D_t)}.
+        prefix : torch.Tensor
+            The student's coordinates of these clips, (N, d).
+        """
+        target = self(teachers).double()  # (N, dim)
+        prefix = prefix[:, : self.dim].to(target)
+        left, _, right = torch.linalg.svd(prefix.T @ target, full_matrices=False)
+        known = left @ right  # (d, dim)
+        residual = target - target @ known.T @ known
+        rest = _principal_axes(residual.T @ residual / len(target))[: self.dim - len(known)]
+        axes = torch.cat([known, rest])
+        matrix = F.pad(self.matrix, (0, 0, 0, self.dim - len(self.matrix)))
+        self.matrix = (axes.to(self.matrix.device) @ matrix.double()).to(self.matrix)
         return self
 
     def concatenate(self, teachers: Mapping[str, Tensor]) -> Tensor:

@@ -179,6 +179,13 @@ class MRLBrain(sb.Brain):
         return {f"eer/{dim}": result["eer"] for dim, result in results.items()}
 
 
+def fit_objective(objective: nn.Module, store: TeacherStore | LiveTeachers) -> nn.Module:
+    """Fit an objective's rotations on the teachers' embeddings of at most 50,000 clips."""
+    embeddings = store.embeddings
+    step = -(-len(next(iter(embeddings.values()))) // FIT_CLIPS)
+    return objective.fit({name: found[::step] for name, found in embeddings.items()})
+
+
 def train_student(
     student: MatryoshkaReDimNet,
     objective: nn.Module,
@@ -218,8 +225,7 @@ def train_student(
     checkpointer = hparams["checkpointer"]
     checkpointer.add_recoverables({"student": student, "objective": objective})
     if stores and checkpointer.find_checkpoint() is None:
-        train_embeddings = stores[sb.Stage.TRAIN].embeddings
-        objective.fit({name: found[:FIT_CLIPS] for name, found in train_embeddings.items()})
+        fit_objective(objective, stores[sb.Stage.TRAIN])
 
     n_batches = len(train_set)
     if not isinstance(train_set, DataLoader):

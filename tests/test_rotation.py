@@ -1,10 +1,17 @@
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy.linalg import orthogonal_procrustes
 from sklearn.decomposition import PCA
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
-from speechbrain_mrl.rotation import EnsembleRotation, check_mrl_dims, matryoshka_rotation
+from speechbrain_mrl.rotation import (
+    EnsembleRotation,
+    aligning_rotation,
+    check_mrl_dims,
+    matryoshka_rotation,
+)
 
 N_SPEAKERS, CLIPS_EACH, EMBED_DIM = 6, 40, 12
 
@@ -167,3 +174,16 @@ def test_ensemble_of_all_given_teachers_refuses_one_that_came_after_fit(embeddin
     ensemble = EnsembleRotation(dim=4).fit({"b0": embeddings})
     with pytest.raises(ValueError, match=r"\['b6'\] were not there at fit"):
         ensemble({"b0": embeddings, "b6": embeddings})
+
+
+def test_the_aligning_rotation_is_scipys():
+    torch.manual_seed(0)
+    embeddings, targets = torch.randn(50, 6), torch.randn(50, 6)
+    matrix = aligning_rotation(embeddings, targets)
+    expected, _ = orthogonal_procrustes(embeddings.numpy(), targets.numpy())  # embeddings @ R
+    np.testing.assert_allclose(matrix.numpy(), expected.T, atol=1e-5)
+
+
+def test_alignment_of_other_clips_is_refused():
+    with pytest.raises(ValueError, match=r"both be \(N, k\)"):
+        aligning_rotation(torch.ones(3, 2), torch.ones(4, 2))

@@ -203,7 +203,7 @@ def test_the_untrained_student_verifies_as_its_backbone_does(
     class Corpus:
         train_csv = csv_path
 
-    student = train.make_student(hparams, Corpus)
+    student = train.make_student(hparams, Corpus, None, {})
     encoders = {"student": student, "backbone": load_pretrained_redimnet(source=path)}
     found = embed_clips(encoders, read_clips(csv_path))
     cosines = {
@@ -223,8 +223,24 @@ def test_the_untrained_student_verifies_as_its_backbone_does(
     assert kept["student"] > kept["backbone"]
 
 
+def test_the_untrained_student_already_agrees_with_its_teachers(
+    run, release_file, random_model, tiny_config, small_clips
+):
+    """The backbone is one of two teachers; the training changes nothing to speak of. Without the
+    rotation towards the teachers' target, directions are unrelated and the disagreement is near 1.
+    """
+    model = random_model(tiny_config)
+    model.linear.bias.data -= embed_clips({"it": model}, small_clips)["it"].mean(0)
+    backbone = release_file(tiny_config, model.state_dict(), name="centred")
+    other = release_file(tiny_config, name="other", seed=4)
+    teachers = [str(backbone), str(other)]
+    _, folder = run(number_of_epochs=1, lr=1e-9, backbone=backbone, teachers=teachers)
+    log = (folder / "train_log.txt").read_text()
+    assert float(log.split("valid cosine/16: ")[1].split(",")[0]) < 0.3
+
+
 def test_a_random_student_has_the_sizes_of_the_yaml(tiny_config):
     hparams = {"backbone": tiny_config, "pretrained": False, "embed_dim": 48, "mrl_dims": [8, 48]}
-    student = train.make_student(hparams, None)
+    student = train.make_student(hparams, None, None, {})
     assert isinstance(student, ReDimNetMRL)
     assert student.mrl_dims == (8, 48)

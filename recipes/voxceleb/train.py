@@ -34,8 +34,9 @@ from speechbrain_mrl.embedding import embed_clips, read_clips
 from speechbrain_mrl.plots import write_plots
 from speechbrain_mrl.pretrained import RELEASES
 from speechbrain_mrl.report import make_report, print_report, teacher_baselines, write_report
+from speechbrain_mrl.rotation import aligning_rotation
 from speechbrain_mrl.teachers import TeacherStore, load_teachers
-from speechbrain_mrl.training import train_dataset, train_student, valid_dataset
+from speechbrain_mrl.training import fit_objective, train_dataset, train_student, valid_dataset
 from speechbrain_mrl.verification import evaluate, read_trials, score_trials
 
 HEAD_CLIPS = 2000  # training clips that give the principal axes of a pretrained student
@@ -129,8 +130,12 @@ def _copy_rows(path, wanted, limit=None):
     return str(copy)
 
 
-def make_student(hparams, corpus, **embed_options):
-    """The student before its first step: pretrained and rotated to its principal axes, or random."""
+def make_student(hparams, corpus, objective, stores, **embed_options):
+    """The student before its first step: random, or pretrained and rotated.
+
+    The rotation changes no cosine of the checkpoint's coordinates. It puts the teachers' principal
+    axes first, or without teachers the checkpoint's own.
+    """
     sizes = {"embed_dim": hparams["embed_dim"], "mrl_dims": hparams["mrl_dims"]}
     backbone = hparams["backbone"]
     if not hparams["pretrained"]:
@@ -143,7 +148,14 @@ def make_student(hparams, corpus, **embed_options):
     if hparams["checkpointer"].find_checkpoint() is None:
         clips = read_clips(corpus.train_csv)[:HEAD_CLIPS]
         found = embed_clips({"backbone": redimnet}, clips, **embed_options)["backbone"]
-        student.rotate_head(matryoshka_rotation(found, [redimnet.embed_dim]).matrix)
+        k = redimnet.embed_dim
+        if stores:
+            store = stores[sb.Stage.TRAIN]
+            fit_objective(objective, store)
+            targets = objective.targets(store.lookup([clip.id for clip in clips]))
+            student.rotate_head(aligning_rotation(found, targets[hparams["embed_dim"]][:, :k]))
+        else:
+            student.rotate_head(matryoshka_rotation(found, [k]).matrix)
     return student
 
 
@@ -253,10 +265,11 @@ def main(argv):
         with open(corpus.train_csv, newline="") as file:
             label_encoder.update_from_iterable(row["spk_id"] for row in csv.DictReader(file))
         n_classes = len(label_encoder)
-    student = make_student(hparams, corpus, **embed_options)
+    objective = hparams["objective"](n_classes=n_classes)
+    student = make_student(hparams, corpus, objective, stores, **embed_options)
     train_student(
         student,
-        hparams["objective"](n_classes=n_classes),
+        objective,
         train_dataset(
             corpus.train_csv, hparams["chunk_seconds"], hparams["chunks_per_clip"], label_encoder
         ),
