@@ -299,16 +299,9 @@ class MatryoshkaDistillationLoss(nn.Module):
                 raise ValueError("the aam term needs n_classes, the number of training speakers")
             if not isinstance(margins, Mapping):
                 margins = dict.fromkeys(self.mrl_dims, margins)
-            margins = _for_each_size(margins, self.mrl_dims, "margins")
+            self.margins = _for_each_size(margins, self.mrl_dims, "margins")
             self.classifier = PrefixClassifier(self.mrl_dims[-1], n_classes, self.mrl_dims)
-            self.classification = MatryoshkaLoss(
-                {
-                    dim: LogSoftmaxWrapper(AdditiveAngularMargin(margin, AAM_SCALE))
-                    for dim, margin in margins.items()
-                },
-                self.mrl_dims,
-                self.mrl_weights,
-            )
+            self.classification = _margin_losses(self.margins, self.mrl_weights)
 
     @property
     def fitted(self) -> bool:
@@ -320,6 +313,20 @@ class MatryoshkaDistillationLoss(nn.Module):
         for ensemble in self.ensembles:
             ensemble.fit(teachers)
         return self
+
+    def align(self, teachers: Mapping[str, Tensor], prefix: Tensor) -> "MatryoshkaDistillationLoss":
+        """Turn the fitted targets so that they go on from a student's prefix (N, d) of N clips."""
+        for ensemble in self.ensembles:
+            ensemble.align(teachers, prefix)
+        return self
+
+    def scale_margins(self, fraction: float):
+        """Set the term ``aam``'s margins to a fraction of ``margins``, for a schedule."""
+        if "aam" not in self.terms:
+            raise ValueError("a schedule of margins needs the term aam")
+        self.classification = _margin_losses(
+            {dim: fraction * margin for dim, margin in self.margins.items()}, self.mrl_weights
+        )
 
     def targets(self, teacher_embeddings: Mapping[str, Tensor]) -> dict[int, Tensor]:
         """What ``cosine`` and ``mse`` compare each prefix with, {d: (B, d)}."""
@@ -394,6 +401,15 @@ class MatryoshkaDistillationLoss(nn.Module):
             ((dim,), self.maps[str(dim)](student[:, :dim]), targets[self.ensemble_of[dim]])
             for dim in self.mrl_dims
         ]
+
+
+def _margin_losses(margins, mrl_weights):
+    """Additive angular margin with a margin of its own for each size, {d: radians}."""
+    losses = {
+        dim: LogSoftmaxWrapper(AdditiveAngularMargin(margin, AAM_SCALE))
+        for dim, margin in margins.items()
+    }
+    return MatryoshkaLoss(losses, list(margins), mrl_weights)
 
 
 def _cosine_losses(student, target, mrl_dims):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from speechbrain_mrl.rotation import matryoshka_rotation
@@ -90,6 +91,41 @@ def teacher_baselines(
     best = min(results, key=lambda name: results[name]["eer"])
     cuts = truncation_baselines(teachers[best], fit_embeddings[best], trials, mrl_dims, n_bootstrap)
     return {"teacher": best, "teachers": results, **cuts}
+
+
+def agreement(
+    student: Tensor, teachers: Mapping[str, Tensor], mrl_dims: Sequence[int]
+) -> dict[str, float]:
+    """How well a student's cosines agree with its teachers', where no label says who is who.
+
+    Arguments
+    ---------
+    student : torch.Tensor
+        Of N clips that were not trained on, (N, D).
+    teachers : mapping of str to torch.Tensor
+        Of the same clips, {name: (N, D_t)}. Each is centred; the mean of their cosines counts.
+    mrl_dims : sequence of int
+        Prefix sizes, ascending.
+
+    Returns
+    -------
+    dict
+        ``"64"`` -> correlation of the two cosines over all pairs of clips, 1 at best.
+
+    Example
+    -------
+    >>> clips = torch.tensor([[1.0, 2.0], [-1.0, 2.0], [1.0, -2.0], [-1.0, -2.0]])
+    >>> {dim: round(value, 3) for dim, value in agreement(clips, {"b0": clips}, [1, 2]).items()}
+    {'1': -0.277, '2': 1.0}
+    """
+    pairs = torch.triu_indices(len(student), len(student), offset=1).unbind()
+    centred = [F.normalize(x.double() - x.double().mean(dim=0), dim=1) for x in teachers.values()]
+    wanted = sum((x @ x.T)[pairs] for x in centred)
+    prefixes = {str(dim): F.normalize(student[:, :dim].double(), dim=1) for dim in mrl_dims}
+    return {
+        dim: torch.corrcoef(torch.stack([(x @ x.T)[pairs], wanted]))[0, 1].item()
+        for dim, x in prefixes.items()
+    }
 
 
 def make_report(

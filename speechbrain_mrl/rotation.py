@@ -14,6 +14,7 @@ from torch import Tensor, nn
 # Below this fraction of the mean within-speaker variance a direction counts as unseen by LDA,
 # so that the few clips that happened not to vary along it cannot make it the best one.
 LDA_VARIANCE_FLOOR = 1e-3
+ALIGN_RIDGE = 0.01  # of the mean variance of a target's coordinate
 
 
 def check_mrl_dims(mrl_dims: Iterable[int]) -> tuple[int, ...]:
@@ -225,8 +226,8 @@ class EnsembleRotation(nn.Module):
     def align(self, teachers: Mapping[str, Tensor], prefix: Tensor) -> "EnsembleRotation":
         """Turn the target so that it goes on from what a student already has.
 
-        Its first coordinates become those directions of the target that are nearest to the
-        student's (Procrustes), the others the principal axes of what these leave. The whole target's
+        Its first coordinates become those directions of the target that the student's regress on,
+        made orthonormal, the others the principal axes of what these leave. The whole target's
         cosines do not change.
 
         Arguments
@@ -238,10 +239,15 @@ class EnsembleRotation(nn.Module):
         """
         target = self(teachers).double()  # (N, dim)
         prefix = prefix[:, : self.dim].to(target)
-        left, _, right = torch.linalg.svd(prefix.T @ target, full_matrices=False)
-        known = left @ right  # (d, dim)
+        moment = target.T @ target
+        moment.diagonal().add_(ALIGN_RIDGE * moment.diagonal().mean())
+        regression = torch.linalg.solve(moment, target.T @ prefix).T  # (d, dim)
+        left, _, right = torch.linalg.svd(regression, full_matrices=False)
+        known = left @ right  # the orthonormal rows nearest to it
         residual = target - target @ known.T @ known
-        rest = _principal_axes(residual.T @ residual / len(target))[: self.dim - len(known)]
+        moment = residual.T @ residual
+        moment -= (1 + moment.trace()) * known.T @ known  # known directions come last
+        rest = _principal_axes(moment)[: self.dim - len(known)]
         axes = torch.cat([known, rest])
         matrix = F.pad(self.matrix, (0, 0, 0, self.dim - len(self.matrix)))
         self.matrix = (axes.to(self.matrix.device) @ matrix.double()).to(self.matrix)

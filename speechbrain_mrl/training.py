@@ -1,6 +1,7 @@
 """Trains a Matryoshka student: the data pipelines, the Brain and the order of events."""
 
 import os
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -87,9 +88,9 @@ def valid_dataset(csv_path: str, max_seconds: float) -> DynamicItemDataset:
 class MRLBrain(sb.Brain):
     """Trains ``modules.student`` by ``modules.objective``, validates by EER at every size.
 
-    Takes from ``hparams``: ``mrl_dims``, ``labels``, ``wav_augment`` (or None), ``train_logger``. The
-    checkpoint with the lowest ``valid_error`` is kept: the mean EER over sizes, or without trials
-    the objective's loss, which is the disagreement with the teachers.
+    Takes from ``hparams``: ``mrl_dims``, ``labels``, ``wav_augment`` (or None), ``train_logger``,
+    ``stage``. The checkpoint with the lowest ``valid_error`` is kept: the mean EER over sizes, or
+    without trials the objective's loss, which is the disagreement with the teachers.
 
     Arguments
     ---------
@@ -99,13 +100,33 @@ class MRLBrain(sb.Brain):
         Of validation clips.
     lr_schedule : callable
         Called as ``lr_schedule(optimizer, number_of_the_step)`` before each step.
+    margin_steps : int
+        Steps over which the margins of the term ``aam`` rise linearly from 0.
+    frozen : sequence of str
+        Parts of the student that stay as they are, BatchNorm statistics included.
+    part_lrs : mapping of str to float, optional
+        Highest learning rate of a part of the student, where it is not that of ``opt_class``.
     **brain_arguments
         Those of ``speechbrain.Brain``.
     """
 
-    def __init__(self, *, stores, valid_trials: Trials, lr_schedule, **brain_arguments):
+    def __init__(
+        self,
+        *,
+        stores,
+        valid_trials: Trials | None,
+        lr_schedule,
+        margin_steps: int = 0,
+        frozen: Sequence[str] = (),
+        part_lrs: Mapping[str, float] | None = None,
+        **brain_arguments,
+    ):
         super().__init__(**brain_arguments)
+        if self.optimizer_step_limit is not None:  # from the command line SpeechBrain has a string
+            self.optimizer_step_limit = int(self.optimizer_step_limit)
         self.stores, self.valid_trials, self.lr_schedule = stores, valid_trials, lr_schedule
+        self.margin_steps, self.frozen, self.part_lrs = margin_steps, frozen, part_lrs or {}
+        self.unwrapped = brain_arguments["modules"]  # neither compiled nor distributed
 
     def compute_forward(self, batch, stage) -> Tensor:
         """A batch of waveforms to embeddings (B, D), augmented in training."""
@@ -137,9 +158,31 @@ class MRLBrain(sb.Brain):
         """Forgets the last stage's values."""
         self.sums, self.n_batches, self.embeddings = {}, 0, {}
 
+    def init_optimizers(self):
+        """One optimizer; parts with a learning rate of their own are its further groups."""
+        if not self.part_lrs:
+            return super().init_optimizers()
+        parts = {name: getattr(self.unwrapped["student"], name) for name in self.part_lrs}
+        apart = {id(p) for part in parts.values() for p in part.parameters()}
+        rest = [p for p in self.modules.parameters() if id(p) not in apart and p.requires_grad]
+        groups = [{"params": rest}]
+        for name, part in parts.items():
+            groups.append({"params": list(part.parameters()), "highest_lr": self.part_lrs[name]})
+        self.optimizer = self.opt_class([group for group in groups if group["params"]])
+        self.optimizers_dict = {"opt_class": self.optimizer}
+        self.checkpointer.add_recoverable("optimizer", self.optimizer)
+
     def on_fit_batch_start(self, batch, should_step):
-        """Sets the learning rate of the coming step."""
+        """Sets learning rates and margins of the coming step; keeps frozen parts in eval mode."""
         self.lr_schedule(self.optimizer, self.optimizer_step + 1)
+        highest_lr = self.optimizer.defaults["lr"]
+        for group in self.optimizer.param_groups:
+            group["lr"] *= group.get("highest_lr", highest_lr) / highest_lr
+        if 0 < self.margin_steps >= self.optimizer_step:
+            fraction = self.optimizer_step / self.margin_steps
+            self.unwrapped["objective"].scale_margins(fraction)
+        for name in self.frozen:
+            getattr(self.unwrapped["student"], name).eval()
 
     def on_stage_end(self, stage, stage_loss, epoch=None):
         """Logs the stage; after validation, keeps the checkpoint if it is the best."""
@@ -150,7 +193,11 @@ class MRLBrain(sb.Brain):
             return
         stats.update(self._eers())
         self.hparams.train_logger.log_stats(  # writes on the main process, all must call it
-            {"epoch": epoch, "lr": self.optimizer.param_groups[0]["lr"]},
+            {
+                **({"stage": self.hparams.stage} if self.hparams.stage else {}),
+                "epoch": epoch,
+                "lr": self.optimizer.param_groups[0]["lr"],
+            },
             train_stats=self.train_stats,
             valid_stats=stats,
         )
@@ -211,7 +258,7 @@ def train_student(
     hparams : dict
         The loaded YAML.
     run_opts : dict
-        SpeechBrain's run options.
+        SpeechBrain's run options. The schedules end with ``optimizer_step_limit``, if it is there.
     stores : dict of Stage to TeacherStore or LiveTeachers
         For TRAIN and VALID; empty for a training without teachers.
     valid_trials : Trials, optional
@@ -224,8 +271,11 @@ def train_student(
     """
     checkpointer = hparams["checkpointer"]
     checkpointer.add_recoverables({"student": student, "objective": objective})
-    if stores and checkpointer.find_checkpoint() is None:
+    if stores and checkpointer.find_checkpoint() is None and not objective.fitted:
         fit_objective(objective, stores[sb.Stage.TRAIN])
+    part_lrs = hparams["unfreeze"] or {}
+    frozen = [name for name in hparams["freeze"] or () if name not in part_lrs]
+    _freeze(student, frozen, part_lrs)
 
     n_batches = len(train_set)
     if not isinstance(train_set, DataLoader):
@@ -237,6 +287,7 @@ def train_student(
                 f"{hparams['batch_size']} on {world_size} processes; give a smaller batch_size"
             )
     n_steps = hparams["number_of_epochs"] * n_batches
+    n_steps = min(n_steps, int(run_opts.get("optimizer_step_limit") or n_steps))
     brain = MRLBrain(
         modules={"student": student, "objective": objective},
         opt_class=hparams["opt_class"],
@@ -250,6 +301,9 @@ def train_student(
             cooldown=max(1, round(hparams["cooldown"] * n_steps)),
             total_steps=n_steps,
         ),
+        margin_steps=round(hparams["margin_epochs"] * n_batches),
+        frozen=frozen,
+        part_lrs=part_lrs,
     )
     brain.fit(
         hparams["epoch_counter"],
@@ -262,33 +316,14 @@ def train_student(
     return brain
 
 
-def expand_model(model: MatryoshkaReDimNet, new_dim: int) -> MatryoshkaReDimNet:
-    """A copy with ``new_dim`` coordinates: the old ones as they were, new ones small and random.
-
-    Arguments
-    ---------
-    model : MatryoshkaReDimNet
-        Not changed.
-    new_dim : int
-        More than ``model.embed_dim``; becomes the last of ``mrl_dims``.
-
-    Raises
-    ------
-    ValueError
-        If ``new_dim`` is not larger.
-
-    Example
-    -------
-    >>> from speechbrain_mrl import ReDimNetMRL
-    >>> small = ReDimNetMRL(embed_dim=64, mrl_dims=(64,), backbone="b0")
-    >>> expand_model(small, 128).mrl_dims
-    (64, 128)
-    """
-    if new_dim <= model.embed_dim:
-        raise ValueError(
-            f"new_dim must be larger than the model's embed_dim {model.embed_dim}, got {new_dim}"
-        )
-    return type(model).from_redimnet(model, new_dim, (*model.mrl_dims, new_dim))
+def _freeze(student, frozen, part_lrs):
+    """Gradients for all parts of the student but the frozen ones."""
+    parts = [name for name, _ in student.named_children()]
+    unknown = sorted({*frozen, *part_lrs} - set(parts))
+    if unknown:
+        raise ValueError(f"freeze and unfreeze name parts of the student, {parts}, got {unknown}")
+    for name, part in student.named_children():
+        part.requires_grad_(name not in frozen)
 
 
 def train_distilled_mrl(
@@ -384,7 +419,11 @@ def train_distilled_mrl(
     epoch_counter = EpochCounter(epochs)
     hparams = {
         "mrl_dims": student.mrl_dims,
+        "stage": "",
         "labels": False,
+        "margin_epochs": 0,
+        "freeze": None,
+        "unfreeze": None,
         "wav_augment": wav_augment,
         "train_logger": FileTrainLogger(folder / "train_log.txt"),
         "checkpointer": Checkpointer(folder / "checkpoints", {"epoch_counter": epoch_counter}),

@@ -285,6 +285,60 @@ def evaluate_scores(
     return results
 
 
+def evaluate_runs(
+    runs: Sequence[Mapping[int, np.ndarray]], trials: Trials, n_bootstrap: int = 200
+) -> dict[str, dict]:
+    """Mean error rates and costs of several trainings of one kind, with their intervals.
+
+    Arguments
+    ---------
+    runs : sequence of mapping of int to array
+        For each training, size -> scores, (n_trials,).
+    trials : Trials
+    n_bootstrap : int
+        Draws of speakers, as in ``evaluate_scores``, and with each a draw of trainings, so that the
+        95 % intervals tell of both.
+
+    Returns
+    -------
+    dict
+        For ``"64"`` and so on: ``eer``, ``min_dcf``, ``min_dcf_0.05``, their ``eer_ci`` and so on,
+        and ``eer_runs``, of each training.
+
+    Example
+    -------
+    >>> trials = Trials.parse(["1 a/1 a/2", "0 a/1 b/1", "1 b/1 b/2"])
+    >>> runs = [{2: np.array([0.9, 0.1, 0.8])}, {2: np.array([0.1, 0.9, 0.1])}]
+    >>> result = evaluate_runs(runs, trials)["2"]
+    >>> result["eer"], result["eer_ci"], result["eer_runs"]
+    (0.5, [0.0, 1.0], [0.0, 1.0])
+    """
+    rankings = [
+        {str(size): Ranking(values, trials.labels) for size, values in run.items()} for run in runs
+    ]
+    rng = np.random.default_rng(BOOTSTRAP_SEED)
+
+    def means(weights=None):
+        drawn = rankings
+        if weights is not None:
+            drawn = [rankings[i] for i in rng.integers(len(rankings), size=len(rankings))]
+        found: dict[Any, list[float]] = {}
+        for run in drawn:
+            for size, ranking in run.items():
+                for name, value in ranking.summary(weights).items():
+                    found.setdefault((size, name), []).append(value)
+        return {key: float(np.mean(values)) for key, values in found.items()}
+
+    results = {size: {} for size in rankings[0]}
+    for (size, name), value in means().items():
+        results[size][name] = value
+    for size, found in results.items():
+        found["eer_runs"] = [run[size].eer()[0] for run in rankings]
+    for (size, name), values in _bootstrap(trials, n_bootstrap, means).items():
+        results[size][f"{name}_ci"] = _interval(values)
+    return results
+
+
 def _bootstrap(trials: Trials, n_bootstrap: int, measure) -> dict[Any, list[float]]:
     """What ``measure(weights)`` gives, by its keys, over draws of the list's speakers.
 

@@ -129,7 +129,9 @@ def test_debug_runs_two_batches_and_keeps_no_checkpoint(run):
 
 
 def test_labels_train_without_any_teacher(run):
-    student, folder = run(yaml="hparams/mrl_supervised.yaml", teachers="null", number_of_epochs=1)
+    student, folder = run(
+        yaml="hparams/mrl_supervised.yaml", teachers="null", stages="null", number_of_epochs=1
+    )
     assert "train aam/8" in (folder / "train_log.txt").read_text()
     baselines = json.loads((folder / "report.json").read_text())["baselines"]
     assert baselines["teacher"] is None and baselines["teachers"] == {}

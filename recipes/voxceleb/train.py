@@ -5,17 +5,23 @@ python recipes/voxceleb/train.py hparams/mrl_distill.yaml --data_folder=/data/Vo
 Without ``--data_folder`` it runs a demo on synthetic voices with small teachers.
 """
 
+import copy
 import csv
 import io
+import json
 import sys
 import time
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 
 import speechbrain as sb
 import torch
+import torch.nn.functional as F
 from demo_voices import make_demo_corpus
+from folder_prepare import prepare_folder
 from hyperpyyaml import load_hyperpyyaml, resolve_references
+from hyperpyyaml.core import recursive_update
 from rirs import prepare_rirs
 from ruamel.yaml import YAML
 from speechbrain.dataio.encoder import CategoricalEncoder
@@ -31,24 +37,32 @@ from speechbrain_mrl import (
 )
 from speechbrain_mrl.card import Provenance
 from speechbrain_mrl.embedding import embed_clips, read_clips
+from speechbrain_mrl.expansion import carry_over, resize_model, start_new_coordinates
 from speechbrain_mrl.plots import write_plots
 from speechbrain_mrl.pretrained import RELEASES
-from speechbrain_mrl.report import make_report, print_report, teacher_baselines, write_report
+from speechbrain_mrl.report import (
+    agreement,
+    make_report,
+    print_report,
+    teacher_baselines,
+    write_report,
+)
 from speechbrain_mrl.rotation import aligning_rotation
 from speechbrain_mrl.teachers import TeacherStore, load_teachers
 from speechbrain_mrl.training import fit_objective, train_dataset, train_student, valid_dataset
 from speechbrain_mrl.verification import evaluate, read_trials, score_trials
 
-HEAD_CLIPS = 2000  # training clips that give the principal axes of a pretrained student
+HEAD_CLIPS = 4000  # training clips that a head is rotated or fitted on
 ENROLMENT_CLIPS = 5  # a training speaker's, for the exported classifier
 RECIPE = Path(__file__).resolve().parent
 DEMO = "demo: synthetic voices and small demo teachers, no figure here is a VoxCeleb figure"
 
 
-def load_hparams(hparams_file, overrides):
-    """The loaded YAML with its overrides, or the demo's where no data is given, and its text."""
+def read_yaml(hparams_file, overrides):
+    """The YAML on its base, with the command line's overrides; the demo's where no data is given."""
     yaml = YAML()
     document = yaml.load(Path(hparams_file))
+    own_demo = document.pop("demo", {})
     if "base" in document:
         changes = document
         document = yaml.load(Path(hparams_file).with_name(changes.pop("base")))
@@ -59,18 +73,43 @@ def load_hparams(hparams_file, overrides):
         checkpoints = sorted(
             (RECIPE / "demo_teachers").glob("*.pt"), key=lambda p: p.stat().st_size
         )
-        demo = {**yaml.load(RECIPE / "demo.yaml"), "backbone": str(checkpoints[-1])}
+        demo = {**yaml.load(RECIPE / "demo.yaml"), "backbone": str(checkpoints[-1]), **own_demo}
         if document["teachers"] is not None:
             demo["teachers"] = [str(path) for path in checkpoints]
         given = {**demo, **given}
-    for key, value in list(given.items()):
-        # HyperPyYAML merges mappings into mappings, but does not put one in the place of a list.
-        if key in document and isinstance(value, dict) != isinstance(document[key], dict):
-            document[key] = given.pop(key)
-    text = resolve_references(
-        _dumped(yaml, document), _dumped(yaml, given), overrides_must_match=True
-    ).getvalue()
-    return load_hyperpyyaml(text), text
+    return _changed(document, given)
+
+
+def resolve_stages(document):
+    """The text of each stage: the YAML with that stage's changes, all references resolved.
+
+    Without ``stages`` it is one, without a name.
+    """
+    texts = {}
+    for number, stage in enumerate(document["stages"] or [{"stage": ""}], start=1):
+        stage = {"stage": str(number), **stage}
+        if stage["stage"] in texts:
+            raise ValueError(f"two stages are called {stage['stage']!r}; give each its own name")
+        texts[stage["stage"]] = resolve(_changed({**document, "stages": None}, stage))
+    return list(texts.values())
+
+
+def resolve(document):
+    """The document's text, without references."""
+    return resolve_references(_dumped(YAML(), document)).getvalue()
+
+
+def _changed(document, changes):
+    """A copy with other values; mappings are merged into mappings."""
+    document = copy.deepcopy(document)
+    for key, value in changes.items():
+        if key not in document:
+            raise KeyError(f"{key!r} is not a key of the YAML, which has {list(document)}")
+        if isinstance(value, dict) and isinstance(document[key], dict):
+            recursive_update(document[key], value)
+        else:
+            document[key] = value
+    return document
 
 
 def _dumped(yaml, document):
@@ -81,39 +120,53 @@ def _dumped(yaml, document):
 
 def prepare(hparams, debug):
     """The corpus' lists; on the main process first."""
+    data_folder = hparams["data_folder"]
+    if hparams["labels"] and not hparams["speaker_folders"]:
+        raise ValueError(
+            "labels need speaker_folders; set labels to False or speaker_folders to True"
+        )
+    if data_folder is None:
+        data_folder = str(Path(hparams["output_folder"]) / "voices")
+        run_on_main(make_demo_corpus, kwargs={"folder": data_folder})
     arguments = {
-        "data_folder": hparams["data_folder"],
+        "data_folder": data_folder,
         "save_folder": str(Path(hparams["output_folder"]) / "lists"),
         "trials": hparams["trials"],
-        "train_speakers": hparams["train_speakers"],
-        "valid_speakers": hparams["valid_speakers"],
-        "test_speakers": hparams["test_speakers"],
-        "seed": hparams["seed"],
+        "seed": hparams["split_seed"],
         "skip_bad_files": hparams["skip_bad_files"],
     }
-    if hparams["data_folder"] is None:
-        arguments["data_folder"] = str(Path(hparams["output_folder"]) / "voices")
-        run_on_main(make_demo_corpus, kwargs={"folder": arguments["data_folder"]})
-    run_on_main(prepare_voxceleb, kwargs=arguments)
+    if hparams["speaker_folders"]:
+        make_lists = prepare_voxceleb
+        for key in ("train_speakers", "valid_speakers", "test_speakers"):
+            arguments[key] = hparams[key]
+    else:
+        make_lists = prepare_folder
+        arguments["test_folder"] = hparams["test_folder"]
+    run_on_main(make_lists, kwargs=arguments)
     run_on_main(prepare_rirs, kwargs={"csv_path": hparams["rir_csv"]})
-    corpus = prepare_voxceleb(**arguments, skip_prep=True)
+    corpus = make_lists(**arguments, skip_prep=True)
     return shrink(corpus, 2 * hparams["batch_size"]) if debug else corpus
 
 
 def shrink(corpus, n_clips):
     """The first training clips and a few trials of a corpus, for ``--debug``."""
-    paths = {}
+    paths = {"train_csv": _copy_rows(corpus.train_csv, lambda row: True, n_clips)}
+    if corpus.valid_trials is None:
+        paths["valid_csv"] = _copy_rows(corpus.valid_csv, lambda row: True, n_clips)
     for split in ("valid", "test"):
+        if getattr(corpus, f"{split}_trials") is None:
+            continue
         trials = Path(getattr(corpus, f"{split}_trials"))
         lines = trials.read_text().splitlines()
         few = [line for label in "10" for line in [x for x in lines if x[0] == label][:8]]
-        paths[f"{split}_trials"] = str(trials.with_name(f"debug_{trials.name}"))
+        paths[f"{split}_trials"] = str(
+            Path(corpus.train_csv).with_name(f"debug_{split}_{trials.name}")
+        )
         Path(paths[f"{split}_trials"]).write_text("\n".join(few) + "\n")
         ids = {clip for line in few for clip in line.split()[1:]}
         paths[f"{split}_csv"] = _copy_rows(
             getattr(corpus, f"{split}_csv"), lambda row, ids=ids: row["ID"] in ids
         )
-    paths["train_csv"] = _copy_rows(corpus.train_csv, lambda row: True, n_clips)
     return corpus._replace(**paths)
 
 
@@ -136,35 +189,133 @@ def make_student(hparams, corpus, objective, stores, **embed_options):
     The rotation changes no cosine of the checkpoint's coordinates. It puts the teachers' principal
     axes first, or without teachers the checkpoint's own.
     """
-    sizes = {"embed_dim": hparams["embed_dim"], "mrl_dims": hparams["mrl_dims"]}
+    embed_dim, mrl_dims = hparams["embed_dim"], hparams["mrl_dims"]
     backbone = hparams["backbone"]
     if not hparams["pretrained"]:
-        return ReDimNetMRL(backbone=backbone, **sizes)
+        return ReDimNetMRL(embed_dim, mrl_dims, backbone)
     file = backbone if Path(backbone).is_file() else None
     redimnet = load_pretrained_redimnet(
         backbone, hparams["student_train_type"], hparams["student_dataset"], source=file
     )
-    student = ReDimNetMRL.from_redimnet(redimnet, **sizes)
+    k = redimnet.embed_dim
+    cut = embed_dim < k
+    student = ReDimNetMRL.from_redimnet(redimnet, *((k, [k]) if cut else (embed_dim, mrl_dims)))
     if hparams["checkpointer"].find_checkpoint() is None:
-        clips = read_clips(corpus.train_csv)[:HEAD_CLIPS]
+        clips = spread_clips(corpus)
+        redimnet.to(embed_options.get("device", "cpu"))
         found = embed_clips({"backbone": redimnet}, clips, **embed_options)["backbone"]
-        k = redimnet.embed_dim
         if stores:
             store = stores[sb.Stage.TRAIN]
             fit_objective(objective, store)
-            targets = objective.targets(store.lookup([clip.id for clip in clips]))
-            student.rotate_head(aligning_rotation(found, targets[hparams["embed_dim"]][:, :k]))
+            targets = objective.targets(store.lookup([clip.id for clip in clips]))[embed_dim]
+            targets = F.pad(targets[:, :k], (0, max(0, k - embed_dim)))
+            student.rotate_head(aligning_rotation(found, targets))
         else:
             student.rotate_head(matryoshka_rotation(found, [k]).matrix)
-    return student
+    return resize_model(student, mrl_dims) if cut else student
+
+
+def spread_clips(corpus):
+    """Training clips, evenly spread over the list, on which a head is fitted."""
+    clips = read_clips(corpus.train_csv)
+    return clips[:: -(-len(clips) // HEAD_CLIPS)]
+
+
+def go_on(student, previous_objective, hparams, corpus, objective, stores, **embed_options):
+    """The student of the stage before, in the sizes of this one; its new coordinates are fitted."""
+    grown = resize_model(student, hparams["mrl_dims"])
+    carry_over(objective, previous_objective)
+    if stores and hparams["checkpointer"].find_checkpoint() is None:
+        fit_objective(objective, stores[sb.Stage.TRAIN])
+        clips = spread_clips(corpus)
+        start_new_coordinates(
+            grown.to(embed_options["device"]),
+            min(student.embed_dim, grown.embed_dim),
+            objective,
+            stores[sb.Stage.TRAIN].lookup([clip.id for clip in clips]),
+            clips,
+            **embed_options,
+        )
+    return grown
+
+
+def load_stage_teachers(hparams, device):
+    """The teachers of a stage, by name; none without ``teachers``."""
+    named = hparams["teachers"]
+    if named is None:
+        return {}
+    if hparams["taught_by"] is not None:
+        pairs = list(named.items() if isinstance(named, dict) else enumerate(named))
+        if not all(-len(pairs) <= position < len(pairs) for position in hparams["taught_by"]):
+            raise ValueError(
+                f"taught_by {hparams['taught_by']} must be positions in the {len(pairs)} teachers "
+                f"{[str(name) for name in named]}, the first is 0"
+            )
+        chosen = [pairs[position] for position in hparams["taught_by"]]
+        named = dict(chosen) if isinstance(named, dict) else [teacher for _, teacher in chosen]
+    return load_teachers(named, hparams["teacher_train_type"], hparams["teacher_dataset"], device)
+
+
+def train_stage(previous, hparams, corpus, run_opts, teachers, **embed_options):
+    """Train one stage, from the (student, objective) of the stage before if there is one.
+
+    Returns its own, and the teachers' embeddings of training, validation and test clips.
+    """
+    stores = {}
+    if teachers:
+        lists = dict(zip(sb.Stage, (corpus.train_csv, corpus.valid_csv, corpus.test_csv)))
+        for split, path in lists.items():
+            if path is None:
+                continue
+            stores[split] = TeacherStore(Path(hparams["teacher_store"]) / split.name.lower())
+            stores[split].fill(teachers, read_clips(path), **embed_options)
+    label_encoder, n_classes = None, None
+    if hparams["labels"]:
+        label_encoder = CategoricalEncoder()
+        with open(corpus.train_csv, newline="") as file:
+            label_encoder.update_from_iterable(row["spk_id"] for row in csv.DictReader(file))
+        n_classes = len(label_encoder)
+    objective = hparams["objective"](n_classes=n_classes)
+    start = make_student if previous is None else partial(go_on, *previous)
+    student = start(hparams, corpus, objective, stores, **embed_options)
+    train_student(
+        student,
+        objective,
+        train_dataset(
+            corpus.train_csv, hparams["chunk_seconds"], hparams["chunks_per_clip"], label_encoder
+        ),
+        valid_dataset(corpus.valid_csv, hparams["max_seconds"]),
+        hparams,
+        run_opts,
+        stores,
+        None if corpus.valid_trials is None else read_trials(corpus.valid_trials),
+    )
+    return (student, objective), stores
+
+
+def report_agreement(student, teachers, corpus, hparams, **embed_options):
+    """Write and print how well the student agrees with its teachers on the validation clips."""
+    clips = read_clips(corpus.valid_csv)
+    found = embed_clips({"student": student, **teachers}, clips, **embed_options)
+    result = agreement(found.pop("student"), found, hparams["mrl_dims"])
+    path = Path(hparams["output_folder"]) / "agreement.json"
+    path.write_text(json.dumps({"clips": len(clips), "dims": result}, indent=2) + "\n")
+    print(
+        f"agreement with the teachers on {len(clips)} clips without labels (correlation of cosines)"
+    )
+    for dim, value in result.items():
+        print(f"{dim:>6}{value:9.3f}")
 
 
 def report_on(student, teachers, fit_embeddings, corpus, hparams, started, **embed_options):
-    """Verify student, teachers and cuts on the test trials; write and print the report."""
+    """Verify student, teachers and cuts on the test trials; write and print the report.
+
+    ``teachers`` and ``fit_embeddings`` are the teachers' embeddings of test and training clips.
+    """
     trials = read_trials(corpus.test_trials)
     clips = read_clips(corpus.test_csv)
     trials.check_clips({clip.id for clip in clips})
-    found = embed_clips({"student": student, **teachers}, clips, **embed_options)
+    found = embed_clips({"student": student}, clips, **embed_options) | teachers
     found = {
         name: trials.stack(dict(zip((clip.id for clip in clips), embeddings, strict=True)))
         for name, embeddings in found.items()
@@ -207,7 +358,7 @@ def export(student, speakers, teachers, report, corpus, hparams):
         for name in teachers
     }
     first_clips = {}
-    for clip in read_clips(corpus.train_csv):
+    for clip in read_clips(corpus.train_csv) if speakers else ():
         first_clips.setdefault(clip.id.split("/")[0], clip.wav)
     folder = Path(hparams["output_folder"])
     export_model(
@@ -221,7 +372,7 @@ def export(student, speakers, teachers, report, corpus, hparams):
             trials=str(hparams["trials"] or "made from held-out speakers of the same corpus"),
         ),
         report=report,
-        plot=folder / "eer_by_dim.png",
+        plot=None if report is None else folder / "eer_by_dim.png",
         speakers=speakers,
         examples=dict(list(first_clips.items())[: hparams["card_examples"]]),
     )
@@ -233,7 +384,9 @@ def main(argv):
     """Everything from the command line to the report."""
     started = time.time()
     hparams_file, run_opts, overrides = sb.parse_arguments(argv)
-    hparams, text = load_hparams(hparams_file, overrides)
+    document = read_yaml(hparams_file, overrides)
+    stages = [load_hyperpyyaml(text) for text in resolve_stages(document)]
+    hparams = stages[-1]
     demo = hparams["data_folder"] is None
     if demo and if_main_process():
         print(DEMO)
@@ -241,7 +394,7 @@ def main(argv):
     resolved = Path(hparams["output_folder"]) / "resolved.yaml"
     if if_main_process():
         resolved.parent.mkdir(parents=True, exist_ok=True)
-        resolved.write_text(text)
+        resolved.write_text(resolve(document))
     sb.create_experiment_directory(hparams["output_folder"], resolved)
     corpus = prepare(hparams, run_opts.get("debug", False))
 
@@ -251,45 +404,33 @@ def main(argv):
         "max_seconds": hparams["max_seconds"],
         "num_workers": hparams["num_workers"],
     }
-    teachers, stores = {}, {}
-    if hparams["teachers"] is not None:
-        kind = hparams["teacher_train_type"], hparams["teacher_dataset"]
-        teachers = load_teachers(hparams["teachers"], *kind, embed_options["device"])
-        for stage, path in ((sb.Stage.TRAIN, corpus.train_csv), (sb.Stage.VALID, corpus.valid_csv)):
-            stores[stage] = TeacherStore(Path(hparams["teacher_store"]) / stage.name.lower())
-            stores[stage].fill(teachers, read_clips(path), **embed_options)
-
-    label_encoder, n_classes = None, None
-    if hparams["labels"]:
-        label_encoder = CategoricalEncoder()
-        with open(corpus.train_csv, newline="") as file:
-            label_encoder.update_from_iterable(row["spk_id"] for row in csv.DictReader(file))
-        n_classes = len(label_encoder)
-    objective = hparams["objective"](n_classes=n_classes)
-    student = make_student(hparams, corpus, objective, stores, **embed_options)
-    train_student(
-        student,
-        objective,
-        train_dataset(
-            corpus.train_csv, hparams["chunk_seconds"], hparams["chunks_per_clip"], label_encoder
-        ),
-        valid_dataset(corpus.valid_csv, hparams["max_seconds"]),
-        hparams,
-        run_opts,
-        stores,
-        read_trials(corpus.valid_trials),
-    )
+    trained, teachers = None, {}
+    fit_embeddings, test_embeddings = {}, {}
+    for stage in stages:
+        taught = load_stage_teachers(stage, embed_options["device"])
+        trained, stores = train_stage(trained, stage, corpus, run_opts, taught, **embed_options)
+        teachers |= taught
+        if taught:
+            fit_embeddings |= stores[sb.Stage.TRAIN].embeddings
+        if taught and corpus.test_csv is not None:
+            clip_ids = [clip.id for clip in read_clips(corpus.test_csv)]
+            test_embeddings |= stores[sb.Stage.TEST].lookup(clip_ids)
+    student, _ = trained
     if if_main_process():
-        fit_embeddings = stores[sb.Stage.TRAIN].embeddings if teachers else {}
-        report = report_on(
-            student, teachers, fit_embeddings, corpus, hparams, started, **embed_options
-        )
-        speakers = enrol(student, corpus, **embed_options)
+        report, speakers = None, {}
+        if corpus.test_trials is not None:
+            report = report_on(
+                student, test_embeddings, fit_embeddings, corpus, hparams, started, **embed_options
+            )
+        if hparams["speaker_folders"]:
+            speakers = enrol(student, corpus, **embed_options)
+        else:
+            report_agreement(student, teachers, corpus, hparams, **embed_options)
         export(student, speakers, teachers, report, corpus, hparams)
-        print(
-            f"Report, plots and model/: {hparams['output_folder']}\nNext: python "
-            f"recipes/voxceleb/publish.py {hparams['output_folder']}/model ORG/NAME --dry_run"
-        )
+        print(f"Report, plots and model/: {hparams['output_folder']}")
+        if report is not None:
+            model = f"{hparams['output_folder']}/model"
+            print(f"Next: python recipes/voxceleb/publish.py {model} ORG/NAME --dry_run")
         if demo:
             print(DEMO)
     return student

@@ -62,6 +62,8 @@ def main():
             "batch_size": 32,
             "num_workers": 0,
             "number_of_epochs": args.number_of_epochs,
+            "margin_epochs": 0,
+            "stages": None,
             "lr": 0.002,
         }
         options = [f"--{key}={value}".replace("None", "null") for key, value in overrides.items()]
