@@ -620,7 +620,7 @@ def test_the_recipe_turns_a_release_into_a_speechbrain_model(
         + [f"--report={tmp_path / 'report.json'}"]
     )
     card = (tmp_path / "model" / "README.md").read_text()
-    assert "license: cc-by-nc-sa-4.0" in card and "**not for commercial use**" in card
+    assert "license_name: non-commercial" in card and "**not for commercial use**" in card
     wavs = voices(0, 1.0).unsqueeze(0)
     loaded = EncoderClassifier.from_hparams(source=tmp_path / "model")
     expected = embedding(random_model(tiny_config), wavs)
