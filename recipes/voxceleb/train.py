@@ -9,6 +9,7 @@ import copy
 import csv
 import io
 import json
+import os
 import sys
 import time
 from collections import defaultdict
@@ -380,6 +381,13 @@ def export(student, speakers, teachers, report, corpus, hparams):
         push_to_hub(folder / "model", hparams["push_to_hub"])
 
 
+def default_device():
+    """Where SpeechBrain puts the student if no ``--device`` is given; teachers go there too."""
+    if torch.cuda.is_available():
+        return f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    return "cpu"
+
+
 def main(argv):
     """Everything from the command line to the report."""
     started = time.time()
@@ -399,7 +407,7 @@ def main(argv):
     corpus = prepare(hparams, run_opts.get("debug", False))
 
     embed_options = {
-        "device": run_opts.get("device") or "cpu",
+        "device": run_opts.get("device") or default_device(),
         "batch_seconds": hparams["teacher_batch_seconds"],
         "max_seconds": hparams["max_seconds"],
         "num_workers": hparams["num_workers"],
