@@ -252,6 +252,13 @@ def test_the_untrained_student_agrees_with_its_teachers(
     assert max(values.values()) < 0.05  # near 1 between unrelated directions
 
 
+def test_a_teacher_module_without_arguments_survives_the_stages():
+    teachers = "{mine: !new:torch.nn.Identity []}"
+    overrides = f"data_folder: /data\nteachers: {teachers}\n"
+    (text,) = train.resolve_stages(train.read_yaml("hparams/mrl_distill.yaml", overrides))
+    assert f"teachers: {teachers}" in text
+
+
 def test_a_random_student_has_the_sizes_of_the_yaml(tiny_config):
     hparams = {"backbone": tiny_config, "pretrained": False, "embed_dim": 48, "mrl_dims": [8, 48]}
     student = train.make_student(hparams, None, None, {})

@@ -5,7 +5,6 @@ python recipes/voxceleb/train.py hparams/mrl_distill.yaml --data_folder=/data/Vo
 Without ``--data_folder`` it runs a demo on synthetic voices with small teachers.
 """
 
-import copy
 import csv
 import io
 import json
@@ -102,7 +101,8 @@ def resolve(document):
 
 def _changed(document, changes):
     """A copy with other values; mappings are merged into mappings."""
-    document = copy.deepcopy(document)
+    yaml = YAML()
+    document = yaml.load(_dumped(yaml, document))  # deepcopy would drop the tag of "!new:Name []"
     for key, value in changes.items():
         if key not in document:
             raise KeyError(f"{key!r} is not a key of the YAML, which has {list(document)}")
