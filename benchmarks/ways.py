@@ -55,6 +55,7 @@ WAYS = {  # YAML and what it changes
     "gram": ("mrl_distill", terms(gram=1.0)),
     "contrastive": ("mrl_distill", terms(contrastive=1.0)),
     "mse": ("mrl_distill", terms(mse=1.0)),
+    "map": ("mrl_distill", {}),  # small sizes follow the first teachers, large ones the last
 }
 DEFAULT_WAYS = ["distill", "amalgamate", "progressive", "supervised", "separate"]
 
@@ -90,6 +91,11 @@ def options_of(way, corpus, steps, hparams):
     if way == "amalgamate":
         changes |= {"data_folder": corpus.train_csv, "test_folder": corpus.test_csv}
         changes |= {"teacher_store": f"{corpus.train_csv}.teachers"}
+    if way == "map":
+        names = [Path(str(teacher)).stem for teacher in hparams["teachers"]]
+        share = len(names) / len(mrl_dims)
+        pairs = [f"{dim}: {names[int(i * share)]}" for i, dim in enumerate(mrl_dims)]
+        changes |= {"objective": f"{{teacher_map: {{{', '.join(pairs)}}}}}"}
     if way == "progressive":
         stages = progressive_stages(mrl_dims, len(hparams["teachers"]))
         changes |= {"stages": stages, "optimizer_step_limit": steps // len(stages)}

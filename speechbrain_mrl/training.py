@@ -18,7 +18,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from speechbrain_mrl.audio import read_audio
-from speechbrain_mrl.embedding import SAMPLE_RATE, find_clips, read_clips, write_clips
+from speechbrain_mrl.embedding import (
+    SAMPLE_RATE,
+    Clip,
+    embed_clips,
+    find_clips,
+    read_clips,
+    write_clips,
+)
 from speechbrain_mrl.losses import MatryoshkaDistillationLoss
 from speechbrain_mrl.pretrained import ReDimNetMRL
 from speechbrain_mrl.redimnet import MatryoshkaReDimNet, ReDimNet
@@ -26,6 +33,7 @@ from speechbrain_mrl.teachers import LiveTeachers, TeacherStore, load_teachers
 from speechbrain_mrl.verification import Trials, evaluate
 
 FIT_CLIPS = 50_000  # clips that rotations are fitted on, at most
+HEAD_CLIPS = 4_000  # training clips that a head is rotated, fitted or centred on, at most
 
 
 def train_dataset(
@@ -316,6 +324,29 @@ def train_student(
     return brain
 
 
+def centre_head(student: MatryoshkaReDimNet, clips: Sequence[Clip], **embed_options):
+    """Let the student's embeddings of these clips have mean zero, by the bias of its linear layer.
+
+    Cosines then compare what tells the clips apart, not what all speech shares. No label is read.
+
+    Arguments
+    ---------
+    student : MatryoshkaReDimNet
+        Changed in place.
+    clips : sequence of Clip
+        A few thousand of the training clips.
+    **embed_options
+        ``device``, ``batch_seconds``, ``max_seconds`` and ``num_workers`` of ``embed_clips``.
+    """
+    mean = embed_clips({"student": student}, clips, **embed_options)["student"].mean(dim=0)
+    student.rotate_head(torch.eye(len(mean)), mean)
+
+
+def spread(clips: Sequence[Clip]) -> Sequence[Clip]:
+    """At most 4,000 of the clips, evenly over the list, on which a head is fitted."""
+    return clips[:: -(-len(clips) // HEAD_CLIPS)]
+
+
 def _freeze(student, frozen, part_lrs):
     """Gradients for all parts of the student but the frozen ones."""
     parts = [name for name, _ in student.named_children()]
@@ -345,7 +376,8 @@ def train_distilled_mrl(
     """Distil teachers into one Matryoshka student, without a YAML and without labels.
 
     A call that was interrupted goes on where it was when it is made again. One clip in twenty, at
-    most 500, is held out; the checkpoint that agrees best with the teachers on those is returned.
+    most 500, is held out; the checkpoint that agrees best with the teachers on those is returned,
+    centred on the training clips.
 
     Arguments
     ---------
@@ -357,7 +389,8 @@ def train_distilled_mrl(
     data : path or torch.utils.data.DataLoader
         A folder of recordings of any structure, a CSV (ID, wav, start and stop in samples at
         16 kHz), or a DataLoader of SpeechBrain batches with ``id`` and ``sig``, which the teachers
-        then hear at every step; with it nothing is held out and the last weights are returned.
+        then hear at every step; with it nothing is held out, and the last weights are returned as
+        they are.
     epochs : int
         Passes over the data.
     output_folder : path
@@ -444,4 +477,7 @@ def train_distilled_mrl(
     }
     run_opts = {"device": device}
     train_student(student, objective, train_set, valid_set, hparams, run_opts, stores)
+    if valid_set is not None:
+        clips = spread(splits[sb.Stage.TRAIN])
+        centre_head(student, clips, device=device, max_seconds=max_seconds, num_workers=num_workers)
     return student.eval()

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 
 from speechbrain_mrl import ReDimNet, ReDimNetMRL, expand_model, train_distilled_mrl
 from speechbrain_mrl.audio import read_audio
-from speechbrain_mrl.embedding import write_clips
+from speechbrain_mrl.embedding import embed_clips, read_clips, write_clips
 from speechbrain_mrl.training import MRLBrain, train_dataset, valid_dataset
 
 
@@ -122,6 +122,9 @@ def test_distillation_from_python_brings_the_student_nearer_to_its_teacher(
     ]
     assert len(losses) == 6
     assert min(losses) < 0.8 * losses[0]
+    clips = read_clips(tmp_path / "run" / "train.csv")
+    embeddings = embed_clips({"student": student}, clips)["student"]
+    assert embeddings.mean(dim=0).norm() < 1e-4 * embeddings.norm(dim=1).mean()
 
 
 def test_distillation_takes_a_loader_and_starts_from_a_redimnet(

@@ -524,3 +524,17 @@ def test_one_command_compares_the_ways(small_corpus, release_file, tiny_config, 
     before = text
     ways.main(arguments)  # nothing is trained again
     assert (tmp_path / "ways" / "ways.md").read_text() == before
+
+
+def test_the_way_map_gives_small_sizes_to_the_first_teachers():
+    hparams = {"mrl_dims": [16, 32, 64, 128, 256], "teachers": ["/a/small.pt", "b6"]}
+    (changes,) = ways.options_of("map", None, 10, hparams)
+    overrides = f"data_folder: /data\nobjective: {changes['objective']}\n"
+    document = train.read_yaml("hparams/mrl_distill.yaml", overrides)
+    assert document["objective"]["teacher_map"] == {
+        16: "small",
+        32: "small",
+        64: "small",
+        128: "b6",
+        256: "b6",
+    }

@@ -49,10 +49,16 @@ from speechbrain_mrl.report import (
 )
 from speechbrain_mrl.rotation import aligning_rotation
 from speechbrain_mrl.teachers import TeacherStore, load_teachers
-from speechbrain_mrl.training import fit_objective, train_dataset, train_student, valid_dataset
+from speechbrain_mrl.training import (
+    centre_head,
+    fit_objective,
+    spread,
+    train_dataset,
+    train_student,
+    valid_dataset,
+)
 from speechbrain_mrl.verification import evaluate, read_trials, score_trials
 
-HEAD_CLIPS = 4000  # training clips that a head is rotated or fitted on
 ENROLMENT_CLIPS = 5  # a training speaker's, for the exported classifier
 RECIPE = Path(__file__).resolve().parent
 DEMO = "demo: synthetic voices and small demo teachers, no figure here is a VoxCeleb figure"
@@ -202,7 +208,7 @@ def make_student(hparams, corpus, objective, stores, **embed_options):
     cut = embed_dim < k
     student = ReDimNetMRL.from_redimnet(redimnet, *((k, [k]) if cut else (embed_dim, mrl_dims)))
     if hparams["checkpointer"].find_checkpoint() is None:
-        clips = spread_clips(corpus)
+        clips = spread(read_clips(corpus.train_csv))
         redimnet.to(embed_options.get("device", "cpu"))
         found = embed_clips({"backbone": redimnet}, clips, **embed_options)["backbone"]
         if stores:
@@ -216,19 +222,13 @@ def make_student(hparams, corpus, objective, stores, **embed_options):
     return resize_model(student, mrl_dims) if cut else student
 
 
-def spread_clips(corpus):
-    """Training clips, evenly spread over the list, on which a head is fitted."""
-    clips = read_clips(corpus.train_csv)
-    return clips[:: -(-len(clips) // HEAD_CLIPS)]
-
-
 def go_on(student, previous_objective, hparams, corpus, objective, stores, **embed_options):
     """The student of the stage before, in the sizes of this one; its new coordinates are fitted."""
     grown = resize_model(student, hparams["mrl_dims"])
     carry_over(objective, previous_objective)
     if stores and hparams["checkpointer"].find_checkpoint() is None:
         fit_objective(objective, stores[sb.Stage.TRAIN])
-        clips = spread_clips(corpus)
+        clips = spread(read_clips(corpus.train_csv))
         start_new_coordinates(
             grown.to(embed_options["device"]),
             min(student.embed_dim, grown.embed_dim),
@@ -426,6 +426,7 @@ def main(argv):
     student, _ = trained
     if if_main_process():
         report, speakers = None, {}
+        centre_head(student, spread(read_clips(corpus.train_csv)), **embed_options)
         if corpus.test_trials is not None:
             report = report_on(
                 student, test_embeddings, fit_embeddings, corpus, hparams, started, **embed_options
