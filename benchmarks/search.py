@@ -28,8 +28,8 @@ from speechbrain_mrl.rotation import matryoshka_rotation
 from speechbrain_mrl.search import MatryoshkaIndex
 
 CHUNK = 50_000
-METHODS = ("flat", "4bit", "float32", "int8", "binary", "milvus", "hnsw")
-SHORTLISTS = {"4bit": 600, "float32": 100, "int8": 100, "binary": 2000, "milvus": 100}
+METHODS = ("flat", "ivf", "4bit", "float32", "int8", "binary", "milvus", "hnsw")
+SHORTLISTS = {"ivf": 800, "4bit": 600, "float32": 100, "int8": 100, "binary": 2000, "milvus": 100}
 K = 10
 
 

@@ -74,7 +74,7 @@ def test_a_shortlist_of_everyone_is_exact():
     np.testing.assert_allclose(scores, cosines, atol=1e-6)
 
 
-@pytest.mark.parametrize("codes", ["float32", "int8", "4bit", "binary"])
+@pytest.mark.parametrize("codes", ["float32", "int8", "4bit", "binary", "ivf"])
 def test_codes_of_the_prefix_find_what_exact_search_finds(codes):
     n, queries = 6000, voices(100, seed=1)
     order, cosines = brute_force(queries, voices(n), 10)
@@ -133,7 +133,7 @@ def test_an_empty_index_and_no_queries_give_nothing(index):
     assert (ids, scores.shape) == ([], (0, 2))
 
 
-@pytest.mark.parametrize("codes", ["float32", "int8", "4bit", "binary"])
+@pytest.mark.parametrize("codes", ["float32", "int8", "4bit", "binary", "ivf"])
 def test_removed_speakers_are_gone_and_the_others_stay(codes):
     index, embeddings = filled(1500, codes=codes), voices(1500)
     index.search(embeddings[:1])  # codes are there before the removal
@@ -150,7 +150,7 @@ def test_removed_speakers_are_gone_and_the_others_stay(codes):
     assert len(index) == 1497
 
 
-@pytest.mark.parametrize("codes", ["int8", "4bit"])
+@pytest.mark.parametrize("codes", ["int8", "4bit", "ivf"])
 def test_adding_an_id_again_replaces_its_embedding(codes):
     index, new = filled(1500, codes=codes), voices(2, seed=9)
     index.search(new)
@@ -173,7 +173,7 @@ def test_codes_are_fitted_again_when_the_index_outgrows_them():
     assert recall(ids, order) >= 0.97
 
 
-@pytest.mark.parametrize("codes", ["float32", "int8", "4bit", "binary"])
+@pytest.mark.parametrize("codes", ["float32", "int8", "4bit", "binary", "ivf"])
 def test_a_saved_index_comes_back_the_same_and_lives_on(codes, tmp_path):
     index, queries = filled(2000, codes=codes), voices(20, seed=1)
     index.remove(["speaker 17", "speaker 3"])
