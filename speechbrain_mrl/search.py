@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import math
 import os
@@ -14,6 +15,7 @@ from collections import Counter
 from collections.abc import Container, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -184,7 +186,8 @@ class MatryoshkaIndex:
         if use_codes:
             self._update_codes()
         ids, scores = [], np.empty((len(queries), k), np.float32)
-        with ThreadPoolExecutor(self._faiss.omp_get_max_threads()) as pool:
+        n_threads = self._faiss.omp_get_max_threads()
+        with ThreadPoolExecutor(n_threads) as pool:
             for start in range(0, len(queries), CHUNK):
                 chunk = queries[start : start + CHUNK]
                 if use_codes:
@@ -192,7 +195,9 @@ class MatryoshkaIndex:
                     nearest = self._rows_of(self._coded.search(prefixes, shortlist)[1])
                 else:
                     nearest = np.broadcast_to(self._rows, (len(chunk), n))
-                best = pool.map(lambda *pair: self._rerank(*pair, k), chunk, nearest)
+                rerank = partial(self._rerank, chunk, nearest, k)
+                blocks = np.array_split(np.arange(len(chunk)), min(n_threads, len(chunk)))
+                best = itertools.chain(*(pool.map if len(blocks) > 1 else map)(rerank, blocks))
                 for i, (rows, cosines) in enumerate(best, start):
                     ids.append([self._names[row] for row in rows])
                     scores[i] = cosines
@@ -264,15 +269,19 @@ class MatryoshkaIndex:
             ids[:] = np.searchsorted(self._rows, ids)
         return codes
 
-    def _rerank(self, query, rows, k):
-        rows = rows[rows >= 0]  # FAISS fills up with -1 where the lists hold fewer speakers
-        if len(rows) < k:
-            rows = self._rows
-        full = self._full.take(rows).astype(np.float32, copy=False)
-        scores = full @ query / STORAGE[self.storage]
-        best = np.argpartition(-scores, k - 1)[:k] if k else np.arange(0)
-        best = best[np.argsort(-scores[best], kind="stable")]
-        return rows[best], scores[best]
+    def _rerank(self, queries, nearest, k, block):
+        """Rows and cosines of the k best of ``nearest``, for each query of a block."""
+        found = []
+        for query, rows in zip(queries[block], nearest[block]):
+            rows = rows[rows >= 0]  # FAISS fills up with -1 where the lists hold fewer speakers
+            if len(rows) < k:
+                rows = self._rows
+            full = self._full.take(rows).astype(np.float32, copy=False)
+            scores = full @ query / STORAGE[self.storage]
+            best = np.argpartition(-scores, k - 1)[:k] if k else np.arange(0)
+            best = best[np.argsort(-scores[best], kind="stable")]
+            found.append((rows[best], scores[best]))
+        return found
 
     def _update_codes(self) -> None:
         """Build the codes if there are none, or if they were fitted to a fraction of the index."""
