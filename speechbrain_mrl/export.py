@@ -8,6 +8,7 @@ import shutil
 import tempfile
 import textwrap
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,8 @@ def export_model(
         expected = model(probe_wavs()).flatten()[: network.embed_dim].tolist()
         tolerance = 1e-4 if dtype == torch.float32 else 1e-2
         _write_json(new / "check.json", {"embedding": expected, "tolerance": tolerance})
-        _write_json(new / "config.json", {"speechbrain_interface": "EncoderClassifier"})
+        config = {"speechbrain_interface": "EncoderClassifier", "provenance": asdict(provenance)}
+        _write_json(new / "config.json", config)
         widget = _widget(examples or {}, new / "examples", network, classifier, labels.ind2lab)
         texts = {
             "README.md": write_card(

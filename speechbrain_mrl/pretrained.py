@@ -35,6 +35,23 @@ RELEASES = {
 }
 
 
+def parse_release(release: str) -> tuple[str, str, str]:
+    """Model name, dataset and train type out of a release's name.
+
+    Example
+    -------
+    >>> parse_release("b2-vox2-ft_lm")
+    ('b2', 'vox2', 'ft_lm')
+    """
+    parts = release.split("-")
+    if len(parts) != 3 or parts[1] not in RELEASES:
+        raise ValueError(
+            f"a release is named like b2-vox2-ft_lm (model, dataset of {list(RELEASES)}, "
+            f"training), got {release!r}"
+        )
+    return tuple(parts)
+
+
 def load_pretrained_redimnet(
     model_name: str = "b2",
     train_type: str = "ft_lm",

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -18,6 +19,7 @@ from speechbrain_mrl.embedding import Clip, embed_clips
 from speechbrain_mrl.pretrained import RELEASES, load_pretrained_redimnet
 
 SHARD_SIZE = 1024  # clips; what a killed run computes again at most
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
 class EncoderClassifierTeacher(nn.Module):
@@ -65,9 +67,37 @@ def load_teacher(
         module = load_pretrained_redimnet(teacher, train_type, dataset)
     elif os.path.isfile(teacher):
         module = load_pretrained_redimnet(source=teacher)
-    else:
+    elif os.path.isdir(teacher) or HUB_ID.fullmatch(str(teacher)):
         module = EncoderClassifierTeacher(str(teacher), device)
+    else:
+        raise FileNotFoundError(
+            f"{str(teacher)!r} is neither a file or folder, nor a released name {sorted(released)}, "
+            "nor a Hub id such as speechbrain/spkrec-ecapa-voxceleb"
+        )
     return module.to(device).eval().requires_grad_(False)
+
+
+def sizes_and_thresholds(encoder: nn.Module, embed_dim: int) -> tuple[list[int], dict[int, float]]:
+    """The sizes at which an encoder's embedding is one, and the cosines to decide by.
+
+    Arguments
+    ---------
+    encoder : torch.nn.Module
+        As from ``load_teacher``.
+    embed_dim : int
+        Coordinates that it gives.
+
+    Returns
+    -------
+    sizes : list of int
+        Its ``mrl_dims`` up to ``embed_dim``; ``[embed_dim]`` of a model that names none.
+    thresholds : dict of int to float
+        Size -> threshold at the equal error rate, of a published model that has a report.
+    """
+    named = encoder.encoder.hparams if isinstance(encoder, EncoderClassifierTeacher) else encoder
+    sizes = [size for size in getattr(named, "mrl_dims", [embed_dim]) if size <= embed_dim]
+    thresholds = getattr(named, "thresholds", {})
+    return sizes, {int(size): found["eer"] for size, found in thresholds.items()}
 
 
 def load_teachers(

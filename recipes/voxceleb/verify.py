@@ -31,10 +31,10 @@ from speechbrain_mrl.plda import plda_scores
 from speechbrain_mrl.plots import write_plots
 from speechbrain_mrl.report import count_trials, make_report, print_report, write_report
 from speechbrain_mrl.teachers import (
-    EncoderClassifierTeacher,
     TeacherStore,
     fingerprint,
     load_teacher,
+    sizes_and_thresholds,
 )
 from speechbrain_mrl.verification import (
     compare,
@@ -119,8 +119,7 @@ def embed(source, lists, clips, folder, device, **options):
             store.fill({name: encoder}, new, device, **options)
             embeddings |= dict(zip(store.rows, store.embeddings[name]))
     full_size = len(next(iter(embeddings.values())))
-    named = encoder.encoder.hparams if isinstance(encoder, EncoderClassifierTeacher) else encoder
-    sizes = [size for size in getattr(named, "mrl_dims", [full_size]) if size <= full_size]
+    sizes, _ = sizes_and_thresholds(encoder, full_size)
     return embeddings, sizes, sum(p.numel() for p in encoder.parameters())
 
 
