@@ -1,6 +1,7 @@
 """Trains a Matryoshka student: the data pipelines, the Brain and the order of events."""
 
 import os
+import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,6 @@ from speechbrain.dataio.encoder import CategoricalEncoder
 from speechbrain.nnet.schedulers import WarmCoolDecayLRSchedule
 from speechbrain.utils.checkpoints import Checkpointer
 from speechbrain.utils.epoch_loop import EpochCounter
-from speechbrain.utils.train_logger import FileTrainLogger
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -29,10 +29,13 @@ from speechbrain_mrl.embedding import (
 from speechbrain_mrl.losses import MatryoshkaDistillationLoss
 from speechbrain_mrl.pretrained import ReDimNetMRL
 from speechbrain_mrl.redimnet import MatryoshkaReDimNet, ReDimNet
+from speechbrain_mrl.report import agreement
 from speechbrain_mrl.teachers import LiveTeachers, TeacherStore, load_teachers
 from speechbrain_mrl.verification import Trials, evaluate
+from speechbrain_mrl.watch import TrainingLog
 
 FIT_CLIPS = 50_000  # clips that rotations are fitted on, at most
+AGREEMENT_CLIPS = 1_000  # validation clips whose pairs are compared with the teachers', at most
 HEAD_CLIPS = 4_000  # training clips that a head is rotated, fitted or centred on, at most
 
 
@@ -160,11 +163,13 @@ class MRLBrain(sb.Brain):
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
         self.n_batches += 1
+        self.n_clips += len(batch.id)
         return loss
 
     def on_stage_start(self, stage, epoch=None):
         """Forgets the last stage's values."""
         self.sums, self.n_batches, self.embeddings = {}, 0, {}
+        self.n_clips, self.started = 0, time.perf_counter()
 
     def init_optimizers(self):
         """One optimizer; parts with a learning rate of their own are its further groups."""
@@ -197,9 +202,10 @@ class MRLBrain(sb.Brain):
         stats = {"loss": stage_loss}
         stats.update({name: total / self.n_batches for name, total in self.sums.items()})
         if stage == sb.Stage.TRAIN:
+            stats["clips_per_second"] = self.n_clips / (time.perf_counter() - self.started)
             self.train_stats = stats
             return
-        stats.update(self._eers())
+        stats.update(self._eers() | self._agreement())
         self.hparams.train_logger.log_stats(  # writes on the main process, all must call it
             {
                 **({"stage": self.hparams.stage} if self.hparams.stage else {}),
@@ -232,6 +238,14 @@ class MRLBrain(sb.Brain):
         clips = self.valid_trials.stack(self.embeddings)
         results = evaluate(clips, self.valid_trials, self.hparams.mrl_dims)
         return {f"eer/{dim}": result["eer"] for dim, result in results.items()}
+
+    def _agreement(self):
+        if sb.Stage.VALID not in self.stores or len(self.embeddings) < 2:
+            return {}
+        ids = sorted(self.embeddings)[:: -(-len(self.embeddings) // AGREEMENT_CLIPS)]
+        student = torch.stack([self.embeddings[clip_id] for clip_id in ids])
+        found = agreement(student, self.stores[sb.Stage.VALID].lookup(ids), self.hparams.mrl_dims)
+        return {f"agreement/{dim}": value for dim, value in found.items()}
 
 
 def fit_objective(objective: nn.Module, store: TeacherStore | LiveTeachers) -> nn.Module:
@@ -458,7 +472,7 @@ def train_distilled_mrl(
         "freeze": None,
         "unfreeze": None,
         "wav_augment": wav_augment,
-        "train_logger": FileTrainLogger(folder / "train_log.txt"),
+        "train_logger": TrainingLog(folder / "train_log.txt"),
         "checkpointer": Checkpointer(folder / "checkpoints", {"epoch_counter": epoch_counter}),
         "epoch_counter": epoch_counter,
         "number_of_epochs": epochs,

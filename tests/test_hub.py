@@ -289,7 +289,8 @@ def test_the_folder_is_complete(published):
     names = {path.name for path in published.iterdir()}
     assert names == set(FILES)
     config = json.loads((published / "config.json").read_text())
-    assert config == {"speechbrain_interface": "EncoderClassifier"}
+    assert config["speechbrain_interface"] == "EncoderClassifier"
+    assert Provenance(**config["provenance"]) == PROVENANCE
     assert json.loads((published / "report.json").read_text()) == REPORT
 
 

@@ -68,6 +68,17 @@ def test_training_ends_in_a_report_of_every_size_and_its_baselines(run):
         assert (folder / name).stat().st_size > 0
 
 
+def test_training_is_recorded_as_a_table_and_as_curves(run):
+    _, folder = run(number_of_epochs=1, tensorboard=True)
+    with open(folder / "train_log.csv", newline="") as file:
+        (row,) = csv.DictReader(file)
+    for size in (8, 16, 32, 48):
+        assert float(row[f"train cosine/{size}"]) > 0 and 0 <= float(row[f"valid eer/{size}"]) <= 1
+        assert -1 <= float(row[f"valid agreement/{size}"]) <= 1
+    assert float(row["train clips_per_second"]) > 0 and row["lr"]
+    assert list((folder / "tensorboard").glob("events*"))
+
+
 def test_the_model_folder_loads_with_speechbrain_and_gives_the_students_embeddings(run):
     student, folder = run(number_of_epochs=1)
     wavs, wav_lens = torch.randn(2, 16000) * 0.1, torch.tensor([1.0, 0.6])
