@@ -5,19 +5,27 @@ import re
 import griffe
 
 NAMES = {"Arguments": "Parameters", "Example": "Examples"}
+SECTION = r"^[A-Z]\w+\n-+$"
+GROUP = re.compile(r"^((?:\w+, )+\w+)\n((?: {4}.*(?:\n|\Z))+)", re.M)
+REFERENCE = re.compile(rf"\n*^Reference\n-+\n(.*?)(?=\n+{SECTION}|\Z)", re.M | re.S)
 
 
 class Dialect(griffe.Extension):
-    """Renames sections before they are parsed."""
+    """Renames sections before they are parsed, and puts references before the first of them."""
 
     def on_object(self, *, obj, **kwargs):
         if obj.docstring is None:
             return
+        text = f"{obj.docstring.value}\n"
+        if reference := REFERENCE.search(text):
+            text = REFERENCE.sub("", text)
+            source = f"*Reference:* {reference[1].strip()}"
+            first = re.search(SECTION, text, re.M)
+            at = first.start() if first else len(text)
+            text = f"{text[:at].rstrip()}\n\n{source}\n\n{text[at:]}".rstrip()
+        # names that share a description get one each, with a type of their own
+        text = GROUP.sub(lambda m: "".join(f"{name}\n{m[2]}" for name in m[1].split(", ")), text)
         for ours, numpydoc in NAMES.items():
-            pattern = rf"^{ours}\n-+$"
             heading = f"{numpydoc}\n{'-' * len(numpydoc)}"
-            obj.docstring.value = re.sub(pattern, heading, obj.docstring.value, flags=re.M)
-        # what numpydoc has no section for stays text: its heading in bold, not a heading of the page
-        obj.docstring.value = re.sub(
-            r"^Reference\n-+$", "**Reference**\n", obj.docstring.value, flags=re.M
-        )
+            text = re.sub(rf"^{ours}\n-+$", heading, text, flags=re.M)
+        obj.docstring.value = text.rstrip()
