@@ -1,5 +1,6 @@
 """Multi-resolution (Matryoshka) speaker encoders for SpeechBrain."""
 
+from speechbrain_mrl.checkpoints import AtomicCheckpointer
 from speechbrain_mrl.ensemble import MultiModelEnsemble
 from speechbrain_mrl.expansion import expand_model
 from speechbrain_mrl.export import export_model
@@ -11,6 +12,7 @@ from speechbrain_mrl.rotation import matryoshka_rotation
 from speechbrain_mrl.training import train_distilled_mrl
 
 __all__ = [
+    "AtomicCheckpointer",
     "MatryoshkaDistillationLoss",
     "MatryoshkaLoss",
     "MultiModelEnsemble",

@@ -16,9 +16,11 @@ import soundfile
 import torch
 from torchaudio.functional import resample
 
-__all__ = ["AudioInfo", "audio_info", "read_audio"]
+__all__ = ["AudioInfo", "audio_info", "check_audio", "read_audio"]
 
 _SOUNDFILE_SUFFIXES = {f".{name.lower()}" for name in soundfile.available_formats()} | {".opus"}
+
+CHECKED_SAMPLES = 60 * 16000  # of a long recording that are decoded at a time
 
 
 class AudioInfo(NamedTuple):
@@ -69,7 +71,8 @@ def read_audio(
     Raises
     ------
     ValueError
-        If the file cannot be decoded or holds no sample from ``start`` on.
+        If the file cannot be decoded, holds no sample from ``start`` on, or one that is NaN or
+        infinite.
     FileNotFoundError
         If there is no such file.
 
@@ -97,6 +100,8 @@ def read_audio(
         wav = wav if num_frames == -1 else wav[:num_frames]
     if not len(wav):
         raise ValueError(f"{path} holds no audio from sample {start} on")
+    if not wav.isfinite().all():
+        raise ValueError(f"{path} holds samples that are NaN or infinite")
     return wav
 
 
@@ -141,6 +146,59 @@ def audio_info(path: str | os.PathLike, sample_rate: int = 16000) -> AudioInfo:
                     raise ValueError("its header gives no duration")
                 native_rate, seconds = stream.rate, stream.duration * stream.time_base
     return AudioInfo(math.ceil(seconds * sample_rate), native_rate)
+
+
+def check_audio(path: str | os.PathLike) -> AudioInfo:
+    """``audio_info`` of a recording that was decoded to its end.
+
+    Other rates than 16 kHz, several channels, clipping and any length are no fault.
+
+    Arguments
+    ---------
+    path : str | os.PathLike
+        The file.
+
+    Returns
+    -------
+    AudioInfo
+        As its header says.
+
+    Raises
+    ------
+    ValueError
+        If it cannot be decoded, ends 0.1 s or more before its header says, holds only zeros, or a
+        sample that is NaN or infinite.
+    FileNotFoundError
+        If there is no such file.
+
+    Example
+    -------
+    >>> path = getfixture("tmp_path") / "silence.wav"
+    >>> soundfile.write(path, np.zeros(16000), samplerate=16000)
+    >>> check_audio(path)
+    Traceback (most recent call last):
+        ...
+    ValueError: /...silence.wav holds only zeros
+    """
+    info = audio_info(path)
+    found, silent = 0, True
+    for start in range(0, info.num_frames, CHECKED_SAMPLES):
+        count = min(CHECKED_SAMPLES, info.num_frames - start)
+        try:
+            wav = read_audio(path, start, count)
+        except ValueError as error:
+            if start and "holds no audio" in str(error):
+                break
+            raise
+        found, silent = found + len(wav), silent and not wav.any()
+    if found == 0 or found < info.num_frames - 1600:
+        raise ValueError(
+            f"{path} ends after {found / 16000:.1f} of the {info.num_frames / 16000:.1f} s that "
+            "its header promises"
+        )
+    if silent:
+        raise ValueError(f"{path} holds only zeros")
+    return info
 
 
 def _is_for_soundfile(path) -> bool:

@@ -18,6 +18,7 @@ from scipy.optimize import minimize
 from scipy.special import expit
 from torch import Tensor
 
+from speechbrain_mrl.files import replacing
 from speechbrain_mrl.metrics import Ranking
 from speechbrain_mrl.verification import Trials, prefix_norms
 
@@ -256,7 +257,8 @@ def write_calibrations(
     """
     dims = {str(size): asdict(calibration) for size, calibration in calibrations.items()}
     text = json.dumps({"scores": scores, "dims": dims}, indent=2, allow_nan=False)
-    Path(path).write_text(text + "\n", encoding="utf-8")
+    with replacing(path) as part:
+        part.write_text(text + "\n", encoding="utf-8")
 
 
 def read_calibrations(path: str | os.PathLike) -> tuple[dict[int, Calibration], str]:

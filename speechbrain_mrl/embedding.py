@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from speechbrain_mrl.audio import audio_info, read_audio
+from speechbrain_mrl.files import replacing
 
 SAMPLE_RATE = 16000  # Hz
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a")
@@ -51,7 +52,7 @@ def read_clips(path: str | os.PathLike) -> list[Clip]:
 
 def write_clips(clips: Sequence[Clip], path: str | os.PathLike):
     """Write clips as the CSV that ``read_clips`` and SpeechBrain's datasets read."""
-    with open(path, "w", newline="") as file:
+    with replacing(path) as part, open(part, "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["ID", "duration", "wav", "start", "stop"])
         for clip in clips:
@@ -89,7 +90,10 @@ class _Batches(torch.utils.data.Dataset):
         wavs = []
         for index in self.batches[i]:
             clip = self.clips[index]
-            wavs.append(read_audio(clip.wav, clip.start, min(clip.num_frames, self.max_samples)))
+            wav = read_audio(clip.wav, clip.start, min(clip.num_frames, self.max_samples))
+            if not wav.any():
+                raise ValueError(f"{clip.wav} holds only zeros, nobody's voice; leave it out")
+            wavs.append(wav)
         lengths = torch.tensor([len(wav) for wav in wavs])
         padded = nn.utils.rnn.pad_sequence(wavs, batch_first=True)  # (B, T)
         return padded, lengths / padded.shape[1], self.batches[i]
@@ -132,7 +136,8 @@ def embed_clips(
     Raises
     ------
     ValueError
-        If a file cannot be decoded, or an embedding is not finite; names the clip.
+        If a file cannot be decoded or holds only zeros, or an embedding is not finite; names the
+        clip.
     """
     max_samples = int(max_seconds * SAMPLE_RATE)
     lengths = [min(clip.num_frames, max_samples) for clip in clips]

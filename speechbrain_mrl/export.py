@@ -20,6 +20,7 @@ from torch import Tensor
 from speechbrain_mrl import redimnet
 from speechbrain_mrl.audio import read_audio
 from speechbrain_mrl.card import Provenance, write_card
+from speechbrain_mrl.files import writing
 from speechbrain_mrl.redimnet import (
     EmbeddingModel,
     MatryoshkaReDimNet,
@@ -113,8 +114,12 @@ def export_model(
     labels = CategoricalEncoder()
     labels.update_from_iterable(speakers or {})
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as parent:
+    with writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        writing(folder),
+        tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as parent,
+    ):
         new = Path(parent, "new")
         new.mkdir()
         for name, module in (("embedding_model", network), ("classifier", classifier)):

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from speechbrain_mrl.files import replacing
 from speechbrain_mrl.metrics import Ranking, eer_of_rates
 from speechbrain_mrl.report import results_by_name
 
@@ -90,8 +91,12 @@ def _axes(x_label, y_label, title):
 
 def _save(figure, path, header, rows):
     """The picture at ``path``, its numbers beside it."""
-    figure.savefig(path, dpi=150)
-    with open(Path(path).with_suffix(".csv"), "w", newline="", encoding="utf-8") as file:
+    with replacing(path) as part:
+        figure.savefig(part, dpi=150)
+    with (
+        replacing(Path(path).with_suffix(".csv")) as part,
+        open(part, "w", newline="", encoding="utf-8") as file,
+    ):
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(header)
         writer.writerows([f"{x:.6g}" if isinstance(x, float) else x for x in row] for row in rows)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from speechbrain_mrl.files import replacing
 from speechbrain_mrl.rotation import matryoshka_rotation
 from speechbrain_mrl.verification import Trials, evaluate
 
@@ -206,9 +207,8 @@ def write_report(report: Mapping[str, Any], folder: str | os.PathLike) -> Path:
     text = _to_json(report)
     path = Path(folder, "report.json")
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".report.{os.getpid()}.json")
-    partial.write_text(text + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    with replacing(path) as part:
+        part.write_text(text + "\n", encoding="utf-8")
     return path
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from speechbrain_mrl.embedding import Clip, embed_clips
+from speechbrain_mrl.files import only_run, replacing
 from speechbrain_mrl.pretrained import RELEASES, load_pretrained_redimnet
 
 SHARD_SIZE = 1024  # clips; what a killed run computes again at most
@@ -131,7 +132,8 @@ class TeacherStore:
 
     A teacher has a folder of shards (safetensors) and a manifest that says of which weights and
     which clips they are. Shards are written whole or not at all, so a killed run goes on where it
-    was; with several processes (``torchrun``) each fills its part.
+    was; with several processes (``torchrun``) each fills its part. Another run that wants the same
+    store waits, and finds it filled.
 
     Arguments
     ---------
@@ -173,33 +175,33 @@ class TeacherStore:
         clips = sorted(clips, key=lambda clip: (-clip.num_frames, clip.id))
         shards = [clips[i : i + SHARD_SIZE] for i in range(0, len(clips), SHARD_SIZE)]
         data = _fingerprint_clips(clips)
-        for name, teacher in teachers.items():
-            manifest = {
-                "teacher": fingerprint(teacher),
-                "clips": data,
-                "max_seconds": max_seconds,
-                "shard_size": SHARD_SIZE,
-            }
-            self._claim(name, manifest)
-        ddp_barrier()
+        with only_run(self.folder, patience=-1):
+            for name, teacher in teachers.items():
+                manifest = {
+                    "teacher": fingerprint(teacher),
+                    "clips": data,
+                    "max_seconds": max_seconds,
+                    "shard_size": SHARD_SIZE,
+                }
+                self._claim(name, manifest)
+            ddp_barrier()
 
-        rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        todo = []
-        for i, shard in list(enumerate(shards))[rank::world_size]:
-            missing = {n: t for n, t in teachers.items() if not self._path(n, i).exists()}
-            if missing:
-                todo.append((i, shard, missing))
-        total = sum(len(shard) for _, shard, _ in todo)
-        with tqdm(total=total, unit="clip", desc="Embedding", disable=not todo) as bar:
-            for i, shard, missing in todo:
-                found = embed_clips(
-                    missing, shard, device, batch_seconds, max_seconds, num_workers, bar
-                )
-                for name, embeddings in found.items():
-                    part = self._path(name, i).with_suffix(".part")
-                    save_file({"embeddings": embeddings}, part)
-                    os.replace(part, self._path(name, i))
-        ddp_barrier()
+            rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+            todo = []
+            for i, shard in list(enumerate(shards))[rank::world_size]:
+                missing = {n: t for n, t in teachers.items() if not self._path(n, i).exists()}
+                if missing:
+                    todo.append((i, shard, missing))
+            total = sum(len(shard) for _, shard, _ in todo)
+            with tqdm(total=total, unit="clip", desc="Embedding", disable=not todo) as bar:
+                for i, shard, missing in todo:
+                    found = embed_clips(
+                        missing, shard, device, batch_seconds, max_seconds, num_workers, bar
+                    )
+                    for name, embeddings in found.items():
+                        with replacing(self._path(name, i)) as part:
+                            save_file({"embeddings": embeddings}, part)
+            ddp_barrier()
 
         self.rows = {clip.id: row for row, clip in enumerate(clips)}
         self.embeddings = {
@@ -226,9 +228,8 @@ class TeacherStore:
         path = self.folder / name / "manifest.json"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            part = path.with_suffix(f".{os.getpid()}.part")
-            part.write_text(json.dumps(manifest, indent=1))
-            os.replace(part, path)
+            with replacing(path) as part:
+                part.write_text(json.dumps(manifest, indent=1))
         found = json.loads(path.read_text())
         changed = [key for key in manifest if found.get(key) != manifest[key]]
         if changed:

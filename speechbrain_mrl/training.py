@@ -1,5 +1,6 @@
 """Trains a Matryoshka student: the data pipelines, the Brain and the order of events."""
 
+import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -8,16 +9,23 @@ from pathlib import Path
 
 import speechbrain as sb
 import torch
+import yaml
 from speechbrain.dataio.dataset import DynamicItemDataset
 from speechbrain.dataio.encoder import CategoricalEncoder
 from speechbrain.nnet.schedulers import WarmCoolDecayLRSchedule
-from speechbrain.utils.checkpoints import Checkpointer
+from speechbrain.utils.checkpoints import (
+    mark_as_loader,
+    mark_as_saver,
+    register_checkpoint_hooks,
+)
 from speechbrain.utils.epoch_loop import EpochCounter
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from speechbrain_mrl.audio import read_audio
+from speechbrain_mrl.checkpoints import AtomicCheckpointer
+from speechbrain_mrl.draws import SeededClips, batch_statistics, draw_recordings, seed_draws
 from speechbrain_mrl.embedding import (
     SAMPLE_RATE,
     Clip,
@@ -26,6 +34,7 @@ from speechbrain_mrl.embedding import (
     read_clips,
     write_clips,
 )
+from speechbrain_mrl.files import only_run
 from speechbrain_mrl.losses import MatryoshkaDistillationLoss
 from speechbrain_mrl.pretrained import ReDimNetMRL
 from speechbrain_mrl.redimnet import MatryoshkaReDimNet, ReDimNet
@@ -33,6 +42,8 @@ from speechbrain_mrl.report import agreement
 from speechbrain_mrl.teachers import LiveTeachers, TeacherStore, load_teachers
 from speechbrain_mrl.verification import Trials, evaluate
 from speechbrain_mrl.watch import TrainingLog
+
+logger = logging.getLogger(__name__)
 
 FIT_CLIPS = 50_000  # clips that rotations are fitted on, at most
 AGREEMENT_CLIPS = 1_000  # validation clips whose pairs are compared with the teachers', at most
@@ -44,8 +55,10 @@ def train_dataset(
     chunk_seconds: float,
     chunks_per_clip: int = 1,
     label_encoder: CategoricalEncoder | None = None,
-) -> DynamicItemDataset:
+) -> SeededClips:
     """Random chunks of the clips of a CSV, with their speaker's index if there is an encoder.
+
+    Which chunk follows from the seed, the epoch and the position in ``data_ids``.
 
     Arguments
     ---------
@@ -78,7 +91,7 @@ def train_dataset(
     items, keys = [chunk], ["id", "sig"]
     if label_encoder is not None:
         items, keys = [chunk, label], ["id", "sig", "label"]
-    dataset = DynamicItemDataset.from_csv(csv_path, {}, items, keys)
+    dataset = SeededClips.from_csv(csv_path, {}, items, keys)
     dataset.data_ids = dataset.data_ids * chunks_per_clip
     return dataset
 
@@ -96,8 +109,14 @@ def valid_dataset(csv_path: str, max_seconds: float) -> DynamicItemDataset:
     return dataset.filtered_sorted(sort_key="duration", reverse=True)
 
 
+@register_checkpoint_hooks
 class MRLBrain(sb.Brain):
     """Trains ``modules.student`` by ``modules.objective``, validates by EER at every size.
+
+    A killed training that is started again ends in the weights of one that was not killed: what is
+    random in a step follows from the seed, the epoch and the step. A batch whose loss or gradients
+    are not finite is reported and changes nothing; more than ``nonfinite_patience`` of them in an
+    epoch (a run option) stop the training.
 
     Takes from ``hparams``: ``mrl_dims``, ``labels``, ``wav_augment`` (or None), ``train_logger``,
     ``stage``. The checkpoint with the lowest ``valid_error`` is kept: the mean EER over sizes, or
@@ -138,6 +157,38 @@ class MRLBrain(sb.Brain):
         self.stores, self.valid_trials, self.lr_schedule = stores, valid_trials, lr_schedule
         self.margin_steps, self.frozen, self.part_lrs = margin_steps, frozen, part_lrs or {}
         self.unwrapped = brain_arguments["modules"]  # neither compiled nor distributed
+        self.statistics = batch_statistics(self.modules)
+        self.kept_statistics = [buffer.clone() for buffer in self.statistics]
+
+    def fit_batch(self, batch) -> Tensor:
+        """One step, or none where the loss or a gradient is not finite."""
+        torch._foreach_copy_(self.kept_statistics, self.statistics)
+        loss = super().fit_batch(batch)
+        if self.finite:
+            return loss
+        torch._foreach_copy_(self.statistics, self.kept_statistics)
+        self.nonfinite_count += 1
+        report = f"loss or gradients of these clips are not finite: {', '.join(batch.id)}"
+        if self.nonfinite_count > self.nonfinite_patience:
+            raise ValueError(
+                f"{report}; nonfinite_patience allows {self.nonfinite_patience} such batches in an "
+                "epoch. Look at the clips, or lower the learning rate"
+            )
+        logger.warning("%s; the batch is left out, number %d", report, self.nonfinite_count)
+        return loss
+
+    def check_loss_isfinite(self, loss):
+        """Remembers it for ``fit_batch``; all processes of a distributed run go on to backward."""
+        self.finite = bool(loss.isfinite())
+
+    def optimizers_step(self):
+        """As SpeechBrain's, but only with finite gradients, which all processes share."""
+        grads = [p.grad for p in self.modules.parameters() if p.grad is not None]
+        if not self.scaler.is_enabled():  # else it looks itself, and adapts its scale
+            self.finite &= bool(torch.stack(torch._foreach_norm(grads)).isfinite().all())
+        if self.finite or self.scaler.is_enabled():
+            return super().optimizers_step()
+        self.zero_grad(set_to_none=True)
 
     def compute_forward(self, batch, stage) -> Tensor:
         """A batch of waveforms to embeddings (B, D), augmented in training."""
@@ -160,16 +211,26 @@ class MRLBrain(sb.Brain):
             targets = {name: x.to(self.device).repeat(copies, 1) for name, x in found.items()}
         labels = batch.label.repeat(copies) if self.hparams.labels else None
         loss, values = self.modules.objective(embeddings, targets, labels)
-        for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
-        self.n_batches += 1
+        if loss.isfinite():
+            for name, value in values.items():
+                self.sums[name] = self.sums.get(name, 0.0) + value
+            self.n_batches += 1
         self.n_clips += len(batch.id)
         return loss
 
+    def on_fit_start(self):
+        """As SpeechBrain's; then augmentation draws as ``draw_recordings`` says."""
+        super().on_fit_start()
+        if self.hparams.wav_augment is not None:
+            wavs = torch.zeros(self.hparams.batch_size, SAMPLE_RATE, device=self.device)
+            draw_recordings(self.hparams.wav_augment, wavs)
+
     def on_stage_start(self, stage, epoch=None):
-        """Forgets the last stage's values."""
-        self.sums, self.n_batches, self.embeddings = {}, 0, {}
+        """Forgets the last stage's values, but not those of an epoch that goes on."""
+        self.epoch = epoch
         self.n_clips, self.started = 0, time.perf_counter()
+        if self.step == 0:
+            self.sums, self.n_batches, self.embeddings = {}, 0, {}
 
     def init_optimizers(self):
         """One optimizer; parts with a learning rate of their own are its further groups."""
@@ -186,7 +247,8 @@ class MRLBrain(sb.Brain):
         self.checkpointer.add_recoverable("optimizer", self.optimizer)
 
     def on_fit_batch_start(self, batch, should_step):
-        """Sets learning rates and margins of the coming step; keeps frozen parts in eval mode."""
+        """Sets seed, learning rates and margins of the step; keeps frozen parts in eval mode."""
+        seed_draws(self.epoch, self.step)
         self.lr_schedule(self.optimizer, self.optimizer_step + 1)
         highest_lr = self.optimizer.defaults["lr"]
         for group in self.optimizer.param_groups:
@@ -218,6 +280,31 @@ class MRLBrain(sb.Brain):
         eers = [value for name, value in stats.items() if name.startswith("eer/")]
         error = sum(eers) / len(eers) if eers else stage_loss
         self.checkpointer.save_and_keep_only(meta={"valid_error": error}, min_keys=["valid_error"])
+
+    def _fit_train(self, train_set, epoch, enable):
+        seed_draws(epoch, 0)  # a DataLoader that shuffles by torch's generator begins here
+        if isinstance(getattr(train_set, "dataset", None), SeededClips):
+            train_set.dataset.epoch.fill_(epoch)
+        super()._fit_train(train_set, epoch, enable)
+
+    def _fit_valid(self, valid_set, epoch, enable):
+        super()._fit_valid(valid_set, epoch, enable)
+        if valid_set is None:
+            self.checkpointer.save_and_keep_only()
+
+    @mark_as_saver
+    def _save(self, path):
+        super()._save(path)
+        with open(path, "a", encoding="utf-8") as file:
+            yaml.safe_dump({"sums": self.sums, "n_batches": self.n_batches}, file)
+
+    @mark_as_loader
+    def _recover(self, path, end_of_epoch):
+        super()._recover(path, end_of_epoch)
+        with open(path, encoding="utf-8") as file:
+            saved = yaml.safe_load(file)
+        self.sums, self.n_batches = saved.get("sums", {}), saved.get("n_batches", 0)
+        self.embeddings = {}
 
     def _wrap_distributed(self):
         """As SpeechBrain does, but on CPUs without SyncBatchNorm, which only GPUs have.
@@ -327,13 +414,14 @@ def train_student(
         frozen=frozen,
         part_lrs=part_lrs,
     )
-    brain.fit(
-        hparams["epoch_counter"],
-        train_set,
-        valid_set,
-        train_loader_kwargs=hparams["train_loader"],
-        valid_loader_kwargs=hparams["valid_loader"],
-    )
+    with only_run(checkpointer.checkpoints_dir):
+        brain.fit(
+            hparams["epoch_counter"],
+            train_set,
+            valid_set,
+            train_loader_kwargs=hparams["train_loader"],
+            valid_loader_kwargs=hparams["valid_loader"],
+        )
     checkpointer.recover_if_possible(min_key="valid_error")
     return brain
 
@@ -473,7 +561,10 @@ def train_distilled_mrl(
         "unfreeze": None,
         "wav_augment": wav_augment,
         "train_logger": TrainingLog(folder / "train_log.txt"),
-        "checkpointer": Checkpointer(folder / "checkpoints", {"epoch_counter": epoch_counter}),
+        "ckpt_interval_minutes": 0 if valid_set is None else 15,
+        "checkpointer": AtomicCheckpointer(
+            folder / "checkpoints", {"epoch_counter": epoch_counter}
+        ),
         "epoch_counter": epoch_counter,
         "number_of_epochs": epochs,
         "batch_size": batch_size,

@@ -11,7 +11,7 @@ from voxceleb_prepare import prepare_voxceleb
 
 def write_clip(path, seconds=1.5, sample_rate=16000):
     path.parent.mkdir(parents=True, exist_ok=True)
-    soundfile.write(path, np.zeros(round(seconds * sample_rate)), sample_rate)
+    soundfile.write(path, np.full(round(seconds * sample_rate), 0.1), sample_rate)
 
 
 def make_corpus(wav_folder, speakers, sessions=2, utterances=2, suffix=".flac"):

@@ -22,6 +22,8 @@ from scipy.fft import irfft, next_fast_len
 from scipy.signal import butter, fftconvolve, resample_poly, sosfilt
 from tqdm import tqdm
 
+from speechbrain_mrl.files import replacing
+
 SAMPLE_RATE = 16000  # Hz
 SNR_DB = (8.0, 15.0)
 CLIPS_PER_SESSION = 4
@@ -155,7 +157,8 @@ def make_demo_corpus(
     ):
         for made in pool.imap_unordered(make_block, blocks):
             progress.update(made)
-    marker.write_text(json.dumps(contents, indent=2))
+    with replacing(marker) as part:
+        part.write_text(json.dumps(contents, indent=2))
     return folder
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from voxceleb_prepare import PreparedCorpus, read_headers
 
 from speechbrain_mrl.embedding import AUDIO_SUFFIXES, Clip, read_clips, write_clips
+from speechbrain_mrl.files import replacing
 from speechbrain_mrl.verification import read_trials
 
 SAMPLE_RATE = 16000  # Hz, at which start and stop are counted
@@ -42,7 +43,8 @@ def prepare_folder(
     seed : int
         Decides which clips, one in 20 and at most 500, are for validation.
     skip_bad_files : bool
-        Leave out what cannot be read, instead of stopping.
+        Decode every file of a folder to its end, leave out what ``check_audio`` refuses and list
+        it in ``bad_files.txt``, instead of stopping.
     skip_prep : bool
         Trust what ``save_folder`` holds, for ranks that wait while another prepares.
 
@@ -68,14 +70,14 @@ def prepare_folder(
     folder = Path(save_folder).absolute()
     paths = {split: folder / f"{split}.csv" for split in ("train", "valid", "test")}
     if not skip_prep:
-        test = []
+        test, bad = [], []
         if trials is not None:
-            found = _clips(test_folder or data_folder, skip_bad_files)
+            found = _clips(test_folder or data_folder, skip_bad_files, bad)
             test = _test_clips(read_trials(trials), found)
         tested = {os.path.realpath(clip.wav) for clip in test}
         clips = [
             clip
-            for clip in _clips(data_folder, skip_bad_files)
+            for clip in _clips(data_folder, skip_bad_files, bad)
             if clip.num_frames >= min_seconds * SAMPLE_RATE
             and os.path.realpath(clip.wav) not in tested
         ]
@@ -90,6 +92,8 @@ def prepare_folder(
         write_clips([clip for i, clip in enumerate(clips) if i not in held_out], paths["train"])
         write_clips([clip for i, clip in enumerate(clips) if i in held_out], paths["valid"])
         write_clips(test, paths["test"])
+        with replacing(folder / "bad_files.txt") as part:
+            part.write_text("".join(f"{reason}\n" for reason in sorted(set(bad))))
     return PreparedCorpus(
         str(paths["train"]),
         str(paths["valid"]),
@@ -100,8 +104,8 @@ def prepare_folder(
     )
 
 
-def _clips(source, skip_bad_files) -> list[Clip]:
-    """The clips of a CSV, or of a folder in the order of their paths."""
+def _clips(source, skip_bad_files, bad) -> list[Clip]:
+    """The clips of a CSV, or of a folder in the order of their paths; ``bad`` gets the reasons."""
     if os.path.isfile(source):
         return read_clips(source)
     root = Path(source, "wav") if Path(source, "wav").is_dir() else Path(source)
@@ -112,8 +116,8 @@ def _clips(source, skip_bad_files) -> list[Clip]:
     }
     if not paths:
         raise ValueError(f"{source} holds no recording ({', '.join(AUDIO_SUFFIXES)})")
-    frames = read_headers(paths)
-    bad = [reason for reason in frames.values() if isinstance(reason, str)]
+    frames = read_headers(paths, decode=skip_bad_files)
+    bad += [reason for reason in frames.values() if isinstance(reason, str)]
     if bad and not skip_bad_files:
         raise ValueError(
             f"{len(bad)} of {len(paths)} files are bad; skip_bad_files=True leaves them out. "

@@ -6,6 +6,8 @@ from pathlib import Path
 import soundfile
 import torch
 
+from speechbrain_mrl.files import replacing
+
 SAMPLE_RATE = 16000  # Hz
 
 
@@ -42,9 +44,7 @@ def prepare_rirs(csv_path: str, n_rirs: int = 64, seed: int = 0):
         wav = path.parent / f"{i:03d}.wav"
         soundfile.write(wav, (0.5 * tail).numpy(), SAMPLE_RATE)
         rows.append([f"rir{i:03d}", len(tail) / SAMPLE_RATE, wav, "wav", ""])
-    part = path.with_suffix(".part")
-    with open(part, "w", newline="") as file:
+    with replacing(path) as part, open(part, "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["ID", "duration", "wav", "wav_format", "wav_opts"])
         writer.writerows(rows)
-    part.replace(path)

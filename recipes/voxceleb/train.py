@@ -36,8 +36,10 @@ from speechbrain_mrl import (
     push_to_hub,
 )
 from speechbrain_mrl.card import Provenance
+from speechbrain_mrl.draws import seed_draws
 from speechbrain_mrl.embedding import embed_clips, read_clips
 from speechbrain_mrl.expansion import carry_over, resize_model, start_new_coordinates
+from speechbrain_mrl.files import only_run, replacing
 from speechbrain_mrl.plots import write_plots
 from speechbrain_mrl.pretrained import RELEASES
 from speechbrain_mrl.report import (
@@ -276,6 +278,7 @@ def train_stage(previous, hparams, corpus, run_opts, teachers, **embed_options):
         with open(corpus.train_csv, newline="") as file:
             label_encoder.update_from_iterable(row["spk_id"] for row in csv.DictReader(file))
         n_classes = len(label_encoder)
+    seed_draws(0)  # whatever a killed run had already done
     objective = hparams["objective"](n_classes=n_classes)
     start = make_student if previous is None else partial(go_on, *previous)
     student = start(hparams, corpus, objective, stores, **embed_options)
@@ -300,7 +303,9 @@ def report_agreement(student, teachers, corpus, hparams, **embed_options):
     found = embed_clips({"student": student, **teachers}, clips, **embed_options)
     result = agreement(found.pop("student"), found, hparams["mrl_dims"])
     path = Path(hparams["output_folder"]) / "agreement.json"
-    path.write_text(json.dumps({"clips": len(clips), "dims": result}, indent=2) + "\n")
+    text = json.dumps({"clips": len(clips), "dims": result}, indent=2, allow_nan=False)
+    with replacing(path) as part:
+        part.write_text(text + "\n")
     print(
         f"agreement with the teachers on {len(clips)} clips without labels (correlation of cosines)"
     )
@@ -390,19 +395,25 @@ def default_device():
 
 def main(argv):
     """Everything from the command line to the report."""
-    started = time.time()
     hparams_file, run_opts, overrides = sb.parse_arguments(argv)
     document = read_yaml(hparams_file, overrides)
     stages = [load_hyperpyyaml(text) for text in resolve_stages(document)]
+    ddp_init_group(run_opts)
+    with only_run(stages[-1]["output_folder"]):
+        return run(document, stages, run_opts)
+
+
+def run(document, stages, run_opts):
+    """All stages, the report and the model folder."""
+    started = time.time()
     hparams = stages[-1]
     demo = hparams["data_folder"] is None
     if demo and if_main_process():
         print(DEMO)
-    ddp_init_group(run_opts)
     resolved = Path(hparams["output_folder"]) / "resolved.yaml"
     if if_main_process():
-        resolved.parent.mkdir(parents=True, exist_ok=True)
-        resolved.write_text(resolve(document))
+        with replacing(resolved) as part:
+            part.write_text(resolve(document))
     sb.create_experiment_directory(hparams["output_folder"], resolved)
     corpus = prepare(hparams, run_opts.get("debug", False))
 

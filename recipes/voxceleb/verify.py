@@ -27,6 +27,7 @@ from speechbrain_mrl.calibration import (
     write_calibrations,
 )
 from speechbrain_mrl.embedding import Clip
+from speechbrain_mrl.files import only_run
 from speechbrain_mrl.plda import plda_scores
 from speechbrain_mrl.plots import write_plots
 from speechbrain_mrl.report import count_trials, make_report, print_report, write_report
@@ -293,7 +294,8 @@ def main(argv):
     with open(hparams_file, encoding="utf-8") as file:
         hparams = load_hyperpyyaml(file, overrides)
     ddp_init_group(run_opts)
-    verify(hparams, run_opts.get("device") or "cpu")
+    with only_run(hparams["output_folder"]):
+        verify(hparams, run_opts.get("device") or "cpu")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ Any corpus laid out as ``wav/<speaker>/<session>/<utterance>.<wav|flac|ogg|m4a>`
 
 import contextlib
 import csv
+import functools
 import hashlib
 import itertools
 import json
@@ -18,7 +19,8 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from speechbrain_mrl.audio import audio_info
+from speechbrain_mrl.audio import audio_info, check_audio
+from speechbrain_mrl.files import replacing
 
 logger = logging.getLogger(__name__)
 
@@ -107,8 +109,9 @@ def prepare_voxceleb(
     seed : int
         Decides who is held out and which trials are made.
     skip_bad_files : bool
-        Leave out what cannot be read and list it in ``bad_files.txt``, instead of
-        stopping. A given trial's clip is never left out.
+        Decode every file to its end, leave out what ``check_audio`` refuses and list it in
+        ``bad_files.txt``, instead of stopping at a bad header now and at bad samples when
+        they are read. A given trial's clip is never left out.
     skip_prep : bool
         Trust what ``save_folder`` holds, for ranks that wait while another prepares.
 
@@ -167,12 +170,17 @@ def prepare_voxceleb(
     tested = {ID.split("/")[0] for ID in test_ids}
 
     needed = {stem for stem in paths if not trials or stem.split("/")[0] in speakers - tested}
-    frames = read_headers({s: paths[s] for s in needed.union(test_ids.values())})
+    listed = {s: paths[s] for s in needed.union(test_ids.values())}
+    frames = read_headers(listed, decode=skip_bad_files)
     bad = {stem: reason for stem, reason in frames.items() if isinstance(reason, str)}
     _refuse_bad_files(bad, len(frames), set(test_ids.values()), skip_bad_files)
-    short = {s for s in needed - set(bad) if frames[s] < min_seconds * SAMPLE_RATE}
+    short = {
+        s: f"{paths[s]} has {frames[s] / SAMPLE_RATE:.2f} s, min_seconds is {min_seconds}"
+        for s in needed - set(bad)
+        if frames[s] < min_seconds * SAMPLE_RATE
+    }
     usable = defaultdict(list)  # speaker -> clips
-    for stem in sorted(needed - set(bad) - short):
+    for stem in sorted(needed - set(bad) - set(short)):
         ID = stem + os.path.splitext(paths[stem])[1]
         usable[stem.split("/")[0]].append(_Clip(ID, paths[stem], frames[stem]))
 
@@ -218,7 +226,7 @@ def prepare_voxceleb(
     if not trials:
         _write_trials(save_folder / "test_trials.txt", trial_list)
     with _replacing(save_folder / "bad_files.txt") as file:
-        file.writelines(f"{reason}\n" for _, reason in sorted(bad.items()))
+        file.writelines(f"{reason}\n" for _, reason in sorted((bad | short).items()))
     with _replacing(save_folder / "prepare.json") as file:
         json.dump(state, file, indent=2)
     return _prepared(save_folder)
@@ -335,15 +343,19 @@ def _locate_trial_clips(path, trials, paths: dict[str, str]) -> dict[str, str]:
     return stems
 
 
-def read_headers(paths: dict[str, str]) -> dict[str, int | str]:
-    """Length of each clip in samples at 16 kHz, or the reason why it cannot be read."""
-    lengths = _in_threads(_num_frames_or_reason, paths.values(), "read headers")
+def read_headers(paths: dict[str, str], decode: bool = False) -> dict[str, int | str]:
+    """Length of each clip in samples at 16 kHz, or the reason why it cannot be used.
+
+    With ``decode`` the samples are looked at too, as ``check_audio`` does.
+    """
+    read = functools.partial(_num_frames_or_reason, check_audio if decode else audio_info)
+    lengths = _in_threads(read, paths.values(), "decode" if decode else "read headers")
     return dict(zip(paths, lengths, strict=True))
 
 
-def _num_frames_or_reason(path: str) -> int | str:
+def _num_frames_or_reason(read, path: str) -> int | str:
     try:
-        return audio_info(path, SAMPLE_RATE).num_frames
+        return read(path).num_frames
     except (ValueError, OSError) as error:
         return str(error)
 
@@ -422,8 +434,6 @@ def _write_trials(path: Path, trials):
 
 @contextlib.contextmanager
 def _replacing(path: Path):
-    """A file to write that takes ``path``'s place when it is complete."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8", newline="") as file:
+    """A text file to write that takes ``path``'s place when it is complete."""
+    with replacing(path) as part, open(part, "w", encoding="utf-8", newline="") as file:
         yield file
-    os.replace(temporary, path)

@@ -1,0 +1,92 @@
+"""Random draws that follow from the seed, the epoch and the step alone.
+
+A training that goes on in the middle of an epoch draws what it would have drawn, without a random
+state in its checkpoints and however many processes read.
+"""
+
+import os
+import random
+
+import numpy as np
+import torch
+from speechbrain.dataio.dataset import DynamicItemDataset
+from torch import nn
+
+
+def _draw_seed(*numbers: int) -> int:
+    """32 bits of SpeechBrain's seed (``seed_everything``; its default without) and the numbers."""
+    seed = int(os.environ.get("SB_GLOBAL_SEED", 563375142))
+    return int(np.random.SeedSequence((seed, *numbers)).generate_state(1)[0])
+
+
+def seed_draws(*numbers: int):
+    """Seed Python, numpy and torch by SpeechBrain's seed, this process' rank and some numbers.
+
+    Example
+    -------
+    >>> seed_draws(3, 250)  # an epoch and a step in it
+    >>> first = torch.rand(2)
+    >>> seed_draws(3, 250)
+    >>> torch.equal(torch.rand(2), first)
+    True
+    """
+    seed = _draw_seed(int(os.environ.get("RANK", 0)), *numbers)
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+class SeededClips(DynamicItemDataset):
+    """A dataset whose items draw by seed, epoch and position, in whichever process.
+
+    ``epoch`` is a tensor that reading processes see change.
+    """
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def __getitem__(self, index):
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(_draw_seed(self.epoch.item(), index))
+            return super().__getitem__(index)
+
+
+class _RandomBatches:
+    """Endless batches of a loader's dataset, drawn by torch's generator."""
+
+    def __init__(self, loader):
+        self.loader = loader
+
+    def __next__(self):
+        loader = self.loader
+        chosen = torch.randint(len(loader.dataset), (loader.batch_size,)).tolist()
+        return loader.collate_fn([loader.dataset[index] for index in chosen])
+
+
+def draw_recordings(wav_augment, wavs: torch.Tensor):
+    """Let SpeechBrain's AddNoise and AddReverb draw recordings by torch's generator.
+
+    Their own order would begin anew in a run that goes on.
+
+    Arguments
+    ---------
+    wav_augment : Augmenter or callable
+        Changed in place, those augmentations of it that have ``sorting="random"``.
+    wavs : torch.Tensor
+        Like the ones to come, (B, T): the CSV files are opened for them.
+    """
+    for key, augmentation in getattr(wav_augment, "augmentations", {}).items():
+        if getattr(augmentation, "csv_file", None) is None or augmentation.sorting != "random":
+            continue
+        lengths = [wavs.new_ones(len(wavs))] if wav_augment.require_lengths[key] else []
+        augmentation(wavs, *lengths)
+        for name in ("noise_data", "rir_data"):
+            if hasattr(augmentation, name):
+                setattr(augmentation, name, _RandomBatches(augmentation.data_loader))
+
+
+def batch_statistics(modules: nn.Module) -> list[torch.Tensor]:
+    """Running means, variances and counts of all BatchNorm layers."""
+    norms = (m for m in modules.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+    return [buffer for norm in norms for buffer in norm.buffers()]

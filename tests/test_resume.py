@@ -1,0 +1,181 @@
+"""Training that is killed and started again ends where an undisturbed one does, bit for bit."""
+
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import train
+from speechbrain.utils.checkpoints import Checkpointer
+from speechbrain.utils.train_logger import FileTrainLogger
+
+import speechbrain_mrl.teachers
+from speechbrain_mrl.checkpoints import AtomicCheckpointer
+from speechbrain_mrl.training import MRLBrain
+
+FORK = multiprocessing.get_context("fork")
+STAGES = [
+    {"stage": "small", "embed_dim": 16, "mrl_dims": [8, 16]},
+    {"stage": "full", "embed_dim": 32, "mrl_dims": [8, 16, 32], "taught_by": [-1]},
+]
+
+
+@pytest.fixture
+def argv(small_corpus, release_file, tiny_config):
+    """``argv(folder)``: a training of two stages from random weights, with augmentation."""
+    first = release_file(tiny_config, name="first", seed=1)
+    second = release_file({**tiny_config, "embed_dim": 24}, name="second", seed=2)
+
+    def make(folder, **changes):
+        options = {
+            "data_folder": small_corpus,
+            "output_folder": folder,
+            "teachers": [str(first), str(second)],
+            "backbone": json.dumps(tiny_config),
+            "pretrained": False,
+            "stages": json.dumps(STAGES),
+            "valid_speakers": 4,
+            "test_speakers": 6,
+            "chunk_seconds": 0.5,
+            "batch_size": 8,
+            "num_workers": 0,
+            "number_of_epochs": 2,
+            "ckpt_interval_steps": 3,
+            "noprogressbar": True,
+            "device": "cpu",
+            **changes,
+        }
+        return ["hparams/mrl_distill.yaml", *(f"--{k}={v}" for k, v in options.items())]
+
+    return make
+
+
+def _child(argv, prepare=None):
+    """The command in a process of its own, after ``prepare()`` there."""
+
+    def run():
+        os.setsid()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        if prepare is not None:
+            prepare()
+        train.main(argv)
+
+    process = FORK.Process(target=run)
+    process.start()
+    return process
+
+
+def _result(folder):
+    """Weights and report of a finished run."""
+    tensors = torch.load(folder / "model" / "embedding_model.ckpt", weights_only=True)
+    report = json.loads((folder / "report.json").read_text())
+    del report["seconds"]
+    return tensors, report
+
+
+def _assert_same(found, expected):
+    assert found[0].keys() == expected[0].keys()
+    for key, value in expected[0].items():
+        assert torch.equal(found[0][key], value), key
+    assert found[1] == expected[1]
+
+
+def _die(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _at_call(owner, name, number, act):
+    """Before the call of that number, ``act`` on its arguments."""
+
+    def prepare():
+        real, calls = getattr(owner, name), []
+
+        def counted(*arguments, **options):
+            calls.append(None)
+            if len(calls) == number:
+                act(*arguments, **options)
+            return real(*arguments, **options)
+
+        setattr(owner, name, counted)
+
+    return prepare
+
+
+def _write_half(tensors, path, **_):
+    Path(path).write_bytes(b"\x80 half a file")
+    _die()
+
+
+MOMENTS = {
+    "the store's second shard": (speechbrain_mrl.teachers, "save_file", 2, _write_half),
+    "the first step": (MRLBrain, "optimizers_step", 1, _die),
+    "a step after a checkpoint": (MRLBrain, "optimizers_step", 5, _die),
+    "the first file of a checkpoint": (torch, "save", 1, _write_half),
+    "the last file of a checkpoint": (torch, "save", 3, _write_half),
+    "the end of an epoch, unsaved": (FileTrainLogger, "log_stats", 1, _die),
+    "the end of an epoch, saved": (Checkpointer, "delete_checkpoints", 2, _die),
+    "the second stage": (MRLBrain, "optimizers_step", 11, _die),
+    "its validation": (MRLBrain, "evaluate_batch", 1, _die),
+    "the plots": (train, "write_plots", 1, _die),
+    "the export": (train, "export_model", 1, _die),
+}
+
+
+def test_a_run_killed_at_every_kind_of_moment_ends_as_one_that_was_not(argv, tmp_path):
+    train.main(argv(tmp_path / "whole"))
+    for moment, (owner, name, number, act) in MOMENTS.items():
+        process = _child(argv(tmp_path / "killed"), _at_call(owner, name, number, act))
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, moment
+    process = _child(argv(tmp_path / "killed", num_workers=1))  # whoever reads
+    process.join()
+    assert process.exitcode == 0
+    _assert_same(_result(tmp_path / "killed"), _result(tmp_path / "whole"))
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_twenty_random_moments_ends_as_one_that_was_not(argv, tmp_path):
+    started = time.time()
+    process = _child(argv(tmp_path / "whole"))
+    process.join()
+    seconds = time.time() - started
+    expected = _result(tmp_path / "whole")
+    moments, folder, killed = random.Random(0), tmp_path / "killed", 0
+    while killed < 20:
+        process = _child(argv(folder, num_workers=killed % 2))
+        process.join(timeout=moments.uniform(0, seconds))
+        if process.is_alive():
+            os.killpg(process.pid, signal.SIGKILL)
+            killed += 1
+        process.join()
+        if process.exitcode == 0:
+            _assert_same(_result(folder), expected)
+            shutil.rmtree(folder)
+        else:
+            assert process.exitcode == -signal.SIGKILL
+    process = _child(argv(folder))
+    process.join()
+    assert process.exitcode == 0
+    _assert_same(_result(folder), expected)
+
+
+def test_a_checkpoint_is_listed_when_it_is_complete(tmp_path, monkeypatch):
+    layer = torch.nn.Linear(2, 2)
+    checkpointer = AtomicCheckpointer(tmp_path, {"layer": layer})
+    checkpointer.save_checkpoint(meta={"number": 1})
+    seen = []
+
+    def save(tensors, path):
+        seen.append([found.meta["number"] for found in checkpointer.list_checkpoints()])
+        Path(path).write_bytes(b"")
+
+    monkeypatch.setattr(torch, "save", save)
+    checkpointer.save_checkpoint(meta={"number": 2})
+    assert seen == [[1]]
+    assert sorted(found.meta["number"] for found in checkpointer.list_checkpoints()) == [1, 2]
