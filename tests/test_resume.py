@@ -1,5 +1,6 @@
 """Training that is killed and started again ends where an undisturbed one does, bit for bit."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -46,12 +47,16 @@ def argv(small_corpus, release_file, tiny_config):
             "batch_size": 8,
             "num_workers": 0,
             "number_of_epochs": 2,
+            "ckpt_interval_minutes": 0,
             "ckpt_interval_steps": 3,
-            "noprogressbar": True,
             "device": "cpu",
             **changes,
         }
-        return ["hparams/mrl_distill.yaml", *(f"--{k}={v}" for k, v in options.items())]
+        return [
+            "hparams/mrl_distill.yaml",
+            "--noprogressbar",
+            *(f"--{k}={v}" for k, v in options.items()),
+        ]
 
     return make
 
@@ -112,12 +117,17 @@ def _write_half(tensors, path, **_):
     _die()
 
 
+def _no_room(*_, **__):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
 MOMENTS = {
     "the store's second shard": (speechbrain_mrl.teachers, "save_file", 2, _write_half),
     "the first step": (MRLBrain, "optimizers_step", 1, _die),
     "a step after a checkpoint": (MRLBrain, "optimizers_step", 5, _die),
     "the first file of a checkpoint": (torch, "save", 1, _write_half),
     "the last file of a checkpoint": (torch, "save", 3, _write_half),
+    "a full disk": (torch, "save", 2, _no_room),
     "the end of an epoch, unsaved": (FileTrainLogger, "log_stats", 1, _die),
     "the end of an epoch, saved": (Checkpointer, "delete_checkpoints", 2, _die),
     "the second stage": (MRLBrain, "optimizers_step", 11, _die),
@@ -132,7 +142,7 @@ def test_a_run_killed_at_every_kind_of_moment_ends_as_one_that_was_not(argv, tmp
     for moment, (owner, name, number, act) in MOMENTS.items():
         process = _child(argv(tmp_path / "killed"), _at_call(owner, name, number, act))
         process.join()
-        assert process.exitcode == -signal.SIGKILL, moment
+        assert process.exitcode == (1 if act is _no_room else -signal.SIGKILL), moment
     process = _child(argv(tmp_path / "killed", num_workers=1))  # whoever reads
     process.join()
     assert process.exitcode == 0
