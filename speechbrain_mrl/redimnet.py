@@ -252,7 +252,9 @@ def _mean(x, mask):
     """Mean over time of (B, C, T), padding left out, (B, C, 1)."""
     if mask is None:
         return x.mean(dim=-1, keepdim=True)
-    return _masked(x, mask).sum(dim=-1, keepdim=True) / mask.sum(dim=-1, keepdim=True)
+    dtype = torch.promote_types(x.dtype, mask.dtype)  # float16 sums of many frames overflow
+    mean = _masked(x, mask).sum(dim=-1, keepdim=True, dtype=dtype) / mask.sum(dim=-1, keepdim=True)
+    return mean.to(x.dtype)
 
 
 def _mean_and_variance(x, mask):
@@ -261,6 +263,20 @@ def _mean_and_variance(x, mask):
     count = x.shape[-1] if mask is None else mask.sum(dim=-1, keepdim=True)
     squares = _masked((x - mean) ** 2, mask).sum(dim=-1, keepdim=True)
     return mean, squares / (count - 1)
+
+
+class _StaysFloat:
+    """A module whose tensors move between devices but stay as they are in a half-precision model.
+
+    Powers of samples and sums of squares over time are in it, which float16 cannot hold.
+    """
+
+    def _apply(self, fn, recurse=True):
+        def moved(tensor):
+            new = fn(tensor)
+            return new if new.dtype == tensor.dtype else tensor.to(new.device)
+
+        return super()._apply(moved, recurse)
 
 
 class PreEmphasis(nn.Module):
@@ -275,7 +291,7 @@ class PreEmphasis(nn.Module):
         return F.conv1d(wavs, self.flipped_filter).squeeze(1)
 
 
-class LogMel(nn.Module):
+class LogMel(_StaysFloat, nn.Module):
     """Log-mel spectrogram without its mean over time, of padded clips as of each clip alone.
 
     Arguments
@@ -691,7 +707,7 @@ class Backbone(nn.Module):
         return self.mfa(self.fin_wght1d(maps))
 
 
-class ASTP(nn.Module):
+class ASTP(_StaysFloat, nn.Module):
     """Attentive statistics pooling, (B, C, T) -> (B, 2C)."""
 
     def __init__(self, channels, global_context_att):
@@ -715,7 +731,7 @@ class ASTP(nn.Module):
         return torch.cat([mean, variance.clamp_min(1e-7).sqrt()], dim=1)
 
 
-class TSTP(nn.Module):
+class TSTP(_StaysFloat, nn.Module):
     """Mean and deviation over time, (B, C, T) -> (B, 2C)."""
 
     def __init__(self, channels, global_context_att):
@@ -940,10 +956,10 @@ class ReDimNet(nn.Module):
         """
         wavs = check_wavs(wavs)
         feats, mask = self.spec(wavs, sample_counts(wavs, wav_lens))
-        frames = self.backbone(feats.unsqueeze(1), mask)
+        frames = self.backbone(feats.unsqueeze(1).to(self.linear.weight.dtype), mask)
         with torch.autocast(wavs.device.type, enabled=False):  # sums of squares over time
             pooled = self.pool(frames.float(), mask)  # (B, 2 * channels)
-            embeddings = self.linear(self.bn(pooled))
+            embeddings = self.linear(self.bn(pooled.to(self.linear.weight.dtype)))
             return embeddings if self.bn2 is None else self.bn2(embeddings)
 
 

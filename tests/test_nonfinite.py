@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from speechbrain.dataio.batch import PaddedBatch
 
 from speechbrain_mrl import ReDimNetMRL, train_distilled_mrl
-from speechbrain_mrl.redimnet import LengthNorm, PrefixSpeakerClassifier
+from speechbrain_mrl.redimnet import LengthNorm, PrefixSpeakerClassifier, _mean
 from speechbrain_mrl.training import MRLBrain
 
 
@@ -157,6 +157,22 @@ def test_half_precision_embeddings_are_those_of_float32(parity, speech, dtype):
         with torch.autocast("cpu", dtype):
             found = model(speech)
         assert F.cosine_similarity(found.float(), expected).min() > 0.99
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_half_precision_model_gives_the_embeddings_of_its_float32(parity, speech, dtype):
+    model, wav_lens = parity("b3").model(), torch.tensor([1.0, 0.7, 0.5])
+    with torch.no_grad():
+        expected = model(speech, wav_lens)
+        model.to(dtype)
+        for wavs in (speech, 1000 * speech, speech.to(dtype)):
+            found = model(wavs, wav_lens)
+            assert F.cosine_similarity(found.float(), expected).min() > 0.99
+
+
+def test_a_mean_over_many_padded_frames_does_not_overflow():
+    frames = torch.full((1, 1, 2000), 100.0, dtype=torch.float16)
+    assert _mean(frames, torch.ones(1, 1, 2000)).item() == 100  # their sum is above 65504
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
