@@ -29,7 +29,7 @@ from speechbrain_mrl.search import MatryoshkaIndex
 
 CHUNK = 50_000
 METHODS = ("flat", "ivf", "4bit", "float32", "int8", "binary", "milvus", "hnsw")
-SHORTLISTS = {"ivf": 800, "4bit": 600, "float32": 100, "int8": 100, "binary": 2000, "milvus": 100}
+SHORTLISTS = {"ivf": 1000, "4bit": 700, "float32": 100, "int8": 100, "binary": 2000, "milvus": 100}
 K = 10
 
 

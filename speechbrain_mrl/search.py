@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib
 import itertools
 import json
-import math
 import os
 import uuid
 from collections import Counter
@@ -35,9 +34,8 @@ STORAGE = {"int16": 32767, "float32": 1}  # unit length; int16 is three times as
 SETTINGS = ("dim", "prefix_dim", "codes", "storage")
 FILES = ("full.npy", "ids.json", "codes.faiss", "index.json")  # of a saved index, after a token
 MIN_CODED = 1000  # speakers; below, every speaker is reranked, and codes have nothing to learn from
-MAX_TRAINING = 16384  # prefixes that codes are fitted to
-MAX_LISTS, MIN_LIST = 256, 64  # of "ivf": lists, and speakers that each is fitted to
-PROBED = 3 / 8  # share of the lists that a query looks into
+MAX_TRAINING = 65536  # prefixes that codes are fitted to
+MAX_LISTS, MIN_LIST = 1024, 64  # of "ivf": lists, and speakers that each is fitted to
 CHUNK = 8192  # speakers or queries handled at once
 
 
@@ -119,7 +117,7 @@ class MatryoshkaIndex:
     codes : str
         How prefixes are kept; bytes per speaker at 64: ``"float32"`` 256, ``"int8"`` 64, ``"4bit"``
         32, ``"binary"`` 32, the sides of four random hyperplanes per coordinate. ``"ivf"``, 40:
-        4bit codes in 256 lists of like voices, of which a query looks into the nearest 96; the
+        4bit codes in 1024 lists of like voices, of which a query looks into the nearest 256; the
         fastest, and it may miss a speaker in the others.
     storage : str
         Type of the full embeddings, ``"int16"`` (cosines to 1e-4) or ``"float32"``. They are in
@@ -308,7 +306,7 @@ class MatryoshkaIndex:
     def _add_codes(self, coded, rows, embeddings):
         prefixes = unit_prefixes(embeddings, self.prefix_dim)
         if self.codes == "ivf":
-            coded.nprobe = math.ceil(PROBED * coded.nlist)
+            coded.nprobe = round(2 * coded.nlist**0.7)  # for about the same recall
             coded.add_with_ids(prefixes, rows)
         else:
             coded.add(prefixes)
