@@ -1,14 +1,18 @@
 """The command line: python -m speechbrain_mrl embed | verify | convert | export | publish | info."""
 
+import argparse
 import contextlib
 import json
 import sys
 import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 from tqdm import tqdm
 
 from speechbrain_mrl.arguments import PROGRAM, parser
@@ -30,7 +34,7 @@ from speechbrain_mrl.teachers import load_teacher, sizes_and_thresholds
 from speechbrain_mrl.verification import evaluate, read_trials
 
 
-def embed(given):
+def embed(given: argparse.Namespace) -> Any:
     """Embeddings of recordings, (N, target_dim) at unit length, to a file or to the screen."""
     encoder = _encoder(given)
     clips = _clips(given.recordings)
@@ -58,7 +62,7 @@ def embed(given):
     print(f"{len(clips)} embeddings of {size} coordinates, at unit length; {where}")
 
 
-def verify(given):
+def verify(given: argparse.Namespace) -> Any:
     """Two recordings: score and decision at each size; or a trial list: error rates at each size."""
     if given.trials is not None:
         return _verify_list(given)
@@ -73,7 +77,7 @@ def verify(given):
         scores.append({"size": size, "score": cosine, "threshold": threshold, "same": same})
     if given.json:
         return {"model": given.model, "recordings": given.recordings, "scores": scores}
-    decisions = {True: "same speaker", False: "different speakers", None: "-"}
+    decisions: dict[Any, str] = {True: "same speaker", False: "different speakers", None: "-"}
     rows = [
         [str(s["size"]), f"{s['score']:.3f}", _number(s["threshold"]), decisions[s["same"]]]
         for s in scores
@@ -83,7 +87,7 @@ def verify(given):
         print("The model brings no threshold; give --threshold, fitted to recordings like yours.")
 
 
-def _verify_list(given):
+def _verify_list(given: argparse.Namespace) -> Any:
     started = time.time()
     trials = read_trials(given.trials)
     wanted = set(trials.clip_ids)
@@ -108,7 +112,7 @@ def _verify_list(given):
     print_report(report)
 
 
-def convert(given):
+def convert(given: argparse.Namespace) -> Any:
     """A released ReDimNet as a SpeechBrain model."""
     convert_release(
         given.release,
@@ -122,7 +126,7 @@ def convert(given):
     return _written(given)
 
 
-def export(given):
+def export(given: argparse.Namespace) -> Any:
     """A published model again, smaller: fewer coordinates, half precision."""
     folder = find_published(given.model)
     report, plot = read_report(folder), folder / "eer_by_dim.png"
@@ -139,7 +143,7 @@ def export(given):
     return _written(given)
 
 
-def _written(given):
+def _written(given: argparse.Namespace) -> Any:
     if given.json:
         return model_info(given.folder)
     print(f"{given.folder} is a SpeechBrain model. Next:")
@@ -147,7 +151,7 @@ def _written(given):
     print(f"{PROGRAM} publish {given.folder} ORG/NAME --dry_run")
 
 
-def publish(given):
+def publish(given: argparse.Namespace) -> Any:
     """Check a model and upload it in one commit."""
     options = {key: getattr(given, key) for key in ("private", "revision", "dry_run", "tag")}
     if not given.json:
@@ -158,7 +162,7 @@ def publish(given):
     return {"address": address, "uploaded": not given.dry_run}
 
 
-def info(given):
+def info(given: argparse.Namespace) -> Any:
     """What a model is."""
     found = model_info(given.model)
     if given.json:
@@ -193,13 +197,13 @@ def info(given):
     )
 
 
-def _encoder(given):
+def _encoder(given: argparse.Namespace) -> Any:
     if given.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {given.device}: this machine has no GPU that torch can use")
     return load_teacher(given.model, device=given.device)
 
 
-def _clips(paths):
+def _clips(paths: Sequence[str]) -> Any:
     """The recordings at these paths, folders searched through."""
     clips = []
     for path in paths:
@@ -211,22 +215,22 @@ def _clips(paths):
     return clips
 
 
-def _embed(encoder, clips, given):
+def _embed(encoder: nn.Module, clips: Sequence[Clip], given: argparse.Namespace) -> Any:
     with tqdm(total=len(clips), unit="clip", desc="Embedding", disable=None) as bar:
         options = {"device": given.device, "max_seconds": given.max_seconds, "progress": bar}
         return embed_clips({"model": encoder}, clips, **options)["model"]
 
 
-def _check_size(size, sizes):
+def _check_size(size: int | None, sizes: Sequence[int]) -> None:
     if size not in sizes:
         raise ValueError(f"--target_dim must be one of {sizes}, the model's sizes, got {size}")
 
 
-def _number(value):
+def _number(value: Any) -> Any:
     return "-" if value is None else f"{value:.3f}"
 
 
-def _print_table(heads, rows):
+def _print_table(heads: Sequence[str] | None, rows: Iterable[Sequence[Any]]) -> None:
     """Columns as wide as their widest cell; two spaces between."""
     lines = [*([heads] if heads else []), *rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
@@ -237,7 +241,7 @@ def _print_table(heads, rows):
 COMMANDS = {run.__name__: run for run in (embed, verify, convert, export, publish, info)}
 
 
-def main(arguments=None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit code."""
     one = parser()
     given = one.parse_args(arguments)

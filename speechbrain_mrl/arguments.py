@@ -1,6 +1,7 @@
 """The options of the command line, and the help that explains them."""
 
 import argparse
+from typing import Any
 
 PROGRAM = "python -m speechbrain_mrl"
 MODEL_HELP = (
@@ -27,14 +28,14 @@ exit codes: 0 done; 1 what was asked cannot be done, one sentence on stderr says
     )
     commands = main.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name, help, epilog):
+    def command(name: str, help: str, epilog: str) -> Any:
         one = commands.add_parser(
             name, help=help, description=f"{help[0].upper()}{help[1:]}.", epilog=epilog
         )
         one.add_argument("--json", action="store_true", help="print JSON instead of a table")
         return one
 
-    def embedding_options(one):
+    def embedding_options(one: argparse.ArgumentParser) -> None:
         one.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
         one.add_argument(
             "--max_seconds",
@@ -154,5 +155,5 @@ No code of the model is run.""",
 class _Parser(argparse.ArgumentParser):
     """Keeps the lines of examples as they are."""
 
-    def __init__(self, **options):
+    def __init__(self, **options: Any) -> None:
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)

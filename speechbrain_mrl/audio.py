@@ -7,9 +7,10 @@ anything else (VoxCeleb2's .m4a) by PyAV, which the extra ``m4a`` installs.
 import contextlib
 import math
 import os
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import soundfile
@@ -44,7 +45,7 @@ class AudioInfo(NamedTuple):
 
 
 def read_audio(
-    path: str | os.PathLike, start: int = 0, num_frames: int = -1, sample_rate: int = 16000
+    path: str | os.PathLike[str], start: int = 0, num_frames: int = -1, sample_rate: int = 16000
 ) -> torch.Tensor:
     """One recording, or a segment of it, as mono at ``sample_rate``.
 
@@ -53,7 +54,7 @@ def read_audio(
 
     Arguments
     ---------
-    path : str | os.PathLike
+    path : str | os.PathLike[str]
         The file. Its suffix decides which library reads it.
     start : int
         First sample, counted at ``sample_rate``.
@@ -105,12 +106,12 @@ def read_audio(
     return wav
 
 
-def audio_info(path: str | os.PathLike, sample_rate: int = 16000) -> AudioInfo:
+def audio_info(path: str | os.PathLike[str], sample_rate: int = 16000) -> AudioInfo:
     """A recording's length from its header, without decoding it.
 
     Arguments
     ---------
-    path : str | os.PathLike
+    path : str | os.PathLike[str]
         The file.
     sample_rate : int
         Hz, at which the length is counted.
@@ -148,14 +149,14 @@ def audio_info(path: str | os.PathLike, sample_rate: int = 16000) -> AudioInfo:
     return AudioInfo(math.ceil(seconds * sample_rate), native_rate)
 
 
-def check_audio(path: str | os.PathLike) -> AudioInfo:
+def check_audio(path: str | os.PathLike[str]) -> AudioInfo:
     """``audio_info`` of a recording that was decoded to its end.
 
     Other rates than 16 kHz, several channels, clipping and any length are no fault.
 
     Arguments
     ---------
-    path : str | os.PathLike
+    path : str | os.PathLike[str]
         The file.
 
     Returns
@@ -201,12 +202,12 @@ def check_audio(path: str | os.PathLike) -> AudioInfo:
     return info
 
 
-def _is_for_soundfile(path) -> bool:
+def _is_for_soundfile(path: str | os.PathLike[str]) -> bool:
     return Path(path).suffix.lower() in _SOUNDFILE_SUFFIXES
 
 
 @contextlib.contextmanager
-def _decoding(path):
+def _decoding(path: str | os.PathLike[str]) -> Iterator[None]:
     """Errors of either library become one sentence with the path and the reason."""
     try:
         yield
@@ -217,7 +218,9 @@ def _decoding(path):
         raise ValueError(f"cannot decode {path}: {reason}") from error
 
 
-def _native_segment(start, num_frames, sample_rate, native_rate) -> tuple[int, int]:
+def _native_segment(
+    start: int, num_frames: int, sample_rate: int, native_rate: int
+) -> tuple[int, int]:
     """First sample and count (-1: up to the end) to read at the file's own rate.
 
     Where the rate changes, that is whole seconds, which begin on a sample at
@@ -232,7 +235,9 @@ def _native_segment(start, num_frames, sample_rate, native_rate) -> tuple[int, i
     return first_second * native_rate, (last_second - first_second) * native_rate
 
 
-def _read_soundfile(path, start, num_frames, sample_rate) -> tuple[np.ndarray, int, int]:
+def _read_soundfile(
+    path: str | os.PathLike[str], start: int, num_frames: int, sample_rate: int
+) -> tuple[np.ndarray, int, int]:
     """Mono samples at the file's own rate, that rate, and how many seconds were skipped."""
     with soundfile.SoundFile(path) as file:
         first, count = _native_segment(start, num_frames, sample_rate, file.samplerate)
@@ -241,7 +246,9 @@ def _read_soundfile(path, start, num_frames, sample_rate) -> tuple[np.ndarray, i
         return samples.mean(axis=1), file.samplerate, first // file.samplerate
 
 
-def _read_av(path, start, num_frames, sample_rate) -> tuple[np.ndarray, int, int]:
+def _read_av(
+    path: str | os.PathLike[str], start: int, num_frames: int, sample_rate: int
+) -> tuple[np.ndarray, int, int]:
     """The same as ``_read_soundfile``, decoding from the beginning.
 
     A seek in AAC lands on a frame that lacks its overlap with the one before, and
@@ -262,7 +269,7 @@ def _read_av(path, start, num_frames, sample_rate) -> tuple[np.ndarray, int, int
     return np.concatenate(blocks)[first:last], native_rate, first // native_rate
 
 
-def _open_av(path):
+def _open_av(path: str | os.PathLike[str]) -> Any:
     container = _import_av(path).open(os.fspath(path))
     if not container.streams.audio:
         container.close()
@@ -270,7 +277,7 @@ def _open_av(path):
     return container
 
 
-def _import_av(path):
+def _import_av(path: str | os.PathLike[str]) -> Any:
     try:
         import av
     except ImportError:

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 from scipy.optimize import minimize
 from scipy.special import expit
 from torch import Tensor
@@ -113,7 +114,7 @@ def s_norm(
     }
 
 
-def _sides(trials):
+def _sides(trials: Trials) -> tuple[np.ndarray, np.ndarray]:
     return trials.enrol, trials.test
 
 
@@ -164,7 +165,11 @@ class Calibration:
 
     @classmethod
     def fit(
-        cls, scores, labels, quality: np.ndarray | None = None, p_target: float = 0.01
+        cls,
+        scores: npt.ArrayLike,
+        labels: npt.ArrayLike,
+        quality: np.ndarray | None = None,
+        p_target: float = 0.01,
     ) -> Calibration:
         """Logistic regression on one list's trials.
 
@@ -199,13 +204,13 @@ class Calibration:
         weights = np.where(is_target, p_target / n_targets, (1 - p_target) / n_impostors)
         ridge = np.diag([0.0, *np.full(inputs.shape[1] - 1, RIDGE)])
 
-        def loss(theta):
+        def loss(theta: np.ndarray) -> tuple[float, np.ndarray]:
             margins = signs * (inputs @ theta)
             errors = weights * expit(-margins)
             value = weights @ np.logaddexp(0, -margins) + theta @ ridge @ theta / 2
             return value, ridge @ theta - inputs.T @ (signs * errors)
 
-        def curvature(theta):
+        def curvature(theta: np.ndarray) -> np.ndarray:
             posteriors = expit(inputs @ theta)
             return inputs.T @ (inputs * (weights * posteriors * (1 - posteriors))[:, None]) + ridge
 
@@ -219,7 +224,7 @@ class Calibration:
         scale, *terms = coefficients.tolist()
         return cls(float(offset), scale, tuple(terms))
 
-    def __call__(self, scores, quality: np.ndarray | None = None) -> np.ndarray:
+    def __call__(self, scores: npt.ArrayLike, quality: np.ndarray | None = None) -> np.ndarray:
         """Log-likelihood ratios (natural logarithm) of other trials, (n_trials,)."""
         features = _features(scores, quality)
         if features.shape[1] != 1 + len(self.quality):
@@ -230,13 +235,13 @@ class Calibration:
         return self.offset + features @ np.array([self.scale, *self.quality])
 
 
-def _features(scores, quality):
+def _features(scores: npt.ArrayLike, quality: np.ndarray | None) -> np.ndarray:
     columns = [np.asarray(scores, dtype=float)]
     return np.column_stack(columns if quality is None else [*columns, quality])
 
 
 def write_calibrations(
-    calibrations: Mapping[int, Calibration], path: str | os.PathLike, scores: str = "cosine"
+    calibrations: Mapping[int, Calibration], path: str | os.PathLike[str], scores: str = "cosine"
 ) -> None:
     """Write every size's calibration as plain numbers, so that it can travel with a model.
 
@@ -261,7 +266,7 @@ def write_calibrations(
         part.write_text(text + "\n", encoding="utf-8")
 
 
-def read_calibrations(path: str | os.PathLike) -> tuple[dict[int, Calibration], str]:
+def read_calibrations(path: str | os.PathLike[str]) -> tuple[dict[int, Calibration], str]:
     """What ``write_calibrations`` wrote: the calibrations by size, and what they calibrate."""
     found = json.loads(Path(path).read_text(encoding="utf-8"))
     calibrations = {

@@ -53,7 +53,7 @@ class Provenance:
     datasets: Sequence[str] = ()
     trials: str = ""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("title", "license", "training_data"):
             if not getattr(self, name):
                 raise ValueError(f"{name} must say something about the model, it is empty")
@@ -148,7 +148,7 @@ def write_card(
     report: Mapping[str, Any] | None,
     has_plot: bool,
     n_speakers: int,
-    widget: Sequence[Mapping],
+    widget: Sequence[Mapping[str, Any]],
 ) -> str:
     """The text of README.md; the repo's name is left open until the upload (``card_for``).
 
@@ -204,7 +204,7 @@ def write_card(
     )
 
 
-def _check_report(report, sizes, provenance):
+def _check_report(report: Mapping[str, Any], sizes: Sequence[int], provenance: Provenance) -> None:
     missing = [size for size in sizes if str(size) not in report["dims"]]
     if missing:
         raise ValueError(
@@ -215,16 +215,18 @@ def _check_report(report, sizes, provenance):
         raise ValueError("provenance.trials must name the trial list that report was made on")
 
 
-def _choices(sizes) -> str:
+def _choices(sizes: Sequence[int]) -> str:
     *others, last = map(str, sizes)
     return f"{', '.join(others)} or {last}" if others else last
 
 
-def _corpus(report) -> str:
+def _corpus(report: Mapping[str, Any]) -> str:
     return "demo" if report["corpus"] == "demo" else Path(report["corpus"]).name
 
 
-def _eval_results(sizes, provenance, report) -> list[EvalResult]:
+def _eval_results(
+    sizes: Sequence[int], provenance: Provenance, report: Mapping[str, Any]
+) -> list[EvalResult]:
     corpus = _corpus(report)
     return [
         EvalResult(
@@ -241,7 +243,9 @@ def _eval_results(sizes, provenance, report) -> list[EvalResult]:
     ]
 
 
-def _results(sizes, provenance, report, has_plot) -> str:
+def _results(
+    sizes: Sequence[int], provenance: Provenance, report: Mapping[str, Any], has_plot: bool
+) -> str:
     trials, baselines = report["trials"], report.get("baselines", {})
     lines = []
     if _corpus(report) == "demo":

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from typing import Any
 
 from speechbrain.utils.checkpoints import Checkpoint, Checkpointer
 from speechbrain.utils.distributed import if_main_process
@@ -27,7 +28,7 @@ class AtomicCheckpointer(Checkpointer):
     ('CKPT+first', True)
     """
 
-    def save_checkpoint(self, *arguments, **options):
+    def save_checkpoint(self, *arguments: Any, **options: Any) -> Any:
         """As SpeechBrain's.
 
         Raises
@@ -53,14 +54,14 @@ class AtomicCheckpointer(Checkpointer):
         paramfiles = {name: path / file.name for name, file in saved.paramfiles.items()}
         return Checkpoint(path, saved.meta, paramfiles)
 
-    def _clear(self):
+    def _clear(self) -> None:
         for path in self.checkpoints_dir.glob(f"{PARTIAL}*"):
             shutil.rmtree(path, ignore_errors=True)
 
-    def _new_checkpoint_dirpath(self):
+    def _new_checkpoint_dirpath(self) -> Any:
         path = super()._new_checkpoint_dirpath()
         return path.with_name(PARTIAL + path.name)
 
-    def _custom_checkpoint_dirpath(self, name):
+    def _custom_checkpoint_dirpath(self, name: str) -> Any:
         path = super()._custom_checkpoint_dirpath(name)
         return path.with_name(PARTIAL + path.name)

@@ -25,12 +25,12 @@ CORPORA = {"vox2": "VoxCeleb2", "vb2": "VoxBlink2", "cnc": "CN-Celeb"}
 
 def convert_release(
     release: str,
-    folder: str | os.PathLike,
-    source: str | os.PathLike | None = None,
+    folder: str | os.PathLike[str],
+    source: str | os.PathLike[str] | None = None,
     *,
-    recordings: str | os.PathLike | None = None,
+    recordings: str | os.PathLike[str] | None = None,
     mrl_dims: Sequence[int] = (64, 128, 192),
-    report: str | os.PathLike | None = None,
+    report: str | os.PathLike[str] | None = None,
     trials: str = "",
 ) -> Path:
     """Write a released ReDimNet as a folder that SpeechBrain loads without this package.
@@ -78,15 +78,15 @@ def convert_release(
         what = f"centred on {len(clips)} recordings and rotated to their principal axes."
     provenance = Provenance(
         title=f"ReDimNet {release}",
-        license=RELEASES[dataset]["license"],
+        license=str(RELEASES[dataset]["license"]),
         training_data=", ".join(CORPORA[name] for name in dataset.split("+"))
         + f". The weights are those of `{release}.pt`, released by the authors of ReDimNet, {what}",
         datasets=["voxceleb"] if "vox2" in dataset.split("+") else (),
         trials=trials,
     )
-    plot = None
+    plot = found = None
     if report is not None:
         plot = Path(report).with_name("eer_by_dim.png")
-        report = json.loads(Path(report).read_text(encoding="utf-8"))
+        found = json.loads(Path(report).read_text(encoding="utf-8"))
     plot = plot if plot is not None and plot.is_file() else None
-    return export_model(model, folder, provenance, report=report, plot=plot)
+    return export_model(model, folder, provenance, report=found, plot=plot)

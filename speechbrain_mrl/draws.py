@@ -6,6 +6,7 @@ state in its checkpoints and however many processes read.
 
 import os
 import random
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ def _draw_seed(*numbers: int) -> int:
     return int(np.random.SeedSequence((seed, *numbers)).generate_state(1)[0])
 
 
-def seed_draws(*numbers: int):
+def seed_draws(*numbers: int) -> None:
     """Seed Python, numpy and torch by SpeechBrain's seed, this process' rank and some numbers.
 
     Example
@@ -42,11 +43,11 @@ class SeededClips(DynamicItemDataset):
     ``epoch`` is a tensor that reading processes see change.
     """
 
-    def __init__(self, *arguments, **options):
+    def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: Any) -> Any:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(_draw_seed(self.epoch.item(), index))
             return super().__getitem__(index)
@@ -55,16 +56,16 @@ class SeededClips(DynamicItemDataset):
 class _RandomBatches:
     """Endless batches of a loader's dataset, drawn by torch's generator."""
 
-    def __init__(self, loader):
+    def __init__(self, loader: Any) -> None:
         self.loader = loader
 
-    def __next__(self):
+    def __next__(self) -> Any:
         loader = self.loader
         chosen = torch.randint(len(loader.dataset), (loader.batch_size,)).tolist()
         return loader.collate_fn([loader.dataset[index] for index in chosen])
 
 
-def draw_recordings(wav_augment, wavs: torch.Tensor):
+def draw_recordings(wav_augment: Any, wavs: torch.Tensor) -> None:
     """Let SpeechBrain's AddNoise and AddReverb draw recordings by torch's generator.
 
     Their own order would begin anew in a run that goes on.

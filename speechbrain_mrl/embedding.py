@@ -4,7 +4,7 @@ import csv
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +41,7 @@ class Clip(NamedTuple):
         return self.stop - self.start
 
 
-def read_clips(path: str | os.PathLike) -> list[Clip]:
+def read_clips(path: str | os.PathLike[str]) -> list[Clip]:
     """The clips of a SpeechBrain CSV with columns ID, wav, start and stop (samples at 16 kHz)."""
     with open(path, newline="") as file:
         return [
@@ -50,7 +50,7 @@ def read_clips(path: str | os.PathLike) -> list[Clip]:
         ]
 
 
-def write_clips(clips: Sequence[Clip], path: str | os.PathLike):
+def write_clips(clips: Sequence[Clip], path: str | os.PathLike[str]) -> None:
     """Write clips as the CSV that ``read_clips`` and SpeechBrain's datasets read."""
     with replacing(path) as part, open(part, "w", newline="") as file:
         writer = csv.writer(file)
@@ -59,7 +59,7 @@ def write_clips(clips: Sequence[Clip], path: str | os.PathLike):
             writer.writerow([clip.id, clip.num_frames / SAMPLE_RATE, *clip[1:]])
 
 
-def find_clips(folder: str | os.PathLike) -> list[Clip]:
+def find_clips(folder: str | os.PathLike[str]) -> list[Clip]:
     """Every recording below a folder, whatever its structure, in the order of their paths.
 
     Raises
@@ -77,16 +77,18 @@ def find_clips(folder: str | os.PathLike) -> list[Clip]:
     ]
 
 
-class _Batches(torch.utils.data.Dataset):
+class _Batches(torch.utils.data.Dataset[Any]):
     """Padded batches of clips, their relative lengths and their indices."""
 
-    def __init__(self, clips, batches, max_samples):
+    def __init__(
+        self, clips: Sequence[Clip], batches: Sequence[list[int]], max_samples: int
+    ) -> None:
         self.clips, self.batches, self.max_samples = clips, batches, max_samples
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.batches)
 
-    def __getitem__(self, i):
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor, list[int]]:
         wavs = []
         for index in self.batches[i]:
             clip = self.clips[index]
@@ -168,9 +170,10 @@ def embed_clips(
     return results
 
 
-def _batches_by_length(lengths, max_samples):
+def _batches_by_length(lengths: Sequence[int], max_samples: float) -> list[list[int]]:
     """Lists of indices, longest clips first, each list at most ``max_samples`` when padded."""
-    batches, longest = [], 0
+    batches: list[list[int]] = []
+    longest = 0
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if not batches or (len(batches[-1]) + 1) * longest > max_samples:
             batches.append([])

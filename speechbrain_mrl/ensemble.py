@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -79,9 +80,9 @@ class MultiModelEnsemble(nn.Module):
 
     def __init__(
         self,
-        models: Mapping[str, nn.Module | str | os.PathLike | Callable[[], nn.Module]],
+        models: Mapping[str, nn.Module | str | os.PathLike[str] | Callable[[], nn.Module]],
         routes: Mapping[int, str],
-    ):
+    ) -> None:
         super().__init__()
         sizes = list(routes)
         if not sizes or not all(type(size) is int and size > 0 for size in sizes):
@@ -195,15 +196,16 @@ class MultiModelEnsemble(nn.Module):
         """Stay in eval mode, whatever ``mode``: members are not trained here."""
         return super().train(False)
 
-    def _load(self, name):
+    def _load(self, name: str) -> nn.Module:
         member = self._loaders[name]()
         if not isinstance(member, nn.Module):
             raise TypeError(f"models[{name!r}] must give an nn.Module, got {type(member).__name__}")
-        self._members[name] = member.to(self._device.device).eval()
+        device: Any = self._device.device
+        self._members[name] = member.to(device).eval()
         return member
 
 
-def _loader(name, source):
+def _loader(name: str, source: Any) -> Callable[[], nn.Module]:
     """A function that gives the member; refuses what cannot be one before it is needed."""
     if isinstance(source, str) and source in RELEASES["vox2"]["model_names"]:
         return lambda: load_pretrained_redimnet(source)

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -81,8 +82,8 @@ def start_new_coordinates(
     objective: MatryoshkaDistillationLoss,
     teacher_embeddings: Mapping[str, Tensor],
     clips: Sequence[Clip],
-    **embed_options,
-):
+    **embed_options: Any,
+) -> None:
     """Fit a grown student's new coordinates, in closed form, to what its old ones do not explain.
 
     The objective's nested target is first turned, without changing a cosine of the whole, so that
@@ -115,7 +116,9 @@ def start_new_coordinates(
     _same_on_all_ranks(student, objective)
 
 
-def pooled_features(student: MatryoshkaReDimNet, clips: Sequence[Clip], **embed_options) -> Tensor:
+def pooled_features(
+    student: MatryoshkaReDimNet, clips: Sequence[Clip], **embed_options: Any
+) -> Tensor:
     """What the linear layer of a student hears of each clip, (N, 2 * channels), on the CPU."""
     pooled = _Pooled(student).train(student.training)
     return embed_clips({"student": pooled}, clips, **embed_options)["student"]
@@ -124,11 +127,11 @@ def pooled_features(student: MatryoshkaReDimNet, clips: Sequence[Clip], **embed_
 class _Pooled(nn.Module):
     """A student up to the input of its linear layer."""
 
-    def __init__(self, student):
+    def __init__(self, student: MatryoshkaReDimNet) -> None:
         super().__init__()
         self.student = student
 
-    def forward(self, wavs, wav_lens):
+    def forward(self, wavs: Tensor, wav_lens: Tensor) -> Tensor:
         found = []
         hook = self.student.linear.register_forward_pre_hook(
             lambda module, arguments: found.append(arguments[0])
@@ -143,7 +146,7 @@ class _Pooled(nn.Module):
 @torch.no_grad()
 def fit_new_rows(
     linear: nn.Linear, old_dim: int, features: Tensor, targets: Tensor, ridge: float = RIDGE
-):
+) -> None:
     """Set a linear layer's rows from ``old_dim`` on to the ridge regression of targets on features.
 
     Arguments
@@ -177,7 +180,7 @@ def fit_new_rows(
 
 
 @torch.no_grad()
-def carry_over(objective: nn.Module, previous: nn.Module):
+def carry_over(objective: nn.Module, previous: nn.Module) -> None:
     """What an earlier stage's objective learned, as far as sizes and classes are the same.
 
     Of the classifier the coordinates that both have, and the linear maps of the sizes that both have.
@@ -191,13 +194,13 @@ def carry_over(objective: nn.Module, previous: nn.Module):
             value.copy_(old[key])
 
 
-def _scaled_like(target, prefix):
+def _scaled_like(target: Tensor, prefix: Tensor) -> Tensor:
     """``target`` times the factor that brings its first coordinates nearest to ``prefix``."""
     known = target[:, : prefix.shape[1]]
     return target * ((known * prefix).sum() / known.square().sum())
 
 
-def _same_on_all_ranks(*modules):
+def _same_on_all_ranks(*modules: nn.Module) -> None:
     """Rank 0's tensors everywhere: axes of nearly equal variance may differ between processes."""
     if not dist.is_initialized():
         return

@@ -38,14 +38,14 @@ FILES = (
 @torch.no_grad()
 def export_model(
     model: ReDimNet,
-    folder: str | os.PathLike,
+    folder: str | os.PathLike[str],
     provenance: Provenance | None = None,
     *,
     report: Mapping[str, Any] | None = None,
-    plot: str | os.PathLike | None = None,
+    plot: str | os.PathLike[str] | None = None,
     speakers: Mapping[str, Tensor] | None = None,
     scale: float = 30.0,
-    examples: Mapping[str, str | os.PathLike] | None = None,
+    examples: Mapping[str, str | os.PathLike[str]] | None = None,
     target_dim: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Path:
@@ -153,11 +153,12 @@ def export_model(
     return folder
 
 
-def probe_wavs():
+def probe_wavs() -> torch.Tensor:
     """The signal whose embedding check.json holds: two seconds of tones, (1, 32000)."""
     times = torch.arange(32000, dtype=torch.float64) / 16000
     phases = [6.2831853 * hertz * times * (1 + 0.05 * times) for hertz in (140, 470, 1130, 2650)]
-    return (sum(phase.sin() for phase in phases) / 10).float().unsqueeze(0)
+    wav: Any = sum(phase.sin() for phase in phases) / 10
+    return wav.float().unsqueeze(0)
 
 
 def foreign_files(folder: Path) -> list[str]:
@@ -165,7 +166,7 @@ def foreign_files(folder: Path) -> list[str]:
     return sorted({path.name for path in folder.iterdir()} - set(FILES))
 
 
-def _published_network(model, target_dim) -> EmbeddingModel:
+def _published_network(model: ReDimNet, target_dim: int | None) -> EmbeddingModel:
     """``model`` as the class that travels, cut after ``target_dim``."""
     if not isinstance(model, MatryoshkaReDimNet):
         size = model.embed_dim
@@ -181,7 +182,9 @@ def _published_network(model, target_dim) -> EmbeddingModel:
     return network.eval()
 
 
-def _classifier(speakers, embed_dim, size, scale) -> PrefixSpeakerClassifier:
+def _classifier(
+    speakers: Mapping[str, Tensor], embed_dim: int, size: int, scale: float
+) -> PrefixSpeakerClassifier:
     """The speakers' vectors, or centroids of their embeddings, cut to ``size`` coordinates."""
     weight = torch.zeros(len(speakers), size)
     for row, (label, vectors) in zip(weight, speakers.items()):
@@ -201,7 +204,7 @@ def _classifier(speakers, embed_dim, size, scale) -> PrefixSpeakerClassifier:
     return classifier
 
 
-def _write_json(path, content):
+def _write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
@@ -266,7 +269,12 @@ pretrainer: !new:speechbrain.utils.parameter_transfer.Pretrainer
 """
 
 
-def _hyperparams(network, classifier, title, report) -> str:
+def _hyperparams(
+    network: EmbeddingModel,
+    classifier: PrefixSpeakerClassifier,
+    title: str,
+    report: Mapping[str, Any] | None,
+) -> str:
     source = Path(redimnet.__file__).read_text(encoding="utf-8")
     config = (f"{key}: {json.dumps(value)}" for key, value in network.model_config.items())
     thresholds = {}
@@ -275,7 +283,7 @@ def _hyperparams(network, classifier, title, report) -> str:
             found = report["dims"][d]
             thresholds[d] = {"eer": found["threshold"], **found.get("thresholds", {})}
     return HYPERPARAMS.format(
-        title=title.replace("\n", " "),
+        title=" ".join(title.split()),  # a line break of any kind would end the comment
         embed_dim=network.embed_dim,
         sizes=list(network.mrl_dims),
         thresholds=json.dumps(thresholds),
@@ -287,9 +295,15 @@ def _hyperparams(network, classifier, title, report) -> str:
     )
 
 
-def _widget(examples, folder, network, classifier, labels) -> list[dict]:
+def _widget(
+    examples: Mapping[str, str | os.PathLike[str]],
+    folder: Path,
+    network: EmbeddingModel,
+    classifier: PrefixSpeakerClassifier,
+    labels: Mapping[int, str],
+) -> list[dict[str, Any]]:
     """Copies the examples; what the model says about each: its five likeliest speakers."""
-    entries = []
+    entries: list[dict[str, Any]] = []
     for title, path in examples.items():
         folder.mkdir(exist_ok=True)
         name = f"{len(entries) + 1}{Path(path).suffix}"

@@ -4,7 +4,9 @@ import contextlib
 import logging
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
@@ -16,7 +18,7 @@ PATIENCE = 20  # seconds; a killed run's reading processes live on for some
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike):
+def replacing(path: str | os.PathLike[str]) -> Iterator[Any]:
     """For ``with``: a temporary path to write, that takes ``path``'s place when it is complete.
 
     Whenever the process or the machine dies, ``path`` is as it was or complete.
@@ -55,7 +57,7 @@ def replacing(path: str | os.PathLike):
             part.unlink(missing_ok=True)
 
 
-def _wait(lock, folder, patience):
+def _wait(lock: Any, folder: Any, patience: float) -> None:
     try:
         lock.acquire(timeout=patience)
     except Timeout:
@@ -65,7 +67,7 @@ def _wait(lock, folder, patience):
 
 
 @contextlib.contextmanager
-def writing(path: str | os.PathLike):
+def writing(path: str | os.PathLike[str]) -> Iterator[Any]:
     """For ``with``: what torch, safetensors or the system say of a failed write, as one sentence."""
     try:
         yield
@@ -77,7 +79,7 @@ def writing(path: str | os.PathLike):
 
 
 @contextlib.contextmanager
-def only_run(folder: str | os.PathLike, patience: float = PATIENCE):
+def only_run(folder: str | os.PathLike[str], patience: float = PATIENCE) -> Iterator[Any]:
     """For ``with``: no other run works in ``folder``, which is made if need be.
 
     The lock is the system's, so a killed run leaves none behind. Processes of one distributed run

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
@@ -16,7 +17,7 @@ from speechbrain_mrl.export import FILES, foreign_files, probe_wavs
 
 
 def push_to_hub(
-    folder: str | os.PathLike,
+    folder: str | os.PathLike[str],
     repo_id: str,
     token: str | bool | None = None,
     private: bool = False,
@@ -84,7 +85,7 @@ def push_to_hub(
     if revision is not None:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
 
-    contents = {path.relative_to(folder).as_posix(): str(path) for path in paths}
+    contents: dict[str, Any] = {path.relative_to(folder).as_posix(): str(path) for path in paths}
     contents["README.md"] = card_for(folder, repo_id, api.endpoint).encode()
     there = api.list_repo_files(repo_id, revision=revision)
     commit = api.create_commit(
@@ -106,7 +107,7 @@ def push_to_hub(
     return address
 
 
-def check_folder(folder: str | os.PathLike) -> None:
+def check_folder(folder: str | os.PathLike[str]) -> None:
     """Raise unless ``folder`` is a complete export that a stranger's machine can load.
 
     Loads it in a fresh process, offline and without this package, at every size, and compares its
@@ -145,7 +146,7 @@ def check_folder(folder: str | os.PathLike) -> None:
         raise ValueError(f"{folder} cannot be published: " + "; ".join(problems))
 
 
-def _ask_stranger(folder) -> dict:
+def _ask_stranger(folder: Path) -> dict[str, Any]:
     script = "\n".join(
         ["import json, sys", "sys.modules['speechbrain_mrl'] = None  # as if not installed"]
         + ["import torch", inspect.getsource(probe_wavs), inspect.getsource(_report_as_stranger)]
@@ -166,17 +167,17 @@ def _ask_stranger(folder) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _report_as_stranger(folder):
+def _report_as_stranger(folder: str) -> None:
     """What a machine without this package finds in ``folder``; runs in a process of its own."""
     from speechbrain.inference.classifiers import EncoderClassifier
 
-    def load(**overrides):
+    def load(**overrides: object) -> EncoderClassifier:
         return EncoderClassifier.from_hparams(
             source=folder, overrides=overrides, run_opts={"device": "cpu"}
         )
 
     model, wavs = load(), probe_wavs()
-    found = {"embeddings": {}, "labels": len(model.hparams.label_encoder)}
+    found: dict[str, Any] = {"embeddings": {}, "labels": len(model.hparams.label_encoder)}
     for size in model.hparams.mrl_dims:
         model = load(target_dim=size)
         found["embeddings"][size] = model.encode_batch(wavs).flatten().tolist()

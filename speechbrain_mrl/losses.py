@@ -4,8 +4,9 @@ All sizes come out of one pass over the coordinates: the product of the first d 
 product of the size before plus one more block.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import accumulate
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -116,7 +117,7 @@ class PrefixClassifier(nn.Module):
     {2: (3, 5), 8: (3, 5)}
     """
 
-    def __init__(self, embed_dim: int, n_classes: int, mrl_dims: Iterable[int]):
+    def __init__(self, embed_dim: int, n_classes: int, mrl_dims: Iterable[int]) -> None:
         super().__init__()
         self.mrl_dims = check_mrl_dims(mrl_dims)
         if self.mrl_dims[-1] > embed_dim:
@@ -162,10 +163,10 @@ class MatryoshkaLoss(nn.Module):
 
     def __init__(
         self,
-        base_loss_per_dim: Callable | Mapping[int, Callable],
+        base_loss_per_dim: Callable[..., Tensor] | Mapping[int, Callable[..., Tensor]],
         mrl_dims: Iterable[int],
         mrl_weights: Iterable[float] | None = None,
-    ):
+    ) -> None:
         super().__init__()
         self.mrl_dims = check_mrl_dims(mrl_dims)
         self.mrl_weights = _check_weights(mrl_weights, self.mrl_dims)
@@ -253,6 +254,8 @@ class MatryoshkaDistillationLoss(nn.Module):
     ['cosine/2', 'cosine/4', 'gram/2', 'gram/4']
     """
 
+    ensembles: Any  # nn.ModuleList of EnsembleRotation
+
     def __init__(
         self,
         mrl_dims: Iterable[int],
@@ -263,7 +266,7 @@ class MatryoshkaDistillationLoss(nn.Module):
         n_classes: int | None = None,
         margins: float | Mapping[int, float] = 0.2,
         contrastive_scale: float = 20.0,
-    ):
+    ) -> None:
         super().__init__()
         self.mrl_dims = check_mrl_dims(mrl_dims)
         self.mrl_weights = _check_weights(mrl_weights, self.mrl_dims)
@@ -291,8 +294,8 @@ class MatryoshkaDistillationLoss(nn.Module):
         self.maps = nn.ModuleDict()
         if len(distinct) > 1 and self.terms.keys() & {"cosine", "mse", "contrastive"}:
             for dim in self.mrl_dims:
-                self.maps[str(dim)] = nn.Linear(dim, dim, bias=False)
-                nn.init.eye_(self.maps[str(dim)].weight)
+                self.maps[str(dim)] = same = nn.Linear(dim, dim, bias=False)
+                nn.init.eye_(same.weight)
 
         if "aam" in self.terms:
             if n_classes is None:
@@ -320,7 +323,7 @@ class MatryoshkaDistillationLoss(nn.Module):
             ensemble.align(teachers, prefix)
         return self
 
-    def scale_margins(self, fraction: float):
+    def scale_margins(self, fraction: float) -> None:
         """Set the term ``aam``'s margins to a fraction of ``margins``, for a schedule."""
         if "aam" not in self.terms:
             raise ValueError("a schedule of margins needs the term aam")
@@ -347,10 +350,10 @@ class MatryoshkaDistillationLoss(nn.Module):
         with torch.autocast(student_embeddings.device.type, enabled=False):
             student = _precise(student_embeddings, self.mrl_dims)
             losses = self._distillation(student, teacher_embeddings)
-            if "aam" in self.terms:
+            if "aam" in self.terms and labels is not None:
                 cosines = self.classifier(scale_tail_gradients(student, self.mrl_dims))
                 losses["aam"] = self.classification.per_size(cosines, labels)
-            loss = sum(
+            loss: Any = sum(
                 weight * _weighted_mean(losses[term], self.mrl_weights)
                 for term, weight in self.terms.items()
             )
@@ -358,7 +361,9 @@ class MatryoshkaDistillationLoss(nn.Module):
         values = torch.stack([value for term in losses.values() for value in term.values()])
         return loss, dict(zip(names, values.tolist()))
 
-    def _check_batch(self, student, teachers, labels):
+    def _check_batch(
+        self, student: Tensor, teachers: Mapping[str, Tensor], labels: Tensor | None
+    ) -> None:
         if "aam" in self.terms and labels is None:
             raise ValueError("the aam term needs labels, (B,); give them or leave the term out")
         sizes = {"student": len(student), **{name: len(teachers[name]) for name in teachers}}
@@ -367,7 +372,9 @@ class MatryoshkaDistillationLoss(nn.Module):
         if len(set(sizes.values())) > 1:
             raise ValueError(f"student, teachers and labels must hold the same clips, got {sizes}")
 
-    def _distillation(self, student, teachers):
+    def _distillation(
+        self, student: Tensor, teachers: Mapping[str, Tensor]
+    ) -> dict[str, dict[int, Tensor]]:
         """{term: {d: scalar}} of all terms that teachers teach."""
         if self.terms.keys() == {"aam"}:
             return {}
@@ -377,7 +384,7 @@ class MatryoshkaDistillationLoss(nn.Module):
         cosines = [union @ union.T for union in unions]
         teacher_cosines = {dim: cosines[self.ensemble_of[dim]] for dim in self.mrl_dims}
 
-        losses = {term: {} for term in self.terms if term != "aam"}
+        losses: dict[str, dict[int, Tensor]] = {term: {} for term in self.terms if term != "aam"}
         if "gram" in losses:
             losses["gram"] = _gram_losses(student, teacher_cosines, self.mrl_dims)
         if losses.keys() & {"cosine", "mse", "contrastive"}:
@@ -392,7 +399,9 @@ class MatryoshkaDistillationLoss(nn.Module):
                     )
         return losses
 
-    def _matched(self, student, unions):
+    def _matched(
+        self, student: Tensor, unions: list[Tensor]
+    ) -> list[tuple[tuple[int, ...], Tensor, Tensor]]:
         """(sizes, student, target) where student and target share their coordinates' meaning."""
         targets = [ensemble.rotate(union) for ensemble, union in zip(self.ensembles, unions)]
         if not self.maps:
@@ -403,7 +412,7 @@ class MatryoshkaDistillationLoss(nn.Module):
         ]
 
 
-def _margin_losses(margins, mrl_weights):
+def _margin_losses(margins: Mapping[int, float], mrl_weights: Iterable[float]) -> MatryoshkaLoss:
     """Additive angular margin with a margin of its own for each size, {d: radians}."""
     losses = {
         dim: LogSoftmaxWrapper(AdditiveAngularMargin(margin, AAM_SCALE))
@@ -412,18 +421,20 @@ def _margin_losses(margins, mrl_weights):
     return MatryoshkaLoss(losses, list(margins), mrl_weights)
 
 
-def _cosine_losses(student, target, mrl_dims):
+def _cosine_losses(student: Tensor, target: Tensor, mrl_dims: tuple[int, ...]) -> dict[int, Tensor]:
     products = _prefix_sums(lambda b: (student[:, b] * target[:, b]).sum(dim=-1), mrl_dims)
-    student, target = _prefix_norms(student, mrl_dims), _prefix_norms(target, mrl_dims)
-    return {d: (1 - products[d] / (student[d] * target[d])).mean() for d in mrl_dims}
+    lengths, wanted = _prefix_norms(student, mrl_dims), _prefix_norms(target, mrl_dims)
+    return {d: (1 - products[d] / (lengths[d] * wanted[d])).mean() for d in mrl_dims}
 
 
-def _mse_losses(student, target, mrl_dims):
+def _mse_losses(student: Tensor, target: Tensor, mrl_dims: tuple[int, ...]) -> dict[int, Tensor]:
     sums = _prefix_sums(lambda b: (student[:, b] - target[:, b]).square().sum(dim=-1), mrl_dims)
     return {d: sums[d].mean() / d for d in mrl_dims}
 
 
-def _gram_losses(student, teacher_cosines, mrl_dims):
+def _gram_losses(
+    student: Tensor, teacher_cosines: Mapping[int, Tensor], mrl_dims: tuple[int, ...]
+) -> dict[int, Tensor]:
     n_pairs = max(len(student) * (len(student) - 1), 1)
     itself = torch.eye(len(student), dtype=torch.bool, device=student.device)
     return {
@@ -432,14 +443,20 @@ def _gram_losses(student, teacher_cosines, mrl_dims):
     }
 
 
-def _contrastive_losses(student, target, teacher_cosines, mrl_dims, scale):
+def _contrastive_losses(
+    student: Tensor,
+    target: Tensor,
+    teacher_cosines: Mapping[int, Tensor],
+    mrl_dims: tuple[int, ...],
+    scale: float,
+) -> dict[int, Tensor]:
     return {
         d: F.cross_entropy(scale * cosines, (scale * teacher_cosines[d]).softmax(dim=-1))
         for d, cosines in prefix_cosines(student, target, mrl_dims).items()
     }
 
 
-def _gather(x):
+def _gather(x: Tensor) -> Tensor:
     """The clips of all ranks, (ranks * B, D), for a loss that every rank computes alike.
 
     A rank's own clips get the gradient of all ranks' losses together, which DDP then averages.
@@ -453,18 +470,20 @@ def _gather(x):
     return torch.cat(parts)
 
 
-def _prefix_sums(block_sum, mrl_dims):
+def _prefix_sums(
+    block_sum: Callable[[slice], Tensor], mrl_dims: tuple[int, ...]
+) -> dict[int, Tensor]:
     """{d: sum of ``block_sum(block)`` over the blocks of coordinates up to d}."""
     blocks = map(slice, (0, *mrl_dims[:-1]), mrl_dims)
     return dict(zip(mrl_dims, accumulate(map(block_sum, blocks))))
 
 
-def _prefix_norms(x, mrl_dims):
+def _prefix_norms(x: Tensor, mrl_dims: tuple[int, ...]) -> dict[int, Tensor]:
     squares = _prefix_sums(lambda block: x[:, block].square().sum(dim=-1), mrl_dims)
     return {d: squares[d].clamp_min(SMALLEST_SQUARED_NORM).sqrt() for d in mrl_dims}
 
 
-def _precise(x, mrl_dims):
+def _precise(x: Tensor, mrl_dims: tuple[int, ...]) -> Tensor:
     """``x`` in float32 or better, once it has the coordinates that the sizes need."""
     if x.ndim != 2 or x.shape[1] < mrl_dims[-1]:
         raise ValueError(
@@ -474,11 +493,13 @@ def _precise(x, mrl_dims):
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _weighted_mean(per_size, weights):
+def _weighted_mean(per_size: Mapping[int, Tensor], weights: Sequence[float]) -> Any:
     return sum(w * x for w, x in zip(weights, per_size.values())) / sum(weights)
 
 
-def _check_weights(mrl_weights, mrl_dims):
+def _check_weights(
+    mrl_weights: Iterable[float] | None, mrl_dims: tuple[int, ...]
+) -> tuple[float, ...]:
     weights = (1.0,) * len(mrl_dims) if mrl_weights is None else tuple(mrl_weights)
     if len(weights) != len(mrl_dims):
         raise ValueError(
@@ -490,7 +511,7 @@ def _check_weights(mrl_weights, mrl_dims):
     return weights
 
 
-def _for_each_size(value, mrl_dims, argument):
+def _for_each_size(value: Any, mrl_dims: tuple[int, ...], argument: str) -> dict[int, Any]:
     """{d: entry} in the order of the sizes, from a mapping whose keys are 64 or "64"."""
     if not isinstance(value, Mapping):
         raise ValueError(f"{argument} must map sizes to entries, got a {type(value).__name__}")
@@ -500,7 +521,9 @@ def _for_each_size(value, mrl_dims, argument):
     return {dim: given[str(dim)] for dim in mrl_dims}
 
 
-def _teachers_of_each_size(teacher_map, mrl_dims):
+def _teachers_of_each_size(
+    teacher_map: Mapping[int, Any] | str | None, mrl_dims: tuple[int, ...]
+) -> dict[int, tuple[str, ...] | None]:
     """{d: sorted names}, or {d: None} where the whole ensemble teaches."""
     if teacher_map == "all":
         return dict.fromkeys(mrl_dims)

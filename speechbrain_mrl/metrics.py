@@ -5,7 +5,10 @@ Arguments ``scores`` and ``labels`` are (n_trials,): higher scores mean more ali
 True for target trials and 0 or False for impostors, and both must occur. NaN is refused.
 """
 
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
 
 P_TARGETS = {"": 0.01, "_0.05": 0.05}  # suffix of a cost's name -> prior of a target trial
 FALSE_ACCEPT_RATES = (0.01, 0.001, 0.0001)
@@ -30,7 +33,7 @@ class Ranking:
     ([inf, 0.9, 0.6, 0.4, 0.1], [1.0, 0.5, 0.5, 0.0, 0.0])
     """
 
-    def __init__(self, scores, labels):
+    def __init__(self, scores: npt.ArrayLike, labels: npt.ArrayLike) -> None:
         scores, labels = np.asarray(scores), np.asarray(labels)
         if scores.ndim != 1 or scores.shape != labels.shape:
             raise ValueError(
@@ -97,12 +100,14 @@ class Ranking:
             values["cllr"] = self._cllr(weights)
         return values
 
-    def _act_dcf(self, far, frr, p_target, c_miss=1.0, c_fa=1.0):
+    def _act_dcf(
+        self, far: Any, frr: Any, p_target: float, c_miss: float = 1.0, c_fa: float = 1.0
+    ) -> float:
         bayes = np.log(c_fa * (1 - p_target)) - np.log(c_miss * p_target)
         at = np.count_nonzero(self.thresholds >= bayes) - 1
         return float(detection_costs(far[at], frr[at], p_target, c_miss, c_fa))
 
-    def _cllr(self, weights):
+    def _cllr(self, weights: np.ndarray | None) -> float:
         weights = np.ones(len(self.order)) if weights is None else weights[self.order]
         llrs = self.scores.astype(float)
         bits = np.logaddexp(0, np.where(self.is_target, -llrs, llrs)) / np.log(2)
@@ -120,13 +125,15 @@ def eer_of_rates(far: np.ndarray, frr: np.ndarray) -> tuple[float, int]:
     return float(far[before] + step * (far[after] - far[before])), nearest
 
 
-def detection_costs(far, frr, p_target, c_miss=1.0, c_fa=1.0):
+def detection_costs(
+    far: Any, frr: Any, p_target: float, c_miss: float = 1.0, c_fa: float = 1.0
+) -> Any:
     """Detection cost at each point, over the cost of the better blind decision."""
     miss_cost, fa_cost = c_miss * p_target, c_fa * (1 - p_target)
     return (miss_cost * frr + fa_cost * far) / min(miss_cost, fa_cost)
 
 
-def _check_costs(p_target, c_miss, c_fa):
+def _check_costs(p_target: float, c_miss: float, c_fa: float) -> None:
     if not 0 < p_target < 1 or c_miss <= 0 or c_fa <= 0:
         raise ValueError(
             "p_target must lie inside 0..1, c_miss and c_fa above 0; "
@@ -134,7 +141,7 @@ def _check_costs(p_target, c_miss, c_fa):
         )
 
 
-def eer(scores, labels) -> tuple[float, float]:
+def eer(scores: npt.ArrayLike, labels: npt.ArrayLike) -> tuple[float, float]:
     """Equal error rate, where the polyline through the ROC's points has FAR = FRR; and a threshold.
 
     Returns
@@ -152,7 +159,13 @@ def eer(scores, labels) -> tuple[float, float]:
     return Ranking(scores, labels).eer()
 
 
-def min_dcf(scores, labels, p_target: float = 0.01, c_miss: float = 1, c_fa: float = 1) -> float:
+def min_dcf(
+    scores: npt.ArrayLike,
+    labels: npt.ArrayLike,
+    p_target: float = 0.01,
+    c_miss: float = 1,
+    c_fa: float = 1,
+) -> float:
     """Smallest detection cost over all thresholds; 1 is the cost of the better blind decision.
 
     Arguments
@@ -173,7 +186,13 @@ def min_dcf(scores, labels, p_target: float = 0.01, c_miss: float = 1, c_fa: flo
     return float(detection_costs(*Ranking(scores, labels).rates(), p_target, c_miss, c_fa).min())
 
 
-def act_dcf(llrs, labels, p_target: float = 0.01, c_miss: float = 1, c_fa: float = 1) -> float:
+def act_dcf(
+    llrs: npt.ArrayLike,
+    labels: npt.ArrayLike,
+    p_target: float = 0.01,
+    c_miss: float = 1,
+    c_fa: float = 1,
+) -> float:
     """Detection cost of deciding at the Bayes threshold, which only calibrated scores deserve.
 
     Arguments
@@ -193,7 +212,7 @@ def act_dcf(llrs, labels, p_target: float = 0.01, c_miss: float = 1, c_fa: float
     return ranking._act_dcf(*ranking.rates(), p_target, c_miss, c_fa)
 
 
-def cllr(llrs, labels) -> float:
+def cllr(llrs: npt.ArrayLike, labels: npt.ArrayLike) -> float:
     """Cost of the log-likelihood ratio in bits: 0 is perfect, 1 says nothing, more misleads.
 
     Arguments

@@ -62,7 +62,7 @@ class MilvusIndex:
         collection: str = "speakers",
         token: str = "",
         prefix_index: Mapping[str, Any] | None = None,
-    ):
+    ) -> None:
         check_range("prefix_dim", prefix_dim, 1, dim)
         pymilvus = require("pymilvus", extra="milvus")
         if "://" not in uri:

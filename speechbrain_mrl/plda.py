@@ -91,13 +91,13 @@ def plda_scores(
     return scores
 
 
-def _varying_axes(vectors):
+def _varying_axes(vectors: np.ndarray) -> np.ndarray:
     """Orthonormal (d, varying) axes; coordinates that never vary would have no inverse variance."""
     variances, axes = np.linalg.eigh(np.cov(vectors, rowvar=False))
     return axes[:, variances > VARIANCE_FLOOR * variances.max()]
 
 
-def _fit(vectors, speakers, rank):
+def _fit(vectors: np.ndarray, speakers: np.ndarray, rank: int) -> PLDA:
     names = np.array([f"{speaker}" for speaker in speakers], dtype=object)
     unused = np.full(len(vectors), None)
     model = PLDA(rank_f=rank)
@@ -114,7 +114,7 @@ def _fit(vectors, speakers, rank):
     return model
 
 
-def _score(model, vectors, trials):
+def _score(model: PLDA, vectors: np.ndarray, trials: Trials) -> np.ndarray:
     """log p(both | one speaker) - log p(both | two speakers), for Gaussians of known covariance."""
     between = model.F @ model.F.T
     total = between + model.Sigma

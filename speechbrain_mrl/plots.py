@@ -8,12 +8,13 @@ from __future__ import annotations
 import csv
 import itertools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from speechbrain_mrl.files import replacing
@@ -21,7 +22,7 @@ from speechbrain_mrl.metrics import Ranking, eer_of_rates
 from speechbrain_mrl.report import results_by_name
 
 DET_TICKS = (0.001, 0.01, 0.1, 0.5, 1, 2, 5, 10, 20, 40)  # percent
-STYLES = (
+STYLES: tuple[dict[str, Any], ...] = (
     {"color": "black", "linestyle": "-", "marker": "o"},
     {"color": "tab:orange", "linestyle": "--", "marker": "s"},
     {"color": "tab:blue", "linestyle": "-.", "marker": "^"},
@@ -35,8 +36,8 @@ STYLES = (
 def write_plots(
     report: Mapping[str, Any],
     scores: Mapping[int, np.ndarray],
-    labels,
-    folder: str | os.PathLike,
+    labels: npt.ArrayLike,
+    folder: str | os.PathLike[str],
 ) -> None:
     """Write eer_by_dim, det, scores and (if the report has it) eer_by_duration, .png and .csv.
 
@@ -71,7 +72,7 @@ def write_plots(
         plot_eer_by_duration(report["by_duration"], folder / "eer_by_duration.png")
 
 
-def _figure(size=(6.4, 4.8)):
+def _figure(size: tuple[float, float] = (6.4, 4.8)) -> Any:
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -82,14 +83,16 @@ def _figure(size=(6.4, 4.8)):
     return figure
 
 
-def _axes(x_label, y_label, title):
+def _axes(x_label: str, y_label: str, title: str) -> Any:
     axes = _figure().add_subplot(xlabel=x_label, ylabel=y_label, title=title)
     axes.grid(color="0.9")
     axes.set_axisbelow(True)
     return axes
 
 
-def _save(figure, path, header, rows):
+def _save(
+    figure: Any, path: str | os.PathLike[str], header: Sequence[str], rows: Iterable[Sequence[Any]]
+) -> None:
     """The picture at ``path``, its numbers beside it."""
     with replacing(path) as part:
         figure.savefig(part, dpi=150)
@@ -102,7 +105,7 @@ def _save(figure, path, header, rows):
         writer.writerows([f"{x:.6g}" if isinstance(x, float) else x for x in row] for row in rows)
 
 
-def plot_eer_by_dim(report: Mapping[str, Any], path: str | os.PathLike) -> None:
+def plot_eer_by_dim(report: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     """Draw EER against size: the model, its steps, cuts of the best teacher, each teacher's line.
 
     Bars are the model's 95 % intervals, where the report has them.
@@ -148,7 +151,9 @@ def plot_eer_by_dim(report: Mapping[str, Any], path: str | os.PathLike) -> None:
     _save(axes.figure, path, ["name", "size", "eer"], rows)
 
 
-def plot_det(scores: Mapping[int, np.ndarray], labels, path: str | os.PathLike) -> None:
+def plot_det(
+    scores: Mapping[int, np.ndarray], labels: npt.ArrayLike, path: str | os.PathLike[str]
+) -> None:
     """Draw a DET curve per size on probit axes, its EER marked.
 
     ``scores`` come from ``score_trials``; ``labels`` are the trials'.
@@ -193,9 +198,9 @@ def plot_det(scores: Mapping[int, np.ndarray], labels, path: str | os.PathLike) 
 
 def plot_scores(
     scores: Mapping[int, np.ndarray],
-    labels,
+    labels: npt.ArrayLike,
     thresholds: Mapping[int, float],
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
 ) -> None:
     """Draw histograms of target and impostor scores, one above the other by size.
 
@@ -241,7 +246,7 @@ def plot_scores(
     _save(figure, path, ["size", "from_score", "target", "impostor"], rows)
 
 
-def plot_eer_by_duration(bins: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> None:
+def plot_eer_by_duration(bins: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
     """Draw EER against the length of a trial's shorter clip, a line per size.
 
     Arguments

@@ -5,7 +5,9 @@ import http.client
 import os
 import urllib.error
 import urllib.request
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -14,6 +16,7 @@ from speechbrain_mrl.redimnet import (
     MatryoshkaReDimNet,
     ReDimNet,
     check_state_dict,
+    read_tensors,
     refuse_foreign_weights,
 )
 
@@ -49,14 +52,15 @@ def parse_release(release: str) -> tuple[str, str, str]:
             f"a release is named like b2-vox2-ft_lm (model, dataset of {list(RELEASES)}, "
             f"training), got {release!r}"
         )
-    return tuple(parts)
+    model_name, dataset, train_type = parts
+    return model_name, dataset, train_type
 
 
 def load_pretrained_redimnet(
     model_name: str = "b2",
     train_type: str = "ft_lm",
     dataset: str = "vox2",
-    source: str | os.PathLike | None = None,
+    source: str | os.PathLike[str] | None = None,
     sha256: str | None = None,
 ) -> ReDimNet:
     """A pretrained ReDimNet in eval mode, built from the checkpoint's own configuration.
@@ -101,7 +105,7 @@ def load_pretrained_redimnet(
 
 
 class ReDimNetMRL(MatryoshkaReDimNet):
-    __doc__ = MatryoshkaReDimNet.__doc__.replace("MatryoshkaReDimNet(", "ReDimNetMRL(")
+    __doc__ = str(MatryoshkaReDimNet.__doc__).replace("MatryoshkaReDimNet(", "ReDimNetMRL(")
 
     @classmethod
     def from_pretrained(
@@ -109,9 +113,9 @@ class ReDimNetMRL(MatryoshkaReDimNet):
         model_name: str = "b2",
         train_type: str = "ptn",
         dataset: str = "vox2",
-        source: str | os.PathLike | None = None,
+        source: str | os.PathLike[str] | None = None,
         embed_dim: int = 256,
-        mrl_dims=(64, 128, 192, 256),
+        mrl_dims: Iterable[int] = (64, 128, 192, 256),
     ) -> "ReDimNetMRL":
         """A student that starts as the pretrained model: every tensor is the checkpoint's.
 
@@ -124,7 +128,7 @@ class ReDimNetMRL(MatryoshkaReDimNet):
         return cls.from_redimnet(redimnet, embed_dim, mrl_dims)
 
 
-def read_checkpoint(path: str | os.PathLike, sha256: str | None = None) -> dict:
+def read_checkpoint(path: str | os.PathLike[str], sha256: str | None = None) -> dict[str, Any]:
     """``{"model_config": ..., "state_dict": ...}`` out of a release file; runs no code of it.
 
     Raises
@@ -142,16 +146,7 @@ def read_checkpoint(path: str | os.PathLike, sha256: str | None = None) -> dict:
             raise ValueError(
                 f"{path} has SHA-256 {found}, expected {sha256}; delete it and load it again"
             )
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # torch raises many types for damaged or unsafe pickles
-        raise ValueError(
-            f"{path} is damaged or holds more than tensors and settings "
-            f"({type(error).__name__}: {str(error).partition(chr(10))[0]}); "
-            "delete it and load it again from a source that you trust"
-        ) from error
+    checkpoint = read_tensors(path)
     keys = {"model_config", "state_dict"}
     if not isinstance(checkpoint, dict) or not keys <= set(checkpoint):
         raise ValueError(f"{path} is not a ReDimNet release: it must hold {sorted(keys)}")
@@ -161,7 +156,9 @@ def read_checkpoint(path: str | os.PathLike, sha256: str | None = None) -> dict:
     return checkpoint
 
 
-def load_strictly(model: ReDimNet, state_dict: dict, where):
+def load_strictly(
+    model: ReDimNet, state_dict: dict[str, Any], where: str | os.PathLike[str]
+) -> None:
     """Load a checkpoint's tensors, all of them and no others; subnormal numbers become zero.
 
     Raises
@@ -180,7 +177,9 @@ def load_strictly(model: ReDimNet, state_dict: dict, where):
     )
 
 
-def _find_release(model_name, train_type, dataset, folder):
+def _find_release(
+    model_name: str, train_type: str, dataset: str, folder: str | os.PathLike[str] | None
+) -> Path:
     """Path of a release file, in a folder or, downloaded if need be, in torch.hub's cache."""
     name = f"{model_name}-{dataset}-{train_type}.pt"
     release = RELEASES.get(dataset, {"model_names": (), "train_types": ()})
@@ -212,7 +211,7 @@ def _find_release(model_name, train_type, dataset, folder):
     return path
 
 
-def download(url: str, path: Path):
+def download(url: str, path: Path) -> None:
     """Download to ``path``: with a progress bar, atomically, and where possible from where an
     interrupted download stopped.
 

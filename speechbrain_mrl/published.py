@@ -18,7 +18,7 @@ from speechbrain_mrl.export import FILES
 from speechbrain_mrl.pretrained import ReDimNetMRL, load_strictly
 
 
-def find_published(source: str | os.PathLike) -> Path:
+def find_published(source: str | os.PathLike[str]) -> Path:
     """The folder of an exported model; one on the Hub is downloaded, or found in the Hub's cache.
 
     Raises
@@ -42,19 +42,19 @@ def find_published(source: str | os.PathLike) -> Path:
     return folder
 
 
-def read_provenance(source: str | os.PathLike) -> Provenance:
+def read_provenance(source: str | os.PathLike[str]) -> Provenance:
     """What a published model says that it was made from; all "not stated" if it says nothing."""
     config = json.loads((find_published(source) / "config.json").read_text(encoding="utf-8"))
     return Provenance(**config.get("provenance", {}))
 
 
-def read_report(source: str | os.PathLike) -> dict[str, Any] | None:
+def read_report(source: str | os.PathLike[str]) -> dict[str, Any] | None:
     """The report.json of a published model; None without one."""
     path = find_published(source) / "report.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
-def load_published(source: str | os.PathLike) -> ReDimNetMRL:
+def load_published(source: str | os.PathLike[str]) -> ReDimNetMRL:
     """A published model as a ``ReDimNetMRL`` in eval mode, to export again, grow or train further.
 
     No code of the folder is run: architecture and sizes are read, tensors are loaded strictly.
@@ -88,7 +88,7 @@ def load_published(source: str | os.PathLike) -> ReDimNetMRL:
     return model.eval()
 
 
-def read_speakers(source: str | os.PathLike) -> dict[str, Tensor]:
+def read_speakers(source: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Label -> vector (D,) of a published model's classifier; empty if it names nobody."""
     folder = find_published(source)
     weight = torch.load(folder / "classifier.ckpt", map_location="cpu", weights_only=True)["weight"]
@@ -98,7 +98,7 @@ def read_speakers(source: str | os.PathLike) -> dict[str, Tensor]:
     return {labels.ind2lab[i]: row.float() for i, row in enumerate(weight)}
 
 
-def model_info(source: str | os.PathLike) -> dict[str, Any]:
+def model_info(source: str | os.PathLike[str]) -> dict[str, Any]:
     """What a published model is, as plain values: sizes, teachers, corpus, error rates, licence.
 
     Arguments
@@ -145,11 +145,11 @@ def model_info(source: str | os.PathLike) -> dict[str, Any]:
     }
 
 
-def _hyperparams(folder):
+def _hyperparams(folder: Any) -> Any:
     """The YAML's values; its tags are left alone, so nothing of it is built or run."""
     return YAML().load(folder / "hyperparams.yaml")
 
 
-def _plain(value):
+def _plain(value: Any) -> Any:
     """Lists and dicts out of ruamel.yaml's."""
     return json.loads(json.dumps(value))

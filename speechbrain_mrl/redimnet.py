@@ -9,6 +9,11 @@ Yakovlev et al., Reshape Dimensions Network for Speaker Recognition, Interspeech
 arXiv:2407.18223. Kusupati et al., Matryoshka Representation Learning, 2022, arXiv:2205.13147.
 """
 
+import os
+import zipfile
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, TypeVar
+
 import torch
 import torch.nn.functional as F
 import torchaudio
@@ -77,7 +82,9 @@ SUPPORTED = {
 }
 
 
-def _preset(n_mels, channels, block_2d_type, group_divisor, stages):
+def _preset(
+    n_mels: int, channels: int, block_2d_type: str, group_divisor: int | None, stages: list[Any]
+) -> dict[str, Any]:
     return {
         **CONFIG_DEFAULTS,
         "F": n_mels,
@@ -241,14 +248,14 @@ def sample_counts(wavs: Tensor, wav_lens: Tensor | None) -> Tensor | None:
     return None if shortest == wavs.shape[1] else counts
 
 
-def _masked(x, mask):
+def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
     """x with the padding frames at zero: what a clip alone has past its end."""
     if mask is None:
         return x
     return x * (mask if x.ndim == 3 else mask.unsqueeze(2)).to(x.dtype)
 
 
-def _mean(x, mask):
+def _mean(x: Tensor, mask: Tensor | None) -> Tensor:
     """Mean over time of (B, C, T), padding left out, (B, C, 1)."""
     if mask is None:
         return x.mean(dim=-1, keepdim=True)
@@ -257,7 +264,7 @@ def _mean(x, mask):
     return mean.to(x.dtype)
 
 
-def _mean_and_variance(x, mask):
+def _mean_and_variance(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Mean and unbiased variance over time of (B, C, T), padding left out, each (B, C, 1)."""
     mean = _mean(x, mask)
     count = x.shape[-1] if mask is None else mask.sum(dim=-1, keepdim=True)
@@ -265,28 +272,30 @@ def _mean_and_variance(x, mask):
     return mean, squares / (count - 1)
 
 
-class _StaysFloat:
+class _StaysFloat(nn.Module):
     """A module whose tensors move between devices but stay as they are in a half-precision model.
 
     Powers of samples and sums of squares over time are in it, which float16 cannot hold.
     """
 
-    def _apply(self, fn, recurse=True):
-        def moved(tensor):
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        def moved(tensor: Tensor) -> Any:
             new = fn(tensor)
             return new if new.dtype == tensor.dtype else tensor.to(new.device)
 
-        return super()._apply(moved, recurse)
+        return super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
 
 
 class PreEmphasis(nn.Module):
     """y[n] = x[n] - 0.97 x[n-1], the first sample reflected; (B, T) -> (B, T)."""
 
-    def __init__(self):
+    flipped_filter: Tensor
+
+    def __init__(self) -> None:
         super().__init__()
         self.register_buffer("flipped_filter", torch.tensor([[[-0.97, 1.0]]]))
 
-    def forward(self, wavs):
+    def forward(self, wavs: Tensor) -> Tensor:
         wavs = F.pad(wavs.unsqueeze(1), (1, 0), "reflect")
         return F.conv1d(wavs, self.flipped_filter).squeeze(1)
 
@@ -306,15 +315,15 @@ class LogMel(_StaysFloat, nn.Module):
 
     def __init__(
         self,
-        n_mels,
-        hop_length,
-        do_spec_aug,
-        norm_signal,
-        do_preemph,
-        spec_norm,
-        freq_mask_width,
-        time_mask_width,
-    ):
+        n_mels: int,
+        hop_length: int,
+        do_spec_aug: bool,
+        norm_signal: bool,
+        do_preemph: bool,
+        spec_norm: str,
+        freq_mask_width: Iterable[int],
+        time_mask_width: Iterable[int],
+    ) -> None:
         super().__init__()
         self.hop_length, self.norm_signal, self.spec_norm = hop_length, norm_signal, spec_norm
         mel = torchaudio.transforms.MelSpectrogram(
@@ -344,7 +353,7 @@ class LogMel(_StaysFloat, nn.Module):
                     )
                 )
 
-    def forward(self, wavs: Tensor, counts: Tensor | None = None):
+    def forward(self, wavs: Tensor, counts: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Waveforms (B, T), and samples of each (B,) or None, to features and their mask.
 
         Returns
@@ -357,7 +366,7 @@ class LogMel(_StaysFloat, nn.Module):
         with torch.autocast(wavs.device.type, enabled=False):
             return self._features(wavs.float(), counts)
 
-    def _features(self, wavs, counts):
+    def _features(self, wavs: Tensor, counts: Tensor | None) -> tuple[Tensor, Tensor | None]:
         _, preemphasis, mel = self.torchfbank
         if self.norm_signal:
             valid = None
@@ -396,24 +405,35 @@ class LogMel(_StaysFloat, nn.Module):
 # Layers that know which frames are padding
 
 
-class _MaskedConv:
+class _MaskedConv(nn.Module):
     """A convolution before which padding is set to zero."""
 
-    def forward(self, x, mask=None):
+    kernel_size: tuple[int, ...]
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Any:
         return super().forward(_masked(x, mask) if self.kernel_size[-1] > 1 else x)
 
 
 class Conv1d(_MaskedConv, nn.Conv1d):
     """Conv1d that keeps the length, (B, C, T)."""
 
-    def __init__(self, in_channels, out_channels, kernel_size=1, groups=1):
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int = 1, groups: int = 1
+    ) -> None:
         super().__init__(in_channels, out_channels, kernel_size, padding="same", groups=groups)
 
 
 class Conv2d(_MaskedConv, nn.Conv2d):
     """Conv2d that keeps the size, (B, C, F, T)."""
 
-    def __init__(self, in_channels, out_channels, kernel_size=1, groups=1, bias=True):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 1,
+        groups: int = 1,
+        bias: bool = True,
+    ) -> None:
         super().__init__(
             in_channels, out_channels, kernel_size, padding="same", groups=groups, bias=bias
         )
@@ -422,7 +442,7 @@ class Conv2d(_MaskedConv, nn.Conv2d):
 class Sequence(nn.Sequential):
     """nn.Sequential that hands the mask to this file's layers; torch's own take none."""
 
-    def forward(self, x, mask=None):
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         for layer in self:
             x = layer(x, mask) if type(layer).__module__ == __name__ else layer(x)
         return x
@@ -431,41 +451,41 @@ class Sequence(nn.Sequential):
 class LayerNorm(nn.LayerNorm):
     """LayerNorm over the channels of (B, C, …), eps 1e-6."""
 
-    def __init__(self, channels):
+    def __init__(self, channels: int) -> None:
         super().__init__(channels, eps=1e-6)
 
-    def forward(self, x, mask=None):
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         return super().forward(x.transpose(1, -1)).transpose(1, -1)
 
 
 class To1d(nn.Module):
     """(B, C, F, T) -> (B, F·C, T), frequency-major."""
 
-    def forward(self, x, mask=None):
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         return x.transpose(1, 2).flatten(1, 2)
 
 
 class To2d(nn.Module):
     """(B, f·c, T) -> (B, c, f, T)."""
 
-    def __init__(self, f, c):
+    def __init__(self, f: int, c: int) -> None:
         super().__init__()
         self.f, self.c = f, c
 
-    def forward(self, x, mask=None):
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         return x.unflatten(1, (self.f, self.c)).transpose(1, 2)
 
 
 class MapMix(nn.Module):
     """Sum of the earlier 1-D maps, weighted per channel by a softmax over the maps."""
 
-    def __init__(self, n_maps, channels):
+    def __init__(self, n_maps: int, channels: int) -> None:
         super().__init__()
         if n_maps == 1:
             channels = 1
         self.w = nn.Parameter(torch.zeros(1, n_maps, channels, 1), requires_grad=n_maps > 1)
 
-    def forward(self, maps, mask=None):
+    def forward(self, maps: list[Tensor], mask: Tensor | None = None) -> Tensor:
         weights = self.w.softmax(dim=1)
         mixed = maps[0] * weights[:, 0]
         for i, one in enumerate(maps[1:], start=1):
@@ -476,7 +496,15 @@ class MapMix(nn.Module):
 class ConvNeXtBlock(nn.Module):
     """Parallel grouped convolutions, BatchNorm, activation, 1×1 convolution, plus the input."""
 
-    def __init__(self, conv, norm, channels, kernel_sizes, groups, activation):
+    def __init__(
+        self,
+        conv: type[nn.Module],
+        norm: type[nn.Module],
+        channels: int,
+        kernel_sizes: Collection[int],
+        groups: int,
+        activation: type[nn.Module],
+    ) -> None:
         super().__init__()
         width = channels * len(kernel_sizes)
         self.dwconvs = nn.ModuleList(
@@ -486,7 +514,7 @@ class ConvNeXtBlock(nn.Module):
         self.act = activation()
         self.pwconv1 = conv(width, channels)
 
-    def forward(self, x, mask=None):
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         out = torch.cat([conv(x, mask) for conv in self.dwconvs], dim=1)
         return x + self.pwconv1(self.act(self.norm(out)))
 
@@ -494,12 +522,12 @@ class ConvNeXtBlock(nn.Module):
 class FrequencySE(nn.Module):
     """Squeeze-excitation with one gate per frequency, (B, C, F, T)."""
 
-    def __init__(self, n_freqs, width):
+    def __init__(self, n_freqs: int, width: int) -> None:
         super().__init__()
         self.squeeze = nn.Linear(n_freqs, width)
         self.exitation = nn.Linear(width, n_freqs)  # spelt so in the release
 
-    def forward(self, x, mask=None):
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         pooled = _mean(x.mean(dim=1), mask).squeeze(-1)  # (B, F)
         gates = self.exitation(self.squeeze(pooled).relu()).sigmoid()
         return x * gates[:, None, :, None]
@@ -508,10 +536,12 @@ class FrequencySE(nn.Module):
 class ResNetBlock(nn.Module):
     """Residual block with ReLU before its first BatchNorm, optionally squeeze-excited."""
 
-    def __init__(self, channels, n_freqs, groups, pointwise, squeeze_excite):
+    def __init__(
+        self, channels: int, n_freqs: int, groups: int, pointwise: bool, squeeze_excite: bool
+    ) -> None:
         super().__init__()
 
-        def pw():
+        def pw() -> nn.Module:
             return Conv2d(channels, channels) if pointwise else nn.Identity()
 
         self.conv1 = Conv2d(channels, channels, 3, groups=groups, bias=False)
@@ -523,7 +553,7 @@ class ResNetBlock(nn.Module):
         width = min(64, max(channels, 32))
         self.se = FrequencySE(n_freqs, width) if squeeze_excite else None
 
-    def forward(self, x, mask=None):
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         out = self.bn1(self.conv1pw(self.conv1(x, mask)).relu())
         out = self.bn2(self.conv2pw(self.conv2(out, mask)))
         if self.se is not None:
@@ -534,12 +564,16 @@ class ResNetBlock(nn.Module):
 class Block2d(nn.Module):
     """One 2-D block of the named type, under the release's name."""
 
-    def __init__(self, block_type, channels, n_freqs, group_divisor):
+    def __init__(
+        self, block_type: str, channels: int, n_freqs: int, group_divisor: int | None
+    ) -> None:
         super().__init__()
         groups = _groups(channels, group_divisor)
         if block_type.startswith("convnext_like"):
             activation = nn.ReLU if block_type.endswith("relu") else nn.GELU
-            block = ConvNeXtBlock(Conv2d, nn.BatchNorm2d, channels, [3], groups, activation)
+            block: nn.Module = ConvNeXtBlock(
+                Conv2d, nn.BatchNorm2d, channels, [3], groups, activation
+            )
         else:
             squeeze_excite = block_type.endswith("fwse")
             block = ResNetBlock(
@@ -547,33 +581,33 @@ class Block2d(nn.Module):
             )
         self.conv_block = block
 
-    def forward(self, x, mask=None):
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         return self.conv_block(x, mask)
 
 
 class PositionalConv(nn.Module):
     """x + LayerNorm(depthwise convolution of 59 frames), (B, C, T)."""
 
-    def __init__(self, channels):
+    def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = Conv1d(channels, channels, 59, groups=channels)
         self.norm = LayerNorm(channels)
 
-    def forward(self, x, mask=None):
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         return x + self.norm(self.conv(x, mask))
 
 
 class SelfAttention(nn.Module):
     """Four-head self-attention over the frames that are not padding, (B, T, C)."""
 
-    def __init__(self, channels):
+    def __init__(self, channels: int) -> None:
         super().__init__()
         self.k_proj = nn.Linear(channels, channels)
         self.v_proj = nn.Linear(channels, channels)
         self.q_proj = nn.Linear(channels, channels)
         self.out_proj = nn.Linear(channels, channels)
 
-    def forward(self, x, mask=None):
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         q, k, v = (
             proj(x).unflatten(-1, (4, -1)).transpose(1, 2)  # (B, 4, T, C / 4)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
@@ -586,19 +620,19 @@ class SelfAttention(nn.Module):
 class FeedForward(nn.Module):
     """Linear, tanh GELU, Linear."""
 
-    def __init__(self, channels, width):
+    def __init__(self, channels: int, width: int) -> None:
         super().__init__()
         self.intermediate_dense = nn.Linear(channels, width)
         self.output_dense = nn.Linear(width, channels)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.output_dense(F.gelu(self.intermediate_dense(x), approximate="tanh"))
 
 
 class TransformerLayer(nn.Module):
     """Post-norm transformer layer on (B, C, T)."""
 
-    def __init__(self, channels, width):
+    def __init__(self, channels: int, width: int) -> None:
         super().__init__()
         if channels % 4:
             raise ValueError(
@@ -610,7 +644,7 @@ class TransformerLayer(nn.Module):
         self.feed_forward = FeedForward(channels, width)
         self.final_layer_norm = nn.LayerNorm(channels, eps=1e-6)
 
-    def forward(self, x, mask=None):
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         x = x.transpose(1, 2)
         x = self.layer_norm(x + self.attention(x, mask))
         x = self.final_layer_norm(x + self.feed_forward(x))
@@ -620,11 +654,11 @@ class TransformerLayer(nn.Module):
 class TimeContext(nn.Module):
     """x + expand(context(reduce(x))) on (B, C·F, T)."""
 
-    def __init__(self, block_type, channels, hidden):
+    def __init__(self, block_type: str, channels: int, hidden: int) -> None:
         super().__init__()
         self.red_dim_conv = Sequence(Conv1d(channels, hidden), LayerNorm(hidden))
 
-        def convnext(*kernel_sizes):
+        def convnext(*kernel_sizes: int) -> nn.Module:
             return ConvNeXtBlock(Conv1d, nn.BatchNorm1d, hidden, kernel_sizes, hidden, nn.GELU)
 
         if block_type == "fc":
@@ -644,11 +678,11 @@ class TimeContext(nn.Module):
         self.tcm = Sequence(*layers)
         self.exp_dim_conv = Conv1d(hidden, channels)
 
-    def forward(self, x, mask=None):
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         return x + self.exp_dim_conv(self.tcm(self.red_dim_conv(x), mask))
 
 
-def _groups(channels, group_divisor, in_channels=None):
+def _groups(channels: int, group_divisor: int | None, in_channels: int | None = None) -> int:
     """Convolution groups of ``group_divisor`` channels each (1 group where it is None)."""
     if group_divisor is None:
         return 1
@@ -664,7 +698,7 @@ def _groups(channels, group_divisor, in_channels=None):
 class Backbone(nn.Module):
     """Features (B, 1, F, T) to frames (B, C·F or out_channels, T)."""
 
-    def __init__(self, config):
+    def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
         f, c, divisor = config["F"], config["C"], config["group_divisor"]
         size = f * c
@@ -696,11 +730,11 @@ class Backbone(nn.Module):
         self.dropout = nn.Dropout(config["feat_agg_dropout"])
         self.fin_wght1d = MapMix(self.n_stages + 1, size)
         out_channels = config["out_channels"]
-        self.mfa = nn.Identity()
+        self.mfa: nn.Module = nn.Identity()
         if out_channels is not None:
             self.mfa = Sequence(Conv1d(size, out_channels), nn.BatchNorm1d(out_channels))
 
-    def forward(self, feats, mask=None):
+    def forward(self, feats: Tensor, mask: Tensor | None = None) -> Tensor:
         maps = [self.stem(feats, mask)]
         for i in range(self.n_stages):
             maps.append(self.dropout(getattr(self, f"stage{i}")(maps, mask)))
@@ -710,13 +744,13 @@ class Backbone(nn.Module):
 class ASTP(_StaysFloat, nn.Module):
     """Attentive statistics pooling, (B, C, T) -> (B, 2C)."""
 
-    def __init__(self, channels, global_context_att):
+    def __init__(self, channels: int, global_context_att: bool) -> None:
         super().__init__()
         self.global_context_att = global_context_att
         self.linear1 = Conv1d(channels * (3 if global_context_att else 1), 128)
         self.linear2 = Conv1d(128, channels)
 
-    def forward(self, x, mask=None):
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         context = x
         if self.global_context_att:
             mean, variance = _mean_and_variance(x, mask)
@@ -734,10 +768,10 @@ class ASTP(_StaysFloat, nn.Module):
 class TSTP(_StaysFloat, nn.Module):
     """Mean and deviation over time, (B, C, T) -> (B, 2C)."""
 
-    def __init__(self, channels, global_context_att):
+    def __init__(self, channels: int, global_context_att: bool) -> None:
         super().__init__()
 
-    def forward(self, x, mask=None):
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         mean, variance = _mean_and_variance(x, mask)
         return torch.cat([mean, (variance + 1e-7).sqrt()], dim=1).squeeze(-1)
 
@@ -745,7 +779,7 @@ class TSTP(_StaysFloat, nn.Module):
 # The encoder
 
 
-def complete_config(model_config: dict) -> dict:
+def complete_config(model_config: dict[str, Any]) -> dict[str, Any]:
     """A checkpoint's ``model_config`` with every key, or an error that names what is unsupported.
 
     Arguments
@@ -793,7 +827,7 @@ def complete_config(model_config: dict) -> dict:
     return config
 
 
-def _merged(name, given, defaults):
+def _merged(name: str, given: Any, defaults: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(given, dict):
         raise ValueError(f"{name} must be a mapping, got {type(given).__name__}")
     unknown = sorted(str(key) for key in set(given) - set(defaults))
@@ -805,23 +839,25 @@ def _merged(name, given, defaults):
     return {**defaults, **given}
 
 
-def _check_positive(key, value):
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"model_config has {key}={value!r}; it must be a positive integer")
+def _check_positive(key: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**16:
+        raise ValueError(
+            f"model_config has {key}={value!r}; it must be a positive integer below 65536"
+        )
 
 
-def _check_bool(key, value):
+def _check_bool(key: str, value: Any) -> None:
     if not isinstance(value, bool):
         raise ValueError(f"model_config has {key}={value!r}; it must be true or false")
 
 
-def _check_range(key, value):
+def _check_range(key: str, value: Any) -> None:
     ok = isinstance(value, (list, tuple)) and len(value) == 2
     if not ok or not all(type(x) is int for x in value) or not 0 <= value[0] < value[1]:
         raise ValueError(f"spec_params has {key}={value!r}; it must be two ascending integers")
 
 
-def _check_stages(config):
+def _check_stages(config: dict[str, Any]) -> None:
     stages, f, size = config["stages_setup"], config["F"], config["F"] * config["C"]
     if not isinstance(stages, (list, tuple)) or not stages:
         raise ValueError(f"model_config has stages_setup={stages!r}; it must list the stages")
@@ -838,8 +874,8 @@ def _check_stages(config):
                 f"{where} has stride {stride!r}; it must be 1, 2 or 3 and divide the {f} "
                 "frequencies left there"
             )
-        if type(n_blocks) is not int or n_blocks < 0:
-            raise ValueError(f"{where} has {n_blocks!r} blocks; it must be an integer from 0")
+        if type(n_blocks) is not int or not 0 <= n_blocks < 1000:
+            raise ValueError(f"{where} has {n_blocks!r} blocks; it must be an integer, 0..999")
         f, c = f // stride, c * stride
         if isinstance(expansion, bool) or not isinstance(expansion, (int, float)):
             raise ValueError(f"{where} has expansion {expansion!r}; it must be a number")
@@ -849,7 +885,9 @@ def _check_stages(config):
             raise ValueError(f"{where} has reduction {reduction!r}; it must be 1..{size} or null")
 
 
-def refuse_foreign_weights(model: nn.Module, state_dict: dict, where="state_dict"):
+def refuse_foreign_weights(
+    model: nn.Module, state_dict: Mapping[str, Any], where: str | os.PathLike[str] = "state_dict"
+) -> None:
     """Raise if ``state_dict`` is of another architecture than ``model``, or of an old release.
 
     Raises
@@ -897,7 +935,7 @@ class ReDimNet(nn.Module):
     torch.Size([2, 192])
     """
 
-    def __init__(self, **model_config):
+    def __init__(self, **model_config: dict[str, Any]) -> None:
         super().__init__()
         self.model_config = config = complete_config(model_config)
         self.embed_dim = config["embed_dim"]
@@ -911,7 +949,7 @@ class ReDimNet(nn.Module):
         self.bn2 = nn.BatchNorm1d(self.embed_dim) if config["emb_bn"] else None
 
     @classmethod
-    def from_config(cls, model_config: dict) -> "ReDimNet":
+    def from_config(cls, model_config: dict[str, Any]) -> "ReDimNet":
         """Random weights in the architecture of a checkpoint's ``model_config``.
 
         Raises
@@ -921,7 +959,9 @@ class ReDimNet(nn.Module):
         """
         return cls(**complete_config(model_config))
 
-    def load_state_dict(self, state_dict, strict=True, assign=False):
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
         """As torch's, but weights of another ReDimNet are refused with the reason.
 
         Raises
@@ -963,7 +1003,7 @@ class ReDimNet(nn.Module):
             return embeddings if self.bn2 is None else self.bn2(embeddings)
 
 
-def check_mrl_dims(mrl_dims, embed_dim: int) -> tuple[int, ...]:
+def check_mrl_dims(mrl_dims: Iterable[int], embed_dim: int) -> tuple[int, ...]:
     """``mrl_dims`` as a tuple, if it is strictly ascending, positive and ends in ``embed_dim``.
 
     Raises
@@ -981,6 +1021,9 @@ def check_mrl_dims(mrl_dims, embed_dim: int) -> tuple[int, ...]:
             f"add {embed_dim} or set embed_dim to {dims[-1]}"
         )
     return dims
+
+
+_Model = TypeVar("_Model", bound="MatryoshkaReDimNet")
 
 
 class MatryoshkaReDimNet(ReDimNet):
@@ -1007,7 +1050,12 @@ class MatryoshkaReDimNet(ReDimNet):
     {64: (1, 64), 128: (1, 128)}
     """
 
-    def __init__(self, embed_dim=256, mrl_dims=(64, 128, 192, 256), backbone="b2"):
+    def __init__(
+        self,
+        embed_dim: int = 256,
+        mrl_dims: Iterable[int] = (64, 128, 192, 256),
+        backbone: str | dict[str, Any] = "b2",
+    ) -> None:
         mrl_dims = check_mrl_dims(mrl_dims, embed_dim)
         if isinstance(backbone, str):
             if backbone not in PRESETS:
@@ -1018,8 +1066,11 @@ class MatryoshkaReDimNet(ReDimNet):
 
     @classmethod
     def from_redimnet(
-        cls, redimnet: ReDimNet, embed_dim=256, mrl_dims=(64, 128, 192, 256)
-    ) -> "MatryoshkaReDimNet":
+        cls: type[_Model],
+        redimnet: ReDimNet,
+        embed_dim: int = 256,
+        mrl_dims: Iterable[int] = (64, 128, 192, 256),
+    ) -> _Model:
         """A copy of ``redimnet`` with more coordinates: its own first, new small random ones after.
 
         Every tensor comes from ``redimnet``; a BatchNorm behind its linear layer is folded into it.
@@ -1039,7 +1090,7 @@ class MatryoshkaReDimNet(ReDimNet):
         state = {k: v for k, v in redimnet.state_dict().items() if not k.startswith("bn2.")}
         weight, bias = (state[key].clone() for key in head)
         if redimnet.bn2 is not None:
-            norm = redimnet.bn2
+            norm: Any = redimnet.bn2
             scale = norm.weight.data / (norm.running_var + norm.eps).sqrt()
             weight, bias = weight * scale[:, None], (bias - norm.running_mean) * scale + norm.bias
         n_new = embed_dim - redimnet.embed_dim
@@ -1050,7 +1101,7 @@ class MatryoshkaReDimNet(ReDimNet):
         return model
 
     @torch.no_grad()
-    def rotate_head(self, matrix: Tensor, mean: Tensor | None = None):
+    def rotate_head(self, matrix: Tensor, mean: Tensor | None = None) -> None:
         """Multiply the embedding's first k coordinates by ``matrix``, inside the linear layer.
 
         An orthogonal ``matrix`` without ``mean`` leaves every cosine of those k coordinates as it
@@ -1075,7 +1126,13 @@ class MatryoshkaReDimNet(ReDimNet):
         weight[:k] = (matrix @ weight[:k].double()).to(weight.dtype)
         bias[:k] = (matrix @ offset).to(bias.dtype)
 
-    def forward(self, wavs, wav_lens=None, target_dim=None, return_all_dims=False):
+    def forward(
+        self,
+        wavs: Tensor,
+        wav_lens: Tensor | None = None,
+        target_dim: int | None = None,
+        return_all_dims: bool = False,
+    ) -> Any:
         """Embeddings of waveforms, or their prefixes; not length-normalised.
 
         Arguments
@@ -1112,7 +1169,7 @@ class MatryoshkaReDimNet(ReDimNet):
 # The parts of a published model, under the names that SpeechBrain's EncoderClassifier calls
 
 
-def check_state_dict(module: nn.Module, state_dict: dict) -> dict[str, list[str]]:
+def check_state_dict(module: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, list[str]]:
     """What keeps ``state_dict`` from filling every tensor of ``module``, by kind of problem.
 
     Example
@@ -1121,33 +1178,65 @@ def check_state_dict(module: nn.Module, state_dict: dict) -> dict[str, list[str]
     >>> check_state_dict(nn.Linear(3, 2), state_dict)
     {'missing': ['bias'], 'unexpected': ['scale']}
     """
-    expected, shapes, broken = module.state_dict(), [], []
+    expected, shapes, types, broken = module.state_dict(), [], [], []
     for key in sorted(expected.keys() & state_dict.keys()):
-        value = state_dict[key]
-        if not isinstance(value, Tensor) or value.shape != expected[key].shape:
+        value, own = state_dict[key], expected[key]
+        if not isinstance(value, Tensor) or value.shape != own.shape:
             shapes.append(f"{key} {tuple(getattr(value, 'shape', ()))}")
-        elif not value.isfinite().all():
+        elif _kind(value) != _kind(own):
+            types.append(f"{key} {value.dtype}")
+        elif not value.to(own.dtype).isfinite().all():
             broken.append(key)
     problems = {
         "missing": sorted(set(expected) - set(state_dict)),
         "unexpected": sorted(map(str, set(state_dict) - set(expected))),
         "of another shape": shapes,
+        "of another type": types,
         "not finite": broken,
     }
     return {what: keys for what, keys in problems.items() if keys}
 
 
+def _kind(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.is_floating_point(), tensor.is_complex(), tensor.layout, tensor.is_meta
+
+
+def read_tensors(path: str | os.PathLike[str]) -> Any:
+    """What a checkpoint file holds, tensors and plain settings; runs no code of it.
+
+    Raises
+    ------
+    ValueError
+        If it is damaged, as far as its format has checksums (that of ``torch.save`` since torch 1.6
+        has, but torch does not look at them), or holds anything else.
+    """
+    with open(path, "rb") as file:
+        try:
+            if file.read(2) == b"PK":
+                with zipfile.ZipFile(file) as archive:
+                    if (record := archive.testzip()) is not None:
+                        raise ValueError(f"the checksum of {record} is wrong")
+            file.seek(0)
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # many types, for damaged files and for unsafe pickles
+            raise ValueError(
+                f"{path} is damaged or holds more than tensors and settings "
+                f"({type(error).__name__}: {str(error).partition(chr(10))[0]}); "
+                "delete it and load it again from a source that you trust"
+            ) from error
+
+
 @register_checkpoint_hooks
-class StrictlyLoaded:
+class StrictlyLoaded(nn.Module):
     """A module whose published weights load completely or not at all.
 
     SpeechBrain's own loading only warns about a missing key and leaves random weights there.
     """
 
     @mark_as_transfer
-    def load_published(self, path):
+    def load_published(self, path: str | os.PathLike[str]) -> None:
         """Load a file of tensors, float16 or float32; ValueError lists the keys that do not fit."""
-        state_dict = torch.load(path, map_location="cpu", weights_only=True)
+        state_dict = read_tensors(path)
         if problems := check_state_dict(self, state_dict):
             raise ValueError(
                 f"{path} does not fit {type(self).__name__}: "
@@ -1219,7 +1308,9 @@ class EmbeddingModel(StrictlyLoaded, MatryoshkaReDimNet):
     torch.Size([2, 1, 64])
     """
 
-    def __init__(self, model_config, mrl_dims, target_dim=None):
+    def __init__(
+        self, model_config: dict[str, Any], mrl_dims: Iterable[int], target_dim: int | None = None
+    ) -> None:
         super().__init__(model_config["embed_dim"], mrl_dims, model_config)
         if target_dim is not None and target_dim not in self.mrl_dims:
             raise ValueError(
@@ -1227,7 +1318,9 @@ class EmbeddingModel(StrictlyLoaded, MatryoshkaReDimNet):
             )
         self.target_dim = target_dim
 
-    def forward(self, wavs: Tensor, wav_lens: Tensor | None = None) -> Tensor:
+    def forward(  # type: ignore[override]  # of one size, as SpeechBrain calls it
+        self, wavs: Tensor, wav_lens: Tensor | None = None
+    ) -> Tensor:
         """As ``MatryoshkaReDimNet``; a clip of fewer than 257 samples takes in some of its padding.
 
         A ``wav_lens`` of one element holds for every clip.
@@ -1259,7 +1352,9 @@ class PrefixSpeakerClassifier(StrictlyLoaded, nn.Module):
     tensor([[[1.0000e+00, 2.0612e-09]]])
     """
 
-    def __init__(self, embed_dim, n_classes, target_dim=None, scale=30.0):
+    def __init__(
+        self, embed_dim: int, n_classes: int, target_dim: int | None = None, scale: float = 30.0
+    ) -> None:
         super().__init__()
         if target_dim is not None and not 1 <= target_dim <= embed_dim:
             raise ValueError(f"target_dim must be in 1..{embed_dim}, got {target_dim!r}")

@@ -28,7 +28,7 @@ def truncation_baselines(
     trials: Trials,
     mrl_dims: Sequence[int],
     n_bootstrap: int = 0,
-) -> dict[str, dict]:
+) -> dict[str, dict[str, Any]]:
     """What a teacher's own embedding gives when it is cut, as it is and after PCA.
 
     Arguments
@@ -121,7 +121,7 @@ def agreement(
     """
     pairs = torch.triu_indices(len(student), len(student), offset=1).unbind()
     centred = [F.normalize(x.double() - x.double().mean(dim=0), dim=1) for x in teachers.values()]
-    wanted = sum((x @ x.T)[pairs] for x in centred)
+    wanted: Any = sum((x @ x.T)[pairs] for x in centred)
     prefixes = {str(dim): F.normalize(student[:, :dim].double(), dim=1) for dim in mrl_dims}
     return {
         dim: torch.corrcoef(torch.stack([(x @ x.T)[pairs], wanted]))[0, 1].item()
@@ -130,7 +130,7 @@ def agreement(
 
 
 def make_report(
-    dims: Mapping[str, dict],
+    dims: Mapping[str, dict[str, Any]],
     trials: Trials,
     baselines: Mapping[str, Any],
     corpus: str,
@@ -162,7 +162,12 @@ def make_report(
     >>> report["trials"], report["baselines"]["teacher"]
     ({'target': 1, 'impostor': 1}, None)
     """
-    no_baselines = {"teacher": None, "teachers": {}, "naive_truncation": {}, "pca_truncation": {}}
+    no_baselines: dict[str, Any] = {
+        "teacher": None,
+        "teachers": {},
+        "naive_truncation": {},
+        "pca_truncation": {},
+    }
     versions = {}
     for name in ("speechbrain-mrl", "speechbrain", "torch", "numpy"):
         with suppress(metadata.PackageNotFoundError):  # a checkout need not be installed
@@ -194,7 +199,7 @@ def _to_json(report: Mapping[str, Any]) -> str:
     return json.dumps(report, indent=2, allow_nan=False, default=lambda number: number.item())
 
 
-def write_report(report: Mapping[str, Any], folder: str | os.PathLike) -> Path:
+def write_report(report: Mapping[str, Any], folder: str | os.PathLike[str]) -> Path:
     """Write ``<folder>/report.json``, complete or not at all, and return its path.
 
     Example
@@ -212,7 +217,7 @@ def write_report(report: Mapping[str, Any], folder: str | os.PathLike) -> Path:
     return path
 
 
-def results_by_name(report: Mapping[str, Any]) -> dict[str, dict[str, dict]]:
+def results_by_name(report: Mapping[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
     """What a report has results of by size: name -> size -> results.
 
     The model itself, what the steps of ``verify.py`` make of it, and the cuts of the best teacher.
@@ -258,7 +263,7 @@ def print_report(report: Mapping[str, Any]) -> None:
         heads[name] = "".join(HEADS[key].rjust(9) for key in metrics)
         widths[name] = max(len(heads[name]), len(name) + 2)
 
-    def print_row(label, results):
+    def print_row(label: str, results: Mapping[str, Any]) -> None:
         cells = []
         for name, result in results.items():
             texts = [
@@ -283,7 +288,7 @@ def print_report(report: Mapping[str, Any]) -> None:
         _print_comparison(report["comparison"])
 
 
-def _print_comparison(comparison):
+def _print_comparison(comparison: Mapping[str, Any]) -> None:
     """One line per size; percent points, with the 95 % interval."""
     print(f"EER less that of {comparison['source']}, in percent points")
     for size, found in comparison["dims"].items():

@@ -6,6 +6,7 @@ turns several models into one nested target that a student can learn.
 
 import operator
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -65,7 +66,10 @@ class Rotation(nn.Module):
     tensor([[3.]])
     """
 
-    def __init__(self, mean: Tensor, matrix: Tensor):
+    mean: Tensor
+    matrix: Tensor
+
+    def __init__(self, mean: Tensor, matrix: Tensor) -> None:
         super().__init__()
         self.register_buffer("mean", mean)
         self.register_buffer("matrix", matrix)
@@ -186,12 +190,14 @@ class EnsembleRotation(nn.Module):
     (torch.Size([50, 14]), torch.Size([50, 4]))
     """
 
+    matrix: Tensor
+
     def __init__(
         self,
         dim: int,
         names: Iterable[str] | None = None,
         weights: Mapping[str, float] | None = None,
-    ):
+    ) -> None:
         super().__init__()
         self.dim = dim
         self.names = None if names is None else sorted(names)
@@ -219,7 +225,7 @@ class EnsembleRotation(nn.Module):
         means = {name: teachers[name].mean(dim=0, dtype=torch.float64) for name in names}
         self._set_buffers({f"mean_{name}": mean for name, mean in means.items()})
         union = self.concatenate(teachers).cpu()
-        moment = sum(part.double().T @ part.double() for part in union.split(65536))
+        moment: Any = sum(part.double().T @ part.double() for part in union.split(65536))
         self.matrix = _principal_axes(moment / len(union))[: self.dim].to(self.matrix)
         return self
 
@@ -255,7 +261,9 @@ class EnsembleRotation(nn.Module):
 
     def concatenate(self, teachers: Mapping[str, Tensor]) -> Tensor:
         """Teachers side by side, (B, sum of D_t), at unit length; not centred before ``fit``."""
-        means = {k.removeprefix("mean_"): m for k, m in self._buffers.items() if k != "matrix"}
+        means: dict[str, Any] = {
+            k.removeprefix("mean_"): m for k, m in self._buffers.items() if k != "matrix"
+        }
         names = self._select(teachers, sorted(means) or self.names or sorted(teachers))
         total = sum(self.weights.get(name, 1.0) for name in names)
         parts = []
@@ -286,7 +294,7 @@ class EnsembleRotation(nn.Module):
         """The nested target (B, dim) of the teachers' embeddings {name: (B, D_t)}."""
         return self.rotate(self.concatenate(teachers))
 
-    def _select(self, teachers, names):
+    def _select(self, teachers: Mapping[str, Tensor], names: list[str]) -> list[str]:
         missing = sorted({*names, *self.weights} - set(teachers))
         if missing or not names:
             raise ValueError(f"teachers {missing} are missing; given: {sorted(teachers)}")
@@ -295,13 +303,15 @@ class EnsembleRotation(nn.Module):
             raise ValueError(f"teachers {unknown} were not there at fit, only {names} were")
         return names
 
-    def _set_buffers(self, buffers):
+    def _set_buffers(self, buffers: Mapping[str, Tensor]) -> None:
         for key in [key for key in self._buffers if key != "matrix"]:
             delattr(self, key)
         for key, value in buffers.items():
             self.register_buffer(key, value.to(self.matrix))
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Tensor], prefix: str, *args: Any
+    ) -> None:
         # Shapes, and without `names` the teachers too, are known only to the fitted state.
         own = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
         teachers = {key for key in own if key.startswith("mean_")}
@@ -313,24 +323,24 @@ class EnsembleRotation(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def _check_clips(embeddings, name):
+def _check_clips(embeddings: Tensor, name: str) -> None:
     if embeddings.ndim != 2 or len(embeddings) < 2:
         raise ValueError(f"{name} must be (N, D) with N >= 2 clips, got {tuple(embeddings.shape)}")
     if not embeddings.isfinite().all():
         raise ValueError(f"{name} must be finite, but some values are infinite or not a number")
 
 
-def _principal_axes(moment):
+def _principal_axes(moment: Tensor) -> Tensor:
     """Eigenvectors of a symmetric matrix as rows, the largest eigenvalue first."""
     return _with_fixed_signs(torch.linalg.eigh(moment).eigenvectors.flip(-1).T)
 
 
-def _with_fixed_signs(rows):
+def _with_fixed_signs(rows: Tensor) -> Tensor:
     largest = rows.gather(1, rows.abs().argmax(dim=1, keepdim=True))
     return rows * largest.sign()
 
 
-def _lda_axes(centred, labels):
+def _lda_axes(centred: Tensor, labels: Tensor) -> Tensor:
     """All D directions as rows, those that separate the classes best first."""
     if labels.shape != centred.shape[:1]:
         raise ValueError(f"labels must be ({len(centred)},), got {tuple(labels.shape)}")

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -134,7 +135,7 @@ class MatryoshkaIndex:
 
     def __init__(
         self, dim: int = 256, prefix_dim: int = 64, codes: str = "4bit", storage: str = "int16"
-    ):
+    ) -> None:
         check_range("prefix_dim", prefix_dim, 1, dim)
         if codes not in CODES or storage not in STORAGE:
             raise ValueError(f"codes {[*CODES]}, storage {[*STORAGE]}; got {codes!r}, {storage!r}")
@@ -144,7 +145,8 @@ class MatryoshkaIndex:
         self._names: list[str] = []  # by row of _full, the removed ones too
         self._row_of: dict[str, int] = {}
         self._rows = np.empty(0, np.int64)  # rows in use, ascending: one for each code
-        self._coded, self._trained_on = None, 0
+        self._coded: Any = None  # faiss.Index
+        self._trained_on = 0
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -201,7 +203,7 @@ class MatryoshkaIndex:
                     scores[i] = cosines
         return ids, scores
 
-    def save(self, folder: str | os.PathLike) -> None:
+    def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the index; the folder holds the old or the new one at any time, never a mixture."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -227,11 +229,13 @@ class MatryoshkaIndex:
                     path.unlink()
 
     @classmethod
-    def load(cls, folder: str | os.PathLike) -> MatryoshkaIndex:
+    def load(cls, folder: str | os.PathLike[str]) -> MatryoshkaIndex:
         """The index that ``save`` wrote; its full embeddings stay on the disk, memory-mapped."""
         folder = Path(folder)
         manifest = json.loads((folder / "index.json").read_text())
         index = cls(**{key: manifest[key] for key in SETTINGS})
+        if elsewhere := [name for name in manifest["files"] if Path(name).name != name]:
+            raise ValueError(f"{folder}/index.json names {elsewhere}, which are not in that folder")
         full, ids, *codes = (folder / name for name in manifest["files"])
         mapped = np.asarray(np.load(full, mmap_mode="r"))  # without memmap's cost per slice
         index._names = json.loads(ids.read_text())
@@ -252,11 +256,11 @@ class MatryoshkaIndex:
             numbers = rows if self.codes == "ivf" else positions
             self._coded.remove_ids(np.asarray(numbers, np.int64))
 
-    def _rows_of(self, found):
+    def _rows_of(self, found: Any) -> Any:
         """Rows of the numbers that the codes give: lists keep row numbers, others positions."""
         return found if self.codes == "ivf" else self._rows[found]
 
-    def _renumbered(self):
+    def _renumbered(self) -> Any:
         """The codes as of an index without gaps between its rows."""
         if self.codes != "ivf" or len(self._rows) == len(self._full):
             return self._coded
@@ -267,7 +271,9 @@ class MatryoshkaIndex:
             ids[:] = np.searchsorted(self._rows, ids)
         return codes
 
-    def _rerank(self, queries, nearest, k, block):
+    def _rerank(
+        self, queries: np.ndarray, nearest: Any, k: int, block: np.ndarray
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
         """Rows and cosines of the k best of ``nearest``, for each query of a block."""
         found = []
         for query, rows in zip(queries[block], nearest[block]):
@@ -303,7 +309,7 @@ class MatryoshkaIndex:
             self._add_codes(coded, rows, self._full.take(rows))
         self._coded = coded
 
-    def _add_codes(self, coded, rows, embeddings):
+    def _add_codes(self, coded: Any, rows: np.ndarray, embeddings: np.ndarray) -> None:
         prefixes = unit_prefixes(embeddings, self.prefix_dim)
         if self.codes == "ivf":
             coded.nprobe = round(2 * coded.nlist**0.7)  # for about the same recall
@@ -315,13 +321,13 @@ class MatryoshkaIndex:
 class _Rows:
     """Append-only rows: those of a saved index stay memory-mapped, new ones are in memory."""
 
-    def __init__(self, mapped: np.ndarray):
+    def __init__(self, mapped: np.ndarray) -> None:
         self.mapped, self.new, self.n_new = mapped, np.empty((0, mapped.shape[1]), mapped.dtype), 0
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.mapped) + self.n_new
 
-    def append(self, rows):
+    def append(self, rows: np.ndarray) -> None:
         needed = self.n_new + len(rows)
         if needed > len(self.new):
             larger = np.empty((max(needed, 2 * self.n_new), rows.shape[1]), self.new.dtype)
@@ -330,7 +336,7 @@ class _Rows:
         self.new[self.n_new : needed] = rows
         self.n_new = needed
 
-    def take(self, rows):
+    def take(self, rows: np.ndarray) -> np.ndarray:
         old = rows < len(self.mapped)
         if old.all():
             return self.mapped[rows]
@@ -339,7 +345,7 @@ class _Rows:
         return taken
 
 
-def require(module: str, extra: str):
+def require(module: str, extra: str) -> Any:
     """An optional dependency, or an ImportError that names the extra which brings it."""
     try:
         return importlib.import_module(module)
@@ -363,8 +369,8 @@ def check_ids(ids: Sequence[str], known: Container[str] | None = None) -> list[s
     if len(set(ids)) < len(ids):
         name, times = Counter(ids).most_common(1)[0]
         raise ValueError(f"ids must differ within a call, got {name!r} {times} times")
-    for name in ids if known is not None else ():
-        if name not in known:
+    for name in ids:
+        if known is not None and name not in known:
             raise ValueError(f"ids must be in the index, {name!r} is not")
     return ids
 
@@ -386,7 +392,9 @@ def unit_prefixes(embeddings: np.ndarray, target_dim: int | None = None) -> np.n
     return F.normalize(torch.from_numpy(prefixes), dim=1).numpy()
 
 
-def _clips(speakers, embeddings, target_dim) -> tuple[list[str], Tensor, Tensor]:
+def _clips(
+    speakers: Sequence[str], embeddings: Tensor, target_dim: int | None
+) -> tuple[list[str], Tensor, Tensor]:
     size = embeddings.shape[-1]
     check_range("target_dim", size if target_dim is None else target_dim, 1, size)
     clips = unit_prefixes(check_embeddings(embeddings, size, len(speakers)), target_dim)

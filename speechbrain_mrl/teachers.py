@@ -4,9 +4,10 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -34,7 +35,7 @@ class EncoderClassifierTeacher(nn.Module):
         Where it runs.
     """
 
-    def __init__(self, source: str, device: str = "cpu"):
+    def __init__(self, source: str, device: str = "cpu") -> None:
         super().__init__()
         self.encoder = EncoderClassifier.from_hparams(source=source, run_opts={"device": device})
 
@@ -44,7 +45,7 @@ class EncoderClassifierTeacher(nn.Module):
 
 
 def load_teacher(
-    teacher: str | os.PathLike | nn.Module,
+    teacher: str | os.PathLike[str] | nn.Module,
     train_type: str = "ft_lm",
     dataset: str = "vox2",
     device: str = "cpu",
@@ -102,7 +103,7 @@ def sizes_and_thresholds(encoder: nn.Module, embed_dim: int) -> tuple[list[int],
 
 
 def load_teachers(
-    teachers: Mapping[str, object] | Sequence[str],
+    teachers: Mapping[str, Any] | Sequence[Any],
     train_type: str = "ft_lm",
     dataset: str = "vox2",
     device: str = "cpu",
@@ -141,7 +142,7 @@ class TeacherStore:
         Where the store is or will be.
     """
 
-    def __init__(self, folder: str | os.PathLike):
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
         self.rows: dict[str, int] = {}
         self.embeddings: dict[str, Tensor] = {}
@@ -154,7 +155,7 @@ class TeacherStore:
         batch_seconds: float = 60.0,
         max_seconds: float = 30.0,
         num_workers: int = 0,
-    ):
+    ) -> None:
         """Compute what is missing, then hold all embeddings in memory (4 bytes a coordinate).
 
         Arguments
@@ -216,14 +217,14 @@ class TeacherStore:
         rows = torch.tensor([self.rows[clip_id] for clip_id in ids])
         return {name: embeddings[rows] for name, embeddings in self.embeddings.items()}
 
-    def targets(self, batch) -> dict[str, Tensor]:
+    def targets(self, batch: Any) -> dict[str, Tensor]:
         """Embeddings of a SpeechBrain batch's clips, by its ``id``."""
         return self.lookup(batch.id)
 
-    def _path(self, name, shard):
+    def _path(self, name: str, shard: int) -> Path:
         return self.folder / name / f"{shard:05d}.safetensors"
 
-    def _claim(self, name, manifest):
+    def _claim(self, name: str, manifest: dict[str, Any]) -> None:
         """Write a teacher's manifest, or compare with the one that is there."""
         path = self.folder / name / "manifest.json"
         if not path.exists():
@@ -256,14 +257,18 @@ class LiveTeachers:
     """
 
     def __init__(
-        self, teachers: Mapping[str, nn.Module], loader, device: str = "cpu", fit_batches: int = 200
-    ):
+        self,
+        teachers: Mapping[str, nn.Module],
+        loader: Iterable[Any],
+        device: str = "cpu",
+        fit_batches: int = 200,
+    ) -> None:
         self.teachers = teachers
         found = [self.targets(batch.to(device)) for batch in islice(loader, fit_batches)]
         self.embeddings = {name: torch.cat([one[name].cpu() for one in found]) for name in teachers}
 
     @torch.no_grad()
-    def targets(self, batch) -> dict[str, Tensor]:
+    def targets(self, batch: Any) -> dict[str, Tensor]:
         """Embeddings of a SpeechBrain batch's signals, ``sig``."""
         return {name: teacher(*batch.sig) for name, teacher in self.teachers.items()}
 
@@ -278,7 +283,7 @@ def fingerprint(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _fingerprint_clips(clips):
+def _fingerprint_clips(clips: Sequence[Clip]) -> str:
     """SHA-256 over the clips' ids, segments and file sizes."""
     digest = hashlib.sha256()
     for clip in clips:

@@ -3,9 +3,10 @@
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import speechbrain as sb
 import torch
@@ -51,7 +52,7 @@ HEAD_CLIPS = 4_000  # training clips that a head is rotated, fitted or centred o
 
 
 def train_dataset(
-    csv_path: str,
+    csv_path: str | os.PathLike[str],
     chunk_seconds: float,
     chunks_per_clip: int = 1,
     label_encoder: CategoricalEncoder | None = None,
@@ -62,7 +63,7 @@ def train_dataset(
 
     Arguments
     ---------
-    csv_path : str
+    csv_path : path
         Columns ID, wav, start and stop (samples at 16 kHz), and spk_id for labels.
     chunk_seconds : float
         Length of a chunk; a shorter clip is repeated to that length.
@@ -72,10 +73,11 @@ def train_dataset(
         Of the speakers. None: no label is read.
     """
     length = round(chunk_seconds * SAMPLE_RATE)
+    encoder: Any = label_encoder
 
     @sb.utils.data_pipeline.takes("wav", "start", "stop")
     @sb.utils.data_pipeline.provides("sig")
-    def chunk(wav, start, stop):
+    def chunk(wav: str, start: Any, stop: Any) -> Tensor:
         start, stop = int(start), int(stop)
         spare = stop - start - length
         if spare > 0:
@@ -85,8 +87,8 @@ def train_dataset(
 
     @sb.utils.data_pipeline.takes("spk_id")
     @sb.utils.data_pipeline.provides("label")
-    def label(spk_id):
-        return label_encoder.encode_label(spk_id)
+    def label(spk_id: str) -> Any:
+        return encoder.encode_label(spk_id)
 
     items, keys = [chunk], ["id", "sig"]
     if label_encoder is not None:
@@ -96,12 +98,12 @@ def train_dataset(
     return dataset
 
 
-def valid_dataset(csv_path: str, max_seconds: float) -> DynamicItemDataset:
+def valid_dataset(csv_path: str | os.PathLike[str], max_seconds: float) -> DynamicItemDataset:
     """Whole clips of a CSV, longest first; of each at most its first ``max_seconds``."""
 
     @sb.utils.data_pipeline.takes("wav", "start", "stop")
     @sb.utils.data_pipeline.provides("sig")
-    def clip(wav, start, stop):
+    def clip(wav: str, start: Any, stop: Any) -> Tensor:
         start, stop = int(start), int(stop)
         return read_audio(wav, start, min(stop - start, round(max_seconds * SAMPLE_RATE)))
 
@@ -140,17 +142,22 @@ class MRLBrain(sb.Brain):
         Those of ``speechbrain.Brain``.
     """
 
+    optimizer_step_limit: Any
+    epoch: Any
+    sums: dict[str, float]
+    embeddings: dict[str, Tensor]
+
     def __init__(
         self,
         *,
-        stores,
+        stores: Mapping[sb.Stage, Any],
         valid_trials: Trials | None,
-        lr_schedule,
+        lr_schedule: Callable[..., Any],
         margin_steps: int = 0,
         frozen: Sequence[str] = (),
         part_lrs: Mapping[str, float] | None = None,
-        **brain_arguments,
-    ):
+        **brain_arguments: Any,
+    ) -> None:
         super().__init__(**brain_arguments)
         if self.optimizer_step_limit is not None:  # from the command line SpeechBrain has a string
             self.optimizer_step_limit = int(self.optimizer_step_limit)
@@ -160,7 +167,7 @@ class MRLBrain(sb.Brain):
         self.statistics = batch_statistics(self.modules)
         self.kept_statistics = [buffer.clone() for buffer in self.statistics]
 
-    def fit_batch(self, batch) -> Tensor:
+    def fit_batch(self, batch: Any) -> Tensor:
         """One step, or none where the loss or a gradient is not finite."""
         torch._foreach_copy_(self.kept_statistics, self.statistics)
         loss = super().fit_batch(batch)
@@ -177,11 +184,11 @@ class MRLBrain(sb.Brain):
         logger.warning("%s; the batch is left out, number %d", report, self.nonfinite_count)
         return loss
 
-    def check_loss_isfinite(self, loss):
+    def check_loss_isfinite(self, loss: Tensor) -> None:
         """Remembers it for ``fit_batch``; all processes of a distributed run go on to backward."""
         self.finite = bool(loss.isfinite())
 
-    def optimizers_step(self):
+    def optimizers_step(self) -> Any:
         """As SpeechBrain's, but only with finite gradients, which all processes share."""
         grads = [p.grad for p in self.modules.parameters() if p.grad is not None]
         if not self.scaler.is_enabled():  # else it looks itself, and adapts its scale
@@ -190,7 +197,7 @@ class MRLBrain(sb.Brain):
             return super().optimizers_step()
         self.zero_grad(set_to_none=True)
 
-    def compute_forward(self, batch, stage) -> Tensor:
+    def compute_forward(self, batch: Any, stage: sb.Stage) -> Tensor:
         """A batch of waveforms to embeddings (B, D), augmented in training."""
         batch = batch.to(self.device)
         wavs, wav_lens = batch.sig
@@ -198,7 +205,7 @@ class MRLBrain(sb.Brain):
             wavs, wav_lens = self.hparams.wav_augment(wavs, wav_lens)
         return self.modules.student(wavs, wav_lens)
 
-    def compute_objectives(self, embeddings, batch, stage) -> Tensor:
+    def compute_objectives(self, embeddings: Tensor, batch: Any, stage: sb.Stage) -> Tensor:
         """The objective's loss; an augmented copy learns what the clean whole clip gives."""
         if stage != sb.Stage.TRAIN:
             self.embeddings.update(zip(batch.id, embeddings.float().cpu(), strict=True))
@@ -218,35 +225,35 @@ class MRLBrain(sb.Brain):
         self.n_clips += len(batch.id)
         return loss
 
-    def on_fit_start(self):
+    def on_fit_start(self) -> None:
         """As SpeechBrain's; then augmentation draws as ``draw_recordings`` says."""
         super().on_fit_start()
         if self.hparams.wav_augment is not None:
             wavs = torch.zeros(self.hparams.batch_size, SAMPLE_RATE, device=self.device)
             draw_recordings(self.hparams.wav_augment, wavs)
 
-    def on_stage_start(self, stage, epoch=None):
+    def on_stage_start(self, stage: sb.Stage, epoch: int | None = None) -> None:
         """Forgets the last stage's values, but not those of an epoch that goes on."""
         self.epoch = epoch
         self.n_clips, self.started = 0, time.perf_counter()
         if self.step == 0:
             self.sums, self.n_batches, self.embeddings = {}, 0, {}
 
-    def init_optimizers(self):
+    def init_optimizers(self) -> None:
         """One optimizer; parts with a learning rate of their own are its further groups."""
         if not self.part_lrs:
             return super().init_optimizers()
         parts = {name: getattr(self.unwrapped["student"], name) for name in self.part_lrs}
         apart = {id(p) for part in parts.values() for p in part.parameters()}
         rest = [p for p in self.modules.parameters() if id(p) not in apart and p.requires_grad]
-        groups = [{"params": rest}]
+        groups: list[dict[str, Any]] = [{"params": rest}]
         for name, part in parts.items():
             groups.append({"params": list(part.parameters()), "highest_lr": self.part_lrs[name]})
         self.optimizer = self.opt_class([group for group in groups if group["params"]])
         self.optimizers_dict = {"opt_class": self.optimizer}
         self.checkpointer.add_recoverable("optimizer", self.optimizer)
 
-    def on_fit_batch_start(self, batch, should_step):
+    def on_fit_batch_start(self, batch: Any, should_step: bool) -> None:
         """Sets seed, learning rates and margins of the step; keeps frozen parts in eval mode."""
         seed_draws(self.epoch, self.step)
         self.lr_schedule(self.optimizer, self.optimizer_step + 1)
@@ -259,7 +266,7 @@ class MRLBrain(sb.Brain):
         for name in self.frozen:
             getattr(self.unwrapped["student"], name).eval()
 
-    def on_stage_end(self, stage, stage_loss, epoch=None):
+    def on_stage_end(self, stage: sb.Stage, stage_loss: float, epoch: int | None = None) -> None:
         """Logs the stage; after validation, keeps the checkpoint if it is the best."""
         stats = {"loss": stage_loss}
         stats.update({name: total / self.n_batches for name, total in self.sums.items()})
@@ -281,32 +288,32 @@ class MRLBrain(sb.Brain):
         error = sum(eers) / len(eers) if eers else stage_loss
         self.checkpointer.save_and_keep_only(meta={"valid_error": error}, min_keys=["valid_error"])
 
-    def _fit_train(self, train_set, epoch, enable):
+    def _fit_train(self, train_set: Any, epoch: Any, enable: bool) -> None:
         seed_draws(epoch, 0)  # a DataLoader that shuffles by torch's generator begins here
         if isinstance(getattr(train_set, "dataset", None), SeededClips):
             train_set.dataset.epoch.fill_(epoch)
         super()._fit_train(train_set, epoch, enable)
 
-    def _fit_valid(self, valid_set, epoch, enable):
+    def _fit_valid(self, valid_set: Any, epoch: int | None, enable: bool) -> None:
         super()._fit_valid(valid_set, epoch, enable)
         if valid_set is None:
             self.checkpointer.save_and_keep_only()
 
     @mark_as_saver
-    def _save(self, path):
+    def _save(self, path: str | os.PathLike[str]) -> None:
         super()._save(path)
         with open(path, "a", encoding="utf-8") as file:
             yaml.safe_dump({"sums": self.sums, "n_batches": self.n_batches}, file)
 
     @mark_as_loader
-    def _recover(self, path, end_of_epoch):
+    def _recover(self, path: str | os.PathLike[str], end_of_epoch: bool) -> None:
         super()._recover(path, end_of_epoch)
         with open(path, encoding="utf-8") as file:
             saved = yaml.safe_load(file)
         self.sums, self.n_batches = saved.get("sums", {}), saved.get("n_batches", 0)
         self.embeddings = {}
 
-    def _wrap_distributed(self):
+    def _wrap_distributed(self) -> None:
         """As SpeechBrain does, but on CPUs without SyncBatchNorm, which only GPUs have.
 
         There each process normalises by its own clips, and rank 0's statistics are kept.
@@ -319,14 +326,14 @@ class MRLBrain(sb.Brain):
                     module, find_unused_parameters=self.find_unused_parameters
                 )
 
-    def _eers(self):
+    def _eers(self) -> dict[str, float]:
         if self.valid_trials is None:
             return {}
         clips = self.valid_trials.stack(self.embeddings)
         results = evaluate(clips, self.valid_trials, self.hparams.mrl_dims)
         return {f"eer/{dim}": result["eer"] for dim, result in results.items()}
 
-    def _agreement(self):
+    def _agreement(self) -> Any:
         if sb.Stage.VALID not in self.stores or len(self.embeddings) < 2:
             return {}
         ids = sorted(self.embeddings)[:: -(-len(self.embeddings) // AGREEMENT_CLIPS)]
@@ -335,7 +342,7 @@ class MRLBrain(sb.Brain):
         return {f"agreement/{dim}": value for dim, value in found.items()}
 
 
-def fit_objective(objective: nn.Module, store: TeacherStore | LiveTeachers) -> nn.Module:
+def fit_objective(objective: Any, store: TeacherStore | LiveTeachers) -> nn.Module:
     """Fit an objective's rotations on the teachers' embeddings of at most 50,000 clips."""
     embeddings = store.embeddings
     step = -(-len(next(iter(embeddings.values()))) // FIT_CLIPS)
@@ -345,11 +352,11 @@ def fit_objective(objective: nn.Module, store: TeacherStore | LiveTeachers) -> n
 def train_student(
     student: MatryoshkaReDimNet,
     objective: nn.Module,
-    train_set,
-    valid_set,
-    hparams: dict,
-    run_opts: dict,
-    stores: dict,
+    train_set: Any,
+    valid_set: Any,
+    hparams: dict[str, Any],
+    run_opts: dict[str, Any],
+    stores: Mapping[sb.Stage, Any],
     valid_trials: Trials | None = None,
 ) -> MRLBrain:
     """Train a student, or go on with a killed training, and recover its best checkpoint.
@@ -426,7 +433,7 @@ def train_student(
     return brain
 
 
-def centre_head(student: MatryoshkaReDimNet, clips: Sequence[Clip], **embed_options):
+def centre_head(student: MatryoshkaReDimNet, clips: Sequence[Clip], **embed_options: Any) -> None:
     """Let the student's embeddings of these clips have mean zero, by the bias of its linear layer.
 
     Cosines then compare what tells the clips apart, not what all speech shares. No label is read.
@@ -449,7 +456,7 @@ def spread(clips: Sequence[Clip]) -> Sequence[Clip]:
     return clips[:: -(-len(clips) // HEAD_CLIPS)]
 
 
-def _freeze(student, frozen, part_lrs):
+def _freeze(student: nn.Module, frozen: Sequence[str], part_lrs: Mapping[str, float]) -> None:
     """Gradients for all parts of the student but the frozen ones."""
     parts = [name for name, _ in student.named_children()]
     unknown = sorted({*frozen, *part_lrs} - set(parts))
@@ -460,14 +467,14 @@ def _freeze(student, frozen, part_lrs):
 
 
 def train_distilled_mrl(
-    teachers: dict,
-    student_config: dict,
-    data,
+    teachers: Mapping[str, Any],
+    student_config: dict[str, Any],
+    data: Any,
     epochs: int = 30,
     *,
-    output_folder: str | os.PathLike = "results/distilled",
+    output_folder: str | os.PathLike[str] = "results/distilled",
     objective: nn.Module | None = None,
-    wav_augment=None,
+    wav_augment: Callable[..., Any] | None = None,
     batch_size: int = 64,
     chunk_seconds: float = 3.0,
     max_seconds: float = 20.0,
@@ -532,8 +539,10 @@ def train_distilled_mrl(
     teachers = load_teachers(teachers, device=device)
 
     valid_set = None
+    stores: dict[sb.Stage, Any] = {}
     if isinstance(data, DataLoader):
-        train_set, stores = data, {sb.Stage.TRAIN: LiveTeachers(teachers, data, device)}
+        train_set: Any = data
+        stores[sb.Stage.TRAIN] = LiveTeachers(teachers, data, device)
     else:
         clips = find_clips(data) if Path(data).is_dir() else read_clips(data)
         held_out = clips[::20][:500]
@@ -541,7 +550,6 @@ def train_distilled_mrl(
             sb.Stage.TRAIN: [clip for clip in clips if clip not in set(held_out)],
             sb.Stage.VALID: held_out,
         }
-        stores = {}
         for stage, split in splits.items():
             write_clips(split, folder / f"{stage.name.lower()}.csv")
             stores[stage] = TeacherStore(folder / "teachers" / stage.name.lower())
@@ -583,6 +591,8 @@ def train_distilled_mrl(
     run_opts = {"device": device}
     train_student(student, objective, train_set, valid_set, hparams, run_opts, stores)
     if valid_set is not None:
-        clips = spread(splits[sb.Stage.TRAIN])
-        centre_head(student, clips, device=device, max_seconds=max_seconds, num_workers=num_workers)
+        centred_on = spread(splits[sb.Stage.TRAIN])
+        centre_head(
+            student, centred_on, device=device, max_seconds=max_seconds, num_workers=num_workers
+        )
     return student.eval()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,7 +75,7 @@ class Trials:
                 f"{len(labels)}; error rates need target and impostor trials"
             )
         pairs = np.array([enrol, test], dtype=np.int32)
-        return cls(list(index), *pairs, np.array(labels), source)
+        return cls(list(index), pairs[0], pairs[1], np.array(labels), source)
 
     def check_clips(self, available: Container[str]) -> None:
         """Raise ValueError, naming the first line in need, if a clip is not in ``available``."""
@@ -96,7 +96,7 @@ class Trials:
         return torch.stack([embeddings[clip_id] for clip_id in self.clip_ids])
 
 
-def read_trials(path: str | os.PathLike) -> Trials:
+def read_trials(path: str | os.PathLike[str]) -> Trials:
     """Read a list of ``label enrol test`` lines: VoxCeleb1-O, -E, -H, VoxSRC, or one of your own.
 
     A broken line, an empty list or one with a single label (1 same speaker, 0 not) is a ValueError.
@@ -114,7 +114,7 @@ def read_trials(path: str | os.PathLike) -> Trials:
     return Trials.parse(lines, source=str(path))
 
 
-def read_clip_list(path: str | os.PathLike) -> list[str]:
+def read_clip_list(path: str | os.PathLike[str]) -> list[str]:
     """Clip ids out of a list with one a line, such as a cohort.
 
     A line of anything but one id, a clip that comes twice and an empty list are a ValueError.
@@ -211,7 +211,7 @@ def prefix_norms(embeddings: Tensor, mrl_dims: Sequence[int]) -> Tensor:
 
 def evaluate(
     embeddings: Tensor, trials: Trials, mrl_dims: Sequence[int], n_bootstrap: int = 0
-) -> dict[str, dict]:
+) -> dict[str, dict[str, Any]]:
     """Error rates, costs and thresholds of the cosine at every prefix; see ``evaluate_scores``.
 
     Arguments
@@ -236,7 +236,7 @@ def evaluate_scores(
     trials: Trials,
     n_bootstrap: int = 0,
     calibrated: bool = False,
-) -> dict[str, dict]:
+) -> dict[str, dict[str, Any]]:
     """Error rates, costs and thresholds of every size.
 
     Arguments
@@ -266,7 +266,9 @@ def evaluate_scores(
     0.0
     """
     rankings = {str(size): Ranking(values, trials.labels) for size, values in scores.items()}
-    results = {size: ranking.summary(calibrated=calibrated) for size, ranking in rankings.items()}
+    results: dict[str, dict[str, Any]] = {
+        size: {**ranking.summary(calibrated=calibrated)} for size, ranking in rankings.items()
+    }
     if n_bootstrap:
         draws = _bootstrap(
             trials,
@@ -287,7 +289,7 @@ def evaluate_scores(
 
 def evaluate_runs(
     runs: Sequence[Mapping[int, np.ndarray]], trials: Trials, n_bootstrap: int = 200
-) -> dict[str, dict]:
+) -> dict[str, dict[str, Any]]:
     """Mean error rates and costs of several trainings of one kind, with their intervals.
 
     Arguments
@@ -318,7 +320,7 @@ def evaluate_runs(
     ]
     rng = np.random.default_rng(BOOTSTRAP_SEED)
 
-    def means(weights=None):
+    def means(weights: np.ndarray | None = None) -> dict[Any, float]:
         drawn = rankings
         if weights is not None:
             drawn = [rankings[i] for i in rng.integers(len(rankings), size=len(rankings))]
@@ -329,7 +331,7 @@ def evaluate_runs(
                     found.setdefault((size, name), []).append(value)
         return {key: float(np.mean(values)) for key, values in found.items()}
 
-    results = {size: {} for size in rankings[0]}
+    results: dict[str, dict[str, Any]] = {size: {} for size in rankings[0]}
     for (size, name), value in means().items():
         results[size][name] = value
     for size, found in results.items():
@@ -339,7 +341,9 @@ def evaluate_runs(
     return results
 
 
-def _bootstrap(trials: Trials, n_bootstrap: int, measure) -> dict[Any, list[float]]:
+def _bootstrap(
+    trials: Trials, n_bootstrap: int, measure: Callable[[np.ndarray], Mapping[Any, float]]
+) -> dict[Any, list[float]]:
     """What ``measure(weights)`` gives, by its keys, over draws of the list's speakers.
 
     Every model sees the same draws. Weights are (n_trials,), in the order of the list.
@@ -381,7 +385,7 @@ def compare(
     mrl_dims: Sequence[int],
     n_bootstrap: int = 1000,
     size_b: int | None = None,
-) -> dict[str, dict]:
+) -> dict[str, dict[str, Any]]:
     """Difference in EER of two models on one list, with its interval over speakers.
 
     Both models are measured on the same draws of speakers, so that what makes a draw easy or hard
@@ -416,7 +420,7 @@ def compare(
     rankings_a = {size: Ranking(scores, trials.labels) for size, scores in scores_a.items()}
     rankings_b = {size: Ranking(scores, trials.labels) for size, scores in scores_b.items()}
 
-    def eers(weights=None):
+    def eers(weights: np.ndarray | None = None) -> dict[int, tuple[float, float]]:
         """(a's, b's) by a's sizes."""
         of_a, of_b = (
             {size: eer_of_rates(*ranking.rates(weights))[0] for size, ranking in rankings.items()}
@@ -424,7 +428,7 @@ def compare(
         )
         return {size: (eer_a, of_b[size_b or size]) for size, eer_a in of_a.items()}
 
-    results = {
+    results: dict[str, dict[str, Any]] = {
         str(size): {"eer_a": eer_a, "eer_b": eer_b, "difference": eer_a - eer_b}
         for size, (eer_a, eer_b) in eers().items()
     }

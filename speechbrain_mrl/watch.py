@@ -37,17 +37,24 @@ class TrainingLog(FileTrainLogger):
     ['epoch,lr,train loss,valid loss,valid eer/64', '1,0.1,2.0,3.0,0.05']
     """
 
-    def __init__(self, save_file: str | os.PathLike, tensorboard: bool = False):
+    def __init__(self, save_file: str | os.PathLike[str], tensorboard: bool = False) -> None:
         super().__init__(save_file)
         self.table = Path(save_file).with_suffix(".csv")
         if tensorboard and importlib.util.find_spec("tensorboard") is None:
             raise ImportError(
                 "the key tensorboard needs TensorBoard: pip install 'speechbrain_mrl[tensorboard]'"
             )
-        self.wants_curves, self.curves = tensorboard, None
+        self.wants_curves = tensorboard
+        self.curves: Any = None
 
     @main_process_only
-    def log_stats(self, stats_meta, train_stats=None, valid_stats=None, test_stats=None):
+    def log_stats(
+        self,
+        stats_meta: Mapping[str, Any],
+        train_stats: Mapping[str, Any] | None = None,
+        valid_stats: Mapping[str, Any] | None = None,
+        test_stats: Mapping[str, Any] | None = None,
+    ) -> None:
         """An epoch's numbers by name; see ``speechbrain.utils.train_logger.TrainLogger``."""
         super().log_stats(stats_meta, train_stats, valid_stats, test_stats, verbose=False)
         logger.info(progress_line(stats_meta, train_stats or {}, valid_stats or {}))
@@ -59,7 +66,7 @@ class TrainingLog(FileTrainLogger):
         if self.wants_curves:
             self._add_points(n_rows, stats_meta, named)
 
-    def _add_row(self, row) -> int:
+    def _add_row(self, row: Mapping[str, Any]) -> int:
         """Add a row to the CSV, which gets the columns that it lacks; how many rows it had."""
         rows = []
         if self.table.exists():
@@ -74,7 +81,9 @@ class TrainingLog(FileTrainLogger):
         os.replace(partial, self.table)
         return len(rows)
 
-    def _add_points(self, step, stats_meta, named):
+    def _add_points(
+        self, step: int, stats_meta: Mapping[str, Any], named: Mapping[str, Any]
+    ) -> None:
         """Go on after ``step`` epochs; a training that was killed goes on with its curves."""
         if self.curves is None:
             self.curves = TensorboardLogger(str(self.table.with_name("tensorboard")))

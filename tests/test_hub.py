@@ -636,3 +636,12 @@ def test_the_recipe_says_what_it_lacks(arguments, capsys):
     with pytest.raises(SystemExit):
         publish.main(arguments)
     assert "usage" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("line_break", ["\n", "\r", "\x0b", "\x0c", "\x85", "\u2028", "\u2029"])
+def test_a_title_cannot_add_a_line_to_the_yaml(tmp_path, student, line_break):
+    title = f"Tiny{line_break}target_dim: !apply:builtins.print [ran]"
+    folder = export_model(student, tmp_path / "model", Provenance(title, "cc0-1.0", "Nothing."))
+    first, second, *_ = (folder / "hyperparams.yaml").read_text(encoding="utf-8").splitlines()
+    assert first == "# Tiny target_dim: !apply:builtins.print [ran]"
+    assert second.startswith("# Loads with SpeechBrain alone")

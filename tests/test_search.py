@@ -392,3 +392,21 @@ class TestMilvus:
         monkeypatch.setitem(sys.modules, "pymilvus", None)
         with pytest.raises(ImportError, match=r"pip install 'speechbrain_mrl\[milvus\]'$"):
             open_index()
+
+
+@pytest.mark.parametrize("name", ["../../secret.npy", "/etc/passwd", "folder/full.npy"])
+def test_an_index_that_names_files_elsewhere_is_refused(tmp_path, name):
+    filled(50).save(tmp_path)
+    manifest = json.loads((tmp_path / "index.json").read_text())
+    manifest["files"][1] = name
+    (tmp_path / "index.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=f"names .*{re.escape(name)}.* not in that folder"):
+        MatryoshkaIndex.load(tmp_path)
+
+
+def test_a_pickle_among_an_indexs_files_is_not_read(tmp_path):
+    filled(50).save(tmp_path)
+    (full,) = tmp_path.glob("*.npy")
+    np.save(full, np.array([object()], dtype=object), allow_pickle=True)
+    with pytest.raises(ValueError, match="(?i)object|pickle"):
+        MatryoshkaIndex.load(tmp_path)

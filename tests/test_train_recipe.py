@@ -188,6 +188,16 @@ def test_an_unknown_key_is_refused(run):
         run(chunk_secs=2)
 
 
+def test_a_speaker_in_both_train_and_test_is_refused(run, tmp_path):
+    with pytest.raises(ValueError, match="smaller batch_size"):  # the lists are made
+        run(batch_size=4000)
+    train_csv, test_csv = (tmp_path / "run" / "lists" / f"{name}.csv" for name in ("train", "test"))
+    with open(train_csv, "a") as file:
+        file.write(test_csv.read_text().splitlines()[1] + "\n")
+    with pytest.raises(ValueError, match=r"speaker 'id\d+' is in .*train.csv and in .*test.csv"):
+        run(batch_size=4000)
+
+
 def test_a_batch_larger_than_the_corpus_is_refused(run):
     with pytest.raises(ValueError, match="smaller batch_size"):
         run(batch_size=4000)

@@ -316,12 +316,12 @@ def test_labels_of_a_folder_without_speakers_are_refused(run):
     ("stages", "message"),
     [
         ("[{stage: a}, {stage: a}]", "two stages are called 'a'"),
-        ("[{stage: a}, {chunk_secs: 3}]", "'chunk_secs' is not a key"),
+        ("[{stage: a}, {chunk_secs: 3}]", "chunk_secs is not a key"),
         ("[{taught_by: [2]}]", r"positions in the 2 teachers"),
     ],
 )
 def test_stages_that_make_no_sense_are_refused(run, stages, message):
-    with pytest.raises((ValueError, KeyError), match=message):
+    with pytest.raises(ValueError, match=message):
         run("mrl_progressive", stages=stages)
 
 

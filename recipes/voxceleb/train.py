@@ -6,7 +6,6 @@ Without ``--data_folder`` it runs a demo on synthetic voices with small teachers
 """
 
 import csv
-import io
 import json
 import os
 import sys
@@ -18,10 +17,10 @@ from pathlib import Path
 import speechbrain as sb
 import torch
 import torch.nn.functional as F
+from check_yaml import changed, check_train, dumped
 from demo_voices import make_demo_corpus
 from folder_prepare import prepare_folder
 from hyperpyyaml import load_hyperpyyaml, resolve_references
-from hyperpyyaml.core import recursive_update
 from rirs import prepare_rirs
 from ruamel.yaml import YAML
 from speechbrain.dataio.encoder import CategoricalEncoder
@@ -85,7 +84,7 @@ def read_yaml(hparams_file, overrides):
         if document["teachers"] is not None:
             demo["teachers"] = [str(path) for path in checkpoints]
         given = {**demo, **given}
-    return _changed(document, given)
+    return changed(document, given)
 
 
 def resolve_stages(document):
@@ -98,33 +97,13 @@ def resolve_stages(document):
         stage = {"stage": str(number), **stage}
         if stage["stage"] in texts:
             raise ValueError(f"two stages are called {stage['stage']!r}; give each its own name")
-        texts[stage["stage"]] = resolve(_changed({**document, "stages": None}, stage))
+        texts[stage["stage"]] = resolve(changed({**document, "stages": None}, stage))
     return list(texts.values())
 
 
 def resolve(document):
     """The document's text, without references."""
-    return resolve_references(_dumped(YAML(), document)).getvalue()
-
-
-def _changed(document, changes):
-    """A copy with other values; mappings are merged into mappings."""
-    yaml = YAML()
-    document = yaml.load(_dumped(yaml, document))  # deepcopy would drop the tag of "!new:Name []"
-    for key, value in changes.items():
-        if key not in document:
-            raise KeyError(f"{key!r} is not a key of the YAML, which has {list(document)}")
-        if isinstance(value, dict) and isinstance(document[key], dict):
-            recursive_update(document[key], value)
-        else:
-            document[key] = value
-    return document
-
-
-def _dumped(yaml, document):
-    text = io.StringIO()
-    yaml.dump(document, text)
-    return text.getvalue()
+    return resolve_references(dumped(document)).getvalue()
 
 
 def prepare(hparams, debug):
@@ -154,7 +133,22 @@ def prepare(hparams, debug):
     run_on_main(make_lists, kwargs=arguments)
     run_on_main(prepare_rirs, kwargs={"csv_path": hparams["rir_csv"]})
     corpus = make_lists(**arguments, skip_prep=True)
+    if hparams["speaker_folders"]:
+        refuse_shared_speakers(corpus)
     return shrink(corpus, 2 * hparams["batch_size"]) if debug else corpus
+
+
+def refuse_shared_speakers(corpus):
+    """Raise ValueError if a speaker is in two lists: prepared ones never are, edited ones may be."""
+    speakers = {}
+    for path in (corpus.train_csv, corpus.valid_csv, corpus.test_csv):
+        for clip in read_clips(path):
+            speaker = clip.id.split("/")[0]
+            if speakers.setdefault(speaker, path) != path:
+                raise ValueError(
+                    f"speaker {speaker!r} is in {speakers[speaker]} and in {path}, and would be "
+                    "tested on what it was trained on; delete that folder, it is made anew"
+                )
 
 
 def shrink(corpus, n_clips):
@@ -397,7 +391,10 @@ def main(argv):
     """Everything from the command line to the report."""
     hparams_file, run_opts, overrides = sb.parse_arguments(argv)
     document = read_yaml(hparams_file, overrides)
-    stages = [load_hyperpyyaml(text) for text in resolve_stages(document)]
+    texts = resolve_stages(document)
+    for text in texts:
+        check_train(text)
+    stages = [load_hyperpyyaml(text) for text in texts]
     ddp_init_group(run_opts)
     with only_run(stages[-1]["output_folder"]):
         return run(document, stages, run_opts)

@@ -15,7 +15,9 @@ from pathlib import Path
 
 import speechbrain as sb
 import torch
+from check_yaml import changed, check_verify, dumped
 from hyperpyyaml import load_hyperpyyaml
+from ruamel.yaml import YAML
 from speechbrain.utils.distributed import ddp_init_group, if_main_process
 from voxceleb_prepare import SAMPLE_RATE, find_recordings, read_headers
 
@@ -291,8 +293,10 @@ def report_on(hparams, trials, parts, cosines, params, started):
 def main(argv):
     """From the command line to the report."""
     hparams_file, run_opts, overrides = sb.parse_arguments(argv)
-    with open(hparams_file, encoding="utf-8") as file:
-        hparams = load_hyperpyyaml(file, overrides)
+    yaml = YAML()
+    text = dumped(changed(yaml.load(Path(hparams_file)), yaml.load(overrides) or {}))
+    check_verify(text)
+    hparams = load_hyperpyyaml(text)
     ddp_init_group(run_opts)
     with only_run(hparams["output_folder"]):
         verify(hparams, run_opts.get("device") or "cpu")
