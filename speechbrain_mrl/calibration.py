@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -274,3 +274,32 @@ def read_calibrations(path: str | os.PathLike[str]) -> tuple[dict[int, Calibrati
         for size, one in found["dims"].items()
     }
     return calibrations, found["scores"]
+
+
+def check_calibration(path: str | os.PathLike, mrl_dims: Sequence[int]) -> None:
+    """Raise unless the calibrations can travel with a model of ``mrl_dims``.
+
+    Scores that were centred or normalised by a cohort cannot: the model has only its cosines.
+
+    Raises
+    ------
+    ValueError
+        If they are not of cosines, or lack one of the sizes.
+
+    Example
+    -------
+    >>> path = getfixture("tmp_path") / "calibration.json"
+    >>> write_calibrations({64: Calibration(-2.0, 10.0)}, path, scores="as_norm")
+    >>> check_calibration(path, [64])
+    Traceback (most recent call last):
+    ...
+    ValueError: ... is of as_norm scores; a model travels with one of cosines, ...
+    """
+    calibrations, scores = read_calibrations(path)
+    if scores != "cosine":
+        raise ValueError(
+            f"{path} is of {scores} scores; a model travels with one of cosines, "
+            "fitted without domain and cohort"
+        )
+    if missing := sorted(set(mrl_dims) - set(calibrations)):
+        raise ValueError(f"{path} has no calibration of the sizes {missing}; fit it on this model")

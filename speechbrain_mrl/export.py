@@ -19,6 +19,7 @@ from torch import Tensor
 
 from speechbrain_mrl import redimnet
 from speechbrain_mrl.audio import read_audio
+from speechbrain_mrl.calibration import check_calibration
 from speechbrain_mrl.card import Provenance, write_card
 from speechbrain_mrl.files import writing
 from speechbrain_mrl.redimnet import (
@@ -30,7 +31,7 @@ from speechbrain_mrl.redimnet import (
 
 # All that a published folder may hold; examples is a folder of recordings.
 FILES = (
-    "README.md check.json classifier.ckpt config.json custom.py eer_by_dim.png "
+    "README.md calibration.json check.json classifier.ckpt config.json custom.py eer_by_dim.png "
     "embedding_model.ckpt examples hyperparams.yaml label_encoder.ckpt report.json"
 ).split()
 
@@ -43,6 +44,7 @@ def export_model(
     *,
     report: Mapping[str, Any] | None = None,
     plot: str | os.PathLike[str] | None = None,
+    calibration: str | os.PathLike[str] | None = None,
     speakers: Mapping[str, Tensor] | None = None,
     scale: float = 30.0,
     examples: Mapping[str, str | os.PathLike[str]] | None = None,
@@ -66,6 +68,8 @@ def export_model(
         loads but cannot be published.
     plot : path, optional
         The report's ``eer_by_dim.png``.
+    calibration : path, optional
+        A verification's ``calibration.json``, of cosines at every published size.
     speakers : mapping of str to torch.Tensor, optional
         Label -> the speaker's vector (D,), such as a trained classifier's row, or the embeddings
         (n, D) of some recordings to enrol the speaker with. None: the model tells no speakers
@@ -110,6 +114,8 @@ def export_model(
         raise ValueError("examples show which speaker is recognised; give speakers too")
     model = copy.deepcopy(model).cpu().float().eval()
     network = _published_network(model, target_dim)
+    if calibration is not None:
+        check_calibration(calibration, network.mrl_dims)
     classifier = _classifier(speakers or {}, model.embed_dim, network.embed_dim, scale)
     labels = CategoricalEncoder()
     labels.update_from_iterable(speakers or {})
@@ -130,6 +136,8 @@ def export_model(
         labels.save(new / "label_encoder.ckpt")
         if plot is not None:
             shutil.copyfile(plot, new / "eer_by_dim.png")
+        if calibration is not None:
+            shutil.copyfile(calibration, new / "calibration.json")
         if report is not None:
             _write_json(new / "report.json", report)
         expected = model(probe_wavs()).flatten()[: network.embed_dim].tolist()

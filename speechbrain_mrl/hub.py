@@ -3,17 +3,23 @@
 import inspect
 import json
 import os
+import platform
 import subprocess
 import sys
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
+from speechbrain_mrl.calibration import check_calibration
 from speechbrain_mrl.card import card_for, card_problems
 from speechbrain_mrl.export import FILES, foreign_files, probe_wavs
+
+# What space.py imports, besides Gradio
+SPACE_PACKAGES = ("speechbrain", "torch", "torchaudio", "av", "matplotlib", "scikit-learn")
 
 
 def push_to_hub(
@@ -107,6 +113,91 @@ def push_to_hub(
     return address
 
 
+SPACE_CARD = """\
+---
+title: Voices at several sizes
+emoji: 🪆
+colorFrom: yellow
+colorTo: red
+sdk: gradio
+sdk_version: {gradio}
+python_version: "{python}"
+app_file: app.py
+license: apache-2.0
+short_description: Compare voices, find one among some, see a map of them
+models:
+- {model}
+---
+
+Compare two voices at every size of [{model}](https://huggingface.co/{model}), find one among a few,
+and see a map of many. Recordings are deleted once they have been read.
+
+The model is loaded at the commit that `model.json` names, never at a later one: loading a SpeechBrain
+model runs the code in it. A private model needs the Space's secret `HF_TOKEN`.
+"""
+
+
+def push_space(
+    repo_id: str,
+    model: str,
+    token: str | bool | None = None,
+    private: bool = False,
+    revision: str | None = None,
+) -> str:
+    """Publish a page for trying a published model out: a Space, which needs SpeechBrain alone.
+
+    Arguments
+    ---------
+    repo_id : str
+        The Space's "organisation/name". Created if need be.
+    model : str
+        The published model's. The Space is pinned to the commit that it has now.
+    token : str, optional
+        None: the login that huggingface_hub knows.
+    private : bool
+        Create the Space as private. A public one is then refused.
+    revision : str, optional
+        The model's branch, tag or commit. None: main.
+
+    Returns
+    -------
+    str
+        The address of the Space.
+
+    Raises
+    ------
+    ValueError
+        If the Space is not private enough.
+    PackageNotFoundError
+        If what the page needs (the extra ``space``) is not installed here: its versions are pinned.
+    """
+    api = HfApi(token=token)
+    commit = api.model_info(model, revision=revision).sha
+    pinned = [f"{name}=={version(name).split('+')[0]}" for name in SPACE_PACKAGES]
+    contents = {
+        "app.py": Path(__file__).with_name("space.py").read_text(encoding="utf-8"),
+        "model.json": json.dumps({"model": model, "revision": commit}) + "\n",
+        "requirements.txt": "\n".join(pinned) + "\n",
+        "README.md": SPACE_CARD.format(
+            model=model,
+            gradio=version("gradio"),
+            python=".".join(platform.python_version_tuple()[:2]),
+        ),
+    }
+    api.create_repo(repo_id, repo_type="space", space_sdk="gradio", private=private, exist_ok=True)
+    if private and not api.space_info(repo_id).private:
+        raise ValueError(f"{repo_id} exists and is public; nothing was uploaded")
+    api.create_commit(
+        repo_id,
+        [CommitOperationAdd(name, text.encode()) for name, text in contents.items()],
+        commit_message=f"{model} at {commit}",
+        repo_type="space",
+    )
+    address = f"{api.endpoint}/spaces/{repo_id}"
+    print(f"{address} shows {model} at {commit}")
+    return address
+
+
 def check_folder(folder: str | os.PathLike[str]) -> None:
     """Raise unless ``folder`` is a complete export that a stranger's machine can load.
 
@@ -126,7 +217,7 @@ def check_folder(folder: str | os.PathLike[str]) -> None:
     ValueError: ... lacks ['README.md', 'check.json', ...
     """
     folder = Path(folder).absolute()
-    optional = {"report.json", "eer_by_dim.png", "examples"}
+    optional = {"calibration.json", "report.json", "eer_by_dim.png", "examples"}
     missing = [name for name in FILES if name not in optional and not (folder / name).is_file()]
     if missing:
         raise ValueError(f"{folder} lacks {missing}; write it with export_model")
@@ -134,6 +225,11 @@ def check_folder(folder: str | os.PathLike[str]) -> None:
         raise ValueError(f"{folder} holds {foreign}, which no export wrote; take them out")
     found = _ask_stranger(folder)
     problems = card_problems(folder, found["labels"], sorted(map(int, found["embeddings"])))
+    if (calibration := folder / "calibration.json").is_file():
+        try:
+            check_calibration(calibration, [int(size) for size in found["embeddings"]])
+        except ValueError as error:
+            problems.append(str(error))
     check = json.loads((folder / "check.json").read_text(encoding="utf-8"))
     expected = torch.tensor(check["embedding"])
     for size, embedding in found["embeddings"].items():

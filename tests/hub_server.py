@@ -1,8 +1,9 @@
-"""A Hub in memory, for the real client to upload to and download from: one user, models only.
+"""A Hub in memory, for the real client to upload to and download from: one user, no data sets.
 
 with HubServer(token="secret") as hub:
     ...  # a process with HF_ENDPOINT=hub.address and HF_HUB_DISABLE_XET=1
     hub.repos["org/name"].files("main")
+    hub.repos["spaces/org/name"].files("main")
 """
 
 import base64
@@ -107,9 +108,11 @@ class HubServer:
         self.server.server_close()
 
     def repo_of(self, path):
-        parts = path.removeprefix("api/models/").split("/")
+        parts = path.removeprefix("api/").removeprefix("models/").split("/")
         try:
-            return self.repos["/".join(parts[:2]).removesuffix(".git")]
+            return self.repos[
+                "/".join(parts[: 3 if parts[0] == "spaces" else 2]).removesuffix(".git")
+            ]
         except KeyError:
             raise HubError(404, f"no repo at {path}", "RepoNotFound") from None
 
@@ -126,7 +129,7 @@ class HubServer:
         repo = self.repo_of(path)
         if path.endswith("info/lfs/objects/batch"):
             return self.offer_lfs(json.loads(body)["objects"])
-        if not path.startswith("api/models/"):
+        if not path.startswith("api/"):
             _, _, _, revision, name = path.split("/", 4)  # org/name/resolve/revision/file
             return self.download(repo, revision, name)
         command, _, argument = "/".join(path.split("/")[4:]).partition("/")
@@ -152,6 +155,8 @@ class HubServer:
 
     def create(self, request):
         repo_id = f"{request['organization']}/{request['name']}"
+        if request.get("type") == "space":
+            repo_id = f"spaces/{repo_id}"
         if repo_id in self.repos:
             raise HubError(409, "You already created it", url=self.repos[repo_id].url)
         private = request.get("private") or request.get("visibility") == "private"

@@ -3,13 +3,25 @@
 python recipes/voxceleb/publish.py results/mrl_distill/1986/model org/redimnet-mrl
 python recipes/voxceleb/publish.py exported/b2 org/redimnet-b2 --release=b2-vox2-ft_lm \\
     --report=results/verify/report.json --trials="VoxCeleb1-O (cleaned)"
+python recipes/voxceleb/publish.py results/mrl_distill/1986/model org/redimnet-mrl \\
+    --calibration=results/verify/calibration.json --space=org/try-redimnet-mrl
 """
 
 import argparse
+import json
+import shutil
 from pathlib import Path
 
+from speechbrain_mrl.calibration import check_calibration
 from speechbrain_mrl.convert import convert_release
-from speechbrain_mrl.hub import push_to_hub
+from speechbrain_mrl.hub import push_space, push_to_hub
+
+
+def add_calibration(folder, calibration):
+    """Let an exported model travel with what verify.py fitted for it."""
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    check_calibration(calibration, [int(size) for size in report["dims"]])
+    shutil.copyfile(calibration, folder / "calibration.json")
 
 
 def main(arguments=None):
@@ -26,7 +38,13 @@ def main(arguments=None):
     parser.add_argument("--source", help="the release's file or its folder, instead of a download")
     parser.add_argument("--report", type=Path, help="the release's report.json, from verify.py")
     parser.add_argument("--trials", default="", help="name of the report's trial list")
+    parser.add_argument("--calibration", type=Path, help="the model's calibration.json, likewise")
+    parser.add_argument(
+        "--space", help="org/name of a Space that shows the model; see docs/space.md"
+    )
     given = parser.parse_args(arguments)
+    if given.space is not None and (given.repo_id is None or given.dry_run):
+        parser.error("a Space shows a published model: give its repo_id, and no --dry_run")
     if given.release is not None:
         convert_release(
             given.release,
@@ -38,6 +56,8 @@ def main(arguments=None):
         print(f"{given.folder} holds {given.release} as a SpeechBrain model")
     elif given.repo_id is None:
         parser.error("nothing to do: give a repo_id to publish to, or a --release to export")
+    if given.calibration is not None:
+        add_calibration(given.folder, given.calibration)
     if given.repo_id is not None:
         push_to_hub(
             given.folder,
@@ -47,6 +67,8 @@ def main(arguments=None):
             dry_run=given.dry_run,
             tag=given.tag,
         )
+    if given.space is not None:
+        push_space(given.space, given.repo_id, private=given.private, revision=given.revision)
 
 
 if __name__ == "__main__":
