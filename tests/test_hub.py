@@ -18,6 +18,7 @@ from speechbrain.inference.interfaces import foreign_class
 from speechbrain.inference.speaker import SpeakerRecognition
 
 from speechbrain_mrl import hub, redimnet
+from speechbrain_mrl.calibration import Calibration, write_calibrations
 from speechbrain_mrl.card import Provenance
 from speechbrain_mrl.export import FILES, export_model
 from speechbrain_mrl.hub import check_folder, push_to_hub
@@ -287,7 +288,7 @@ def test_the_widget_survives_any_recording(loaded, wavs):
 
 def test_the_folder_is_complete(published):
     names = {path.name for path in published.iterdir()}
-    assert names == set(FILES)
+    assert names == set(FILES) - {"calibration.json"}
     config = json.loads((published / "config.json").read_text())
     assert config["speechbrain_interface"] == "EncoderClassifier"
     assert Provenance(**config["provenance"]) == PROVENANCE
@@ -608,6 +609,51 @@ def test_uploads_that_fail_or_are_refused_leave_the_repo_as_it_was(published, tm
         assert ".gitattributes" in repo.files("next")
 
 
+# The Space
+
+
+SHOW = """
+sys.path.insert(0, sys.argv[1])
+import app
+
+pinned = app._read_json(app.Path(sys.argv[1], "model.json"))
+model = app.Model(pinned["model"], pinned["revision"])
+page = app.compare(model, sys.argv[2:], {})
+print(json.dumps([model.name, len(app.build(model).blocks) > 10, page]))
+"""
+
+
+def test_a_pushed_space_runs_with_speechbrain_alone_and_the_commit_that_it_names(
+    published, voices, tmp_path
+):
+    pytest.importorskip("gradio")
+    pytest.importorskip("av")
+    pushes = "hub.check_folder = lambda folder: None\npush('org/tiny', tag='first')\n"
+    pushes += "hub.push_space('org/show', 'org/tiny', private=True)\n"
+    with HubServer(token="secret") as server:
+        printed = run_pushes(pushes, published, server, tmp_path)
+        space, model = server.repos["spaces/org/show"], server.repos["org/tiny"]
+        shown = model.branches["main"]
+        model.commit("main", {})  # a later version, which the Space must not follow
+        for name, (content, _) in space.files("main").items():
+            (tmp_path / name).write_bytes(content)
+        paths = [str(tmp_path / f"{i}.wav") for i in (1, 2)]
+        for path in paths:
+            soundfile.write(path, voices(1, 1.5).numpy(), 16000)
+        home = {"HF_HOME": str(tmp_path / "other"), "HF_HUB_DISABLE_XET": "1"}
+        name, is_page, page = as_stranger(
+            SHOW, tmp_path, *paths, HF_ENDPOINT=server.address, HF_TOKEN="secret", **home
+        )
+    assert space.private and f"/spaces/org/show shows org/tiny at {shown}" in printed
+    assert json.loads((tmp_path / "model.json").read_text())["revision"] == shown
+    front = ModelCard((tmp_path / "README.md").read_text()).data
+    assert (front.get("sdk"), front.get("app_file")) == ("gradio", "app.py")
+    assert front.get("models") == ["org/tiny"]
+    requirements = (tmp_path / "requirements.txt").read_text().splitlines()
+    assert f"torch=={torch.__version__.split('+')[0]}" in requirements
+    assert name == "org/tiny" and is_page and page.count("cosine <b>1.00</b>") == len(SIZES)
+
+
 # The recipe
 
 
@@ -631,7 +677,35 @@ def test_the_recipe_turns_a_release_into_a_speechbrain_model(
     assert "would be uploaded to" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arguments", [["folder"], ["--release=b2-vox2-ft_lm"]])
+def test_a_calibration_of_cosines_travels_with_the_model(copied, student, tmp_path, capsys):
+    fitted = tmp_path / "calibration.json"
+    write_calibrations({size: Calibration(-2.0, 10.0) for size in SIZES}, fitted)
+    arguments = [str(copied), "org/name", "--dry_run", f"--calibration={fitted}"]
+    publish.main(arguments)
+    assert (copied / "calibration.json").read_text() == fitted.read_text()
+    assert " calibration.json" in capsys.readouterr().out
+    folder = export_model(student, tmp_path / "new", PROVENANCE, calibration=fitted)
+    assert (folder / "calibration.json").read_text() == fitted.read_text()
+
+    write_calibrations({8: Calibration(-2.0, 10.0)}, fitted)
+    with pytest.raises(ValueError, match=r"no calibration of the sizes \[16, 32\]"):
+        publish.main(arguments)
+    with pytest.raises(ValueError, match=r"no calibration of the sizes \[16, 32\]"):
+        export_model(student, tmp_path / "new", PROVENANCE, calibration=fitted)
+    shutil.copyfile(fitted, copied / "calibration.json")
+    with pytest.raises(ValueError, match=r"no calibration of the sizes \[16, 32\]"):
+        check_folder(copied)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["folder"],
+        ["--release=b2-vox2-ft_lm"],
+        ["folder", "--release=b2-vox2-ft_lm", "--space=org/show"],
+        ["folder", "org/name", "--space=org/show", "--dry_run"],
+    ],
+)
 def test_the_recipe_says_what_it_lacks(arguments, capsys):
     with pytest.raises(SystemExit):
         publish.main(arguments)
