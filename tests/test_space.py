@@ -1,5 +1,7 @@
+import html
 import json
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+import torch.nn.functional as F
 
 from speechbrain_mrl import space
 from speechbrain_mrl.audio import read_audio
@@ -179,15 +182,32 @@ def test_a_recording_is_compared_again_after_its_file_is_gone(model, recording):
     assert "coordinates" in space.compare(model, [first, recording(2)], heard)
 
 
-def test_the_nearest_of_the_enrolled_is_the_speaker(model, recording):
-    people = {}
-    for speaker in (1, 2, 3):
-        for clip in range(2):
-            space.enrol(model, recording(speaker, clip), f"<Ann {speaker}>", people)
-    page = space.find(model, recording(2, clip=5), people)
-    assert "Most like &lt;Ann 2&gt;" in page and "<Ann" not in page
-    first_row = page.partition("<tr><th>1</th>")[2].partition("</tr>")[0]
-    assert first_row.count("&lt;Ann 2&gt;") == len(SIZES)
+def test_the_enrolled_are_in_the_order_of_the_cosines_with_their_mean(model, student, recording):
+    def unit(path, size):
+        with torch.no_grad():
+            return F.normalize(student(read_audio(path).unsqueeze(0))[0, :size], dim=0)
+
+    people, clips, asked = {}, [(1, 0), (1, 1), (2, 0), (3, 0)], (2, 5)
+    expected = {
+        f"<Ann {speaker}>": {
+            size: F.cosine_similarity(
+                sum(unit(recording(*clip), size) for clip in clips if clip[0] == speaker),
+                unit(recording(*asked), size),
+                dim=0,
+            ).item()
+            for size in SIZES
+        }
+        for speaker in (1, 2, 3)
+    }
+    for speaker, clip in clips:
+        space.enrol(model, recording(speaker, clip), f"<Ann {speaker}>", people)
+    page = space.find(model, recording(*asked), people)
+    for place, size in enumerate(SIZES):
+        column = re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", page)[len(SIZES) + 2 + place :: 4]
+        ranked = sorted(expected, key=lambda name: expected[name][size], reverse=True)
+        cells = [f"{html.escape(name)} {expected[name][size]:.2f}" for name in ranked]
+        assert column == cells
+    assert f"Most like {html.escape(ranked[0])}" in page and "<Ann" not in page
 
 
 def test_searching_four_times_the_coordinates_takes_longer():
@@ -279,6 +299,10 @@ class Visitor:
         found = self.browser.find_elements(self.by.XPATH, f"//button[normalize-space()='{label}']")
         next(button for button in found if button.is_displayed()).click()
 
+    def open(self, tab):
+        found = self.browser.find_elements(self.by.CSS_SELECTOR, "button[role=tab]")
+        next(button for button in found if button.is_displayed() and button.text == tab).click()
+
     def wait_for(self, place, text):
         """What is on screen at ``place`` once ``text`` is."""
         from selenium.webdriver.support.ui import WebDriverWait
@@ -325,7 +349,7 @@ def test_two_uploads_and_a_click_give_a_verdict_and_leave_no_file(
 
 @needs_chromium
 def test_an_enrolled_voice_is_found_and_forgotten(visitor, recording, uploads):
-    visitor.click("Find")
+    visitor.open("Find")
     for speaker in (1, 2):
         visitor.hear("new", recording(speaker))
         name = visitor.browser.find_element(visitor.by.CSS_SELECTOR, "#name textarea, #name input")
@@ -344,7 +368,7 @@ def test_an_enrolled_voice_is_found_and_forgotten(visitor, recording, uploads):
 def test_dropped_files_become_a_map_and_leave_no_file(visitor, recording, uploads, tmp_path):
     bad = tmp_path / "notes.txt"
     bad.write_text("not a voice")
-    visitor.click("Map")
+    visitor.open("Map")
     visitor.upload("files", *[recording(speaker) for speaker in range(4)], bad)
     seen = visitor.wait_for("map", "4 recordings by PCA of 8 coordinates")
     assert "“notes.txt” cannot be read as sound" in seen
@@ -366,8 +390,7 @@ def test_the_page_fits_a_phone_and_asks_nobody_else(visitor):
     phone = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
     visitor.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
     for tab in ("Map", "Find", "Compare"):
-        visitor.browser.execute_script("window.scrollTo(0, 0)")
-        visitor.click(tab)
+        visitor.open(tab)
         assert visitor.browser.execute_script("return document.documentElement.scrollWidth") <= 390
 
 
