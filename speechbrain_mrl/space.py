@@ -5,7 +5,7 @@ python -m speechbrain_mrl.space --model results/mrl_distill/1986/model
 This one file is everything that the model's Space runs: it is copied there unchanged, so it imports
 SpeechBrain, Gradio, scikit-learn, matplotlib and PyAV (the extra ``space``), never this package.
 Nothing that a visitor gives is kept: a recording is deleted once it has been read, its embedding
-stays in memory and is forgotten ten minutes after the last click.
+stays in memory and is forgotten an hour after the last click.
 """
 
 from __future__ import annotations
@@ -452,8 +452,8 @@ voices apart better. Their cosine says how alike two voices are: 1 alike, 0 unre
 
 PRIVACY = f"""
 <p class=small><b>Recordings are not kept:</b> each is deleted as soon as it has been read (at the
-latest after {KEPT_SECONDS // 60 + 1} minutes if you upload it and click nothing), and its coordinates
-are forgotten {KEPT_SECONDS // 60} minutes after your last click. A recording must last at least
+latest after {KEPT_SECONDS // 60 + 1} minutes if you upload it and click nothing), and its coordinates,
+which stay in memory, are forgotten an hour after your last click at the latest. A recording must last at least
 {MIN_SECONDS} second; of a longer one the first {MAX_SECONDS} seconds are used. Try only voices of
 people who agree to it. A verdict is no proof: voices can be imitated, and errors differ between
 languages, accents, ages and microphones.</p>

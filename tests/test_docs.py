@@ -37,6 +37,7 @@ MODEL = "results/mrl_distill/1986/model"
 # What stands in a page, and what the test puts in its place.
 PLACES = {"org/redimnet-mrl": MODEL, "ORG/NAME": "org/tiny", "results/voxceleb/model": MODEL}
 PROGRAMS = ("python3 -m venv", ". .venv", "hf auth", "tensorboard --logdir", "pytest", "mkdocs")
+PROGRAMS += ("python -m speechbrain_mrl.space --model",)  # serves until it is stopped
 
 
 def blocks(page):
@@ -97,6 +98,7 @@ def at_work(workplace, monkeypatch, tiny_config):
     monkeypatch.setattr(redimnet, "PRESETS", tiny)
     for module in (command_line, publish, sys.modules["speechbrain_mrl.hub"]):
         monkeypatch.setattr(module, "push_to_hub", lambda folder, repo_id, **_: str(repo_id))
+    monkeypatch.setattr(publish, "push_space", lambda space, model, **_: space)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: MODEL)
     epochs = training.EpochCounter
     monkeypatch.setattr(training, "EpochCounter", lambda limit: epochs(1))
