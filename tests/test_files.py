@@ -138,7 +138,7 @@ def test_a_second_run_in_a_folder_is_refused_until_the_first_has_ended_or_died(t
             locked.set()
             time.sleep(60)
 
-    holder = FORK.Process(target=hold)
+    holder = FORK.Process(target=hold, daemon=True)
     holder.start()
     locked.wait(10)
     with pytest.raises(ValueError, match="another run works in .* choose another output_folder"):
