@@ -11,9 +11,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from speechbrain.nnet.losses import AdditiveAngularMargin, LogSoftmaxWrapper
 from torch import Tensor, nn
 
+from speechbrain_mrl.margins import prefix_margin_losses
 from speechbrain_mrl.rotation import EnsembleRotation, check_mrl_dims
 
 DEFAULT_TEACHER_MAP = {64: "b0", 128: "b1", 192: "b2", 256: "b6"}  # small teachers, small prefixes
@@ -154,6 +154,7 @@ class MatryoshkaLoss(nn.Module):
 
     Example
     -------
+    >>> from speechbrain.nnet.losses import AdditiveAngularMargin, LogSoftmaxWrapper
     >>> base_loss = LogSoftmaxWrapper(AdditiveAngularMargin(margin=0.2, scale=30.0))
     >>> loss = MatryoshkaLoss(base_loss, mrl_dims=[2, 8])
     >>> cosines = PrefixClassifier(8, 5, mrl_dims=[2, 8])(torch.randn(3, 8))
@@ -304,7 +305,7 @@ class MatryoshkaDistillationLoss(nn.Module):
                 margins = dict.fromkeys(self.mrl_dims, margins)
             self.margins = _for_each_size(margins, self.mrl_dims, "margins")
             self.classifier = PrefixClassifier(self.mrl_dims[-1], n_classes, self.mrl_dims)
-            self.classification = _margin_losses(self.margins, self.mrl_weights)
+            self.scale_margins(1.0)
 
     @property
     def fitted(self) -> bool:
@@ -327,9 +328,7 @@ class MatryoshkaDistillationLoss(nn.Module):
         """Set the term ``aam``'s margins to a fraction of ``margins``, for a schedule."""
         if "aam" not in self.terms:
             raise ValueError("a schedule of margins needs the term aam")
-        self.classification = _margin_losses(
-            {dim: fraction * margin for dim, margin in self.margins.items()}, self.mrl_weights
-        )
+        self.scaled_margins = {dim: fraction * margin for dim, margin in self.margins.items()}
 
     def targets(self, teacher_embeddings: Mapping[str, Tensor]) -> dict[int, Tensor]:
         """What ``cosine`` and ``mse`` compare each prefix with, {d: (B, d)}."""
@@ -351,8 +350,13 @@ class MatryoshkaDistillationLoss(nn.Module):
             student = _precise(student_embeddings, self.mrl_dims)
             losses = self._distillation(student, teacher_embeddings)
             if "aam" in self.terms and labels is not None:
-                cosines = self.classifier(scale_tail_gradients(student, self.mrl_dims))
-                losses["aam"] = self.classification.per_size(cosines, labels)
+                losses["aam"] = prefix_margin_losses(
+                    scale_tail_gradients(student, self.mrl_dims),
+                    self.classifier.weight.to(student.dtype),
+                    labels.reshape(-1).long(),
+                    self.scaled_margins,
+                    AAM_SCALE,
+                )
             loss: Any = sum(
                 weight * _weighted_mean(losses[term], self.mrl_weights)
                 for term, weight in self.terms.items()
@@ -410,15 +414,6 @@ class MatryoshkaDistillationLoss(nn.Module):
             ((dim,), self.maps[str(dim)](student[:, :dim]), targets[self.ensemble_of[dim]])
             for dim in self.mrl_dims
         ]
-
-
-def _margin_losses(margins: Mapping[int, float], mrl_weights: Iterable[float]) -> MatryoshkaLoss:
-    """Additive angular margin with a margin of its own for each size, {d: radians}."""
-    losses = {
-        dim: LogSoftmaxWrapper(AdditiveAngularMargin(margin, AAM_SCALE))
-        for dim, margin in margins.items()
-    }
-    return MatryoshkaLoss(losses, list(margins), mrl_weights)
 
 
 def _cosine_losses(student: Tensor, target: Tensor, mrl_dims: tuple[int, ...]) -> dict[int, Tensor]:

@@ -347,7 +347,7 @@ def test_margins_rise_from_zero_and_a_second_stage_has_larger_ones(run, monkeypa
     forward = MatryoshkaDistillationLoss.forward
 
     def watched(objective, *arguments):
-        margins[brain_stage()].append(objective.classification.base_loss_8.loss_fn.margin)
+        margins[brain_stage()].append(objective.scaled_margins[8])
         return forward(objective, *arguments)
 
     started = MRLBrain.on_fit_batch_start

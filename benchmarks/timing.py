@@ -1,0 +1,64 @@
+"""What the benchmarks share: interleaved repeats, medians, peak memory, a table, JSON."""
+
+import argparse
+import json
+import multiprocessing
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+
+def arguments(description: str, name: str) -> argparse.ArgumentParser:
+    """A parser with what every benchmark has."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path(f"results/{name}.json"))
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    return parser
+
+
+def interleaved(functions: Mapping[str, Callable], repeats: int) -> dict[str, float]:
+    """Median seconds of each function; one round of all warms up, then all take turns."""
+    seconds = {name: [] for name in functions}
+    for number in range(repeats + 1):
+        for name, function in functions.items():
+            started = time.perf_counter()
+            function()
+            if number:
+                seconds[name].append(time.perf_counter() - started)
+    return {name: statistics.median(found) for name, found in seconds.items()}
+
+
+def peak_memory(function: Callable, *given) -> float:
+    """MB by which a fresh process' peak grows while it runs ``function(*given)()``.
+
+    ``function`` prepares what is not counted and returns what is.
+    """
+    context = multiprocessing.get_context("spawn")
+    receive, send = context.Pipe(duplex=False)
+    process = context.Process(target=_measure, args=(send, function, *given))
+    process.start()
+    send.close()
+    megabytes = receive.recv()
+    process.join()
+    return megabytes
+
+
+def _measure(send, function, *given):
+    run = function(*given)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    run()
+    send.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+
+
+def write(path: Path, results: dict):
+    """The results as JSON, with what they were measured on."""
+    results = {"torch": torch.__version__, "machine": platform.machine()} | results
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=2) + "\n")
+    print(f"written to {path}")
