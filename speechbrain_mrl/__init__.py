@@ -1,5 +1,6 @@
 """Multi-resolution (Matryoshka) speaker encoders for SpeechBrain."""
 
+from speechbrain_mrl.bulk import embed_folder, read_embeddings
 from speechbrain_mrl.checkpoints import AtomicCheckpointer
 from speechbrain_mrl.ensemble import MultiModelEnsemble
 from speechbrain_mrl.expansion import expand_model
@@ -18,10 +19,12 @@ __all__ = [
     "MultiModelEnsemble",
     "ReDimNet",
     "ReDimNetMRL",
+    "embed_folder",
     "expand_model",
     "export_model",
     "load_pretrained_redimnet",
     "matryoshka_rotation",
     "push_to_hub",
+    "read_embeddings",
     "train_distilled_mrl",
 ]

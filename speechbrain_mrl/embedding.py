@@ -2,7 +2,8 @@
 
 import csv
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +16,8 @@ from speechbrain_mrl.audio import audio_info, read_audio
 from speechbrain_mrl.files import replacing
 
 SAMPLE_RATE = 16000  # Hz
+Encoder = Callable[[Tensor, Tensor], Tensor]  # wavs (B, T) and wav_lens (B,) to embeddings (B, D)
+THREADS = 16  # header reading waits for the disk more than it computes
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a")
 
 
@@ -71,10 +74,13 @@ def find_clips(folder: str | os.PathLike[str]) -> list[Clip]:
     paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in AUDIO_SUFFIXES)
     if not paths:
         raise ValueError(f"{folder} holds no recording ({', '.join(AUDIO_SUFFIXES)})")
-    return [
-        Clip(str(path.relative_to(root)), str(path), 0, audio_info(path).num_frames)
-        for path in tqdm(paths, desc="Reading headers", unit="file", disable=None)
-    ]
+    with ThreadPool(THREADS) as pool:
+        headers = pool.imap(audio_info, paths, chunksize=16)
+        headers = tqdm(headers, "Reading headers", len(paths), unit="file", disable=None)
+        return [
+            Clip(str(path.relative_to(root)), str(path), 0, header.num_frames)
+            for path, header in zip(paths, headers)
+        ]
 
 
 class _Batches(torch.utils.data.Dataset[Any]):
@@ -102,7 +108,7 @@ class _Batches(torch.utils.data.Dataset[Any]):
 
 
 def embed_clips(
-    encoders: Mapping[str, nn.Module],
+    encoders: Mapping[str, Encoder],
     clips: Sequence[Clip],
     device: str = "cpu",
     batch_seconds: float = 60.0,
@@ -114,9 +120,9 @@ def embed_clips(
 
     Arguments
     ---------
-    encoders : dict of str to torch.nn.Module
-        Called as ``encoder(wavs (B, T), wav_lens (B,))``, to give (B, D). Put into eval mode for
-        the time of the call.
+    encoders : dict of str to torch.nn.Module or callable
+        Called as ``encoder(wavs (B, T), wav_lens (B,))``, to give (B, D). A module is put into
+        eval mode for the time of the call.
     clips : sequence of Clip
         N clips.
     device : str
@@ -147,9 +153,10 @@ def embed_clips(
     loader = DataLoader(
         _Batches(clips, batches, max_samples), batch_size=None, num_workers=num_workers
     )
-    training = {name: encoder.training for name, encoder in encoders.items()}
-    for encoder in encoders.values():
-        encoder.eval()
+    modules = [encoder for encoder in encoders.values() if isinstance(encoder, nn.Module)]
+    training = [module.training for module in modules]
+    for module in modules:
+        module.eval()
     results: dict[str, Tensor] = {}
     with torch.inference_mode():
         for wavs, wav_lens, indices in loader:
@@ -165,8 +172,8 @@ def embed_clips(
                 results[name][indices] = embeddings
             if progress is not None:
                 progress.update(len(indices))
-    for name, encoder in encoders.items():
-        encoder.train(training[name])
+    for module, mode in zip(modules, training):
+        module.train(mode)
     return results
 
 

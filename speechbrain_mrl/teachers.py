@@ -16,7 +16,7 @@ from speechbrain.utils.distributed import ddp_barrier
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from speechbrain_mrl.embedding import Clip, embed_clips
+from speechbrain_mrl.embedding import Clip, Encoder, embed_clips
 from speechbrain_mrl.files import only_run, replacing
 from speechbrain_mrl.pretrained import RELEASES, load_pretrained_redimnet
 
@@ -158,14 +158,40 @@ class TeacherStore:
     ) -> None:
         """Compute what is missing, then hold all embeddings in memory (4 bytes a coordinate).
 
+        Arguments and errors are those of ``compute``.
+        """
+        clips = self.compute(teachers, clips, device, batch_seconds, max_seconds, num_workers)
+        self.rows = {clip.id: row for row, clip in enumerate(clips)}
+        n_shards = -(-len(clips) // SHARD_SIZE)
+        self.embeddings = {
+            name: torch.cat([self.shard(name, number) for number in range(n_shards)])
+            for name in teachers
+        }
+
+    def compute(
+        self,
+        teachers: Mapping[str, Encoder],
+        clips: Sequence[Clip],
+        device: str = "cpu",
+        batch_seconds: float = 60.0,
+        max_seconds: float = 30.0,
+        num_workers: int = 0,
+    ) -> list[Clip]:
+        """Write the shards that are missing, and hold no more than one in memory.
+
         Arguments
         ---------
-        teachers : dict of str to torch.nn.Module
-            As from ``load_teachers``.
+        teachers : dict of str to torch.nn.Module or callable
+            As from ``load_teachers``, or as ``fingerprint`` takes them.
         clips : sequence of Clip
             With distinct ids.
         device, batch_seconds, max_seconds, num_workers
             As for ``embed_clips``.
+
+        Returns
+        -------
+        list of Clip
+            The clips in the order of the rows in the shards.
 
         Raises
         ------
@@ -204,13 +230,11 @@ class TeacherStore:
                             save_file({"embeddings": embeddings}, part)
             ddp_barrier()
 
-        self.rows = {clip.id: row for row, clip in enumerate(clips)}
-        self.embeddings = {
-            name: torch.cat(
-                [load_file(self._path(name, i))["embeddings"] for i in range(len(shards))]
-            )
-            for name in teachers
-        }
+        return clips
+
+    def shard(self, name: str, number: int) -> Tensor:
+        """One teacher's embeddings of the clips of one shard, (at most SHARD_SIZE, D)."""
+        return load_file(self._path(name, number))["embeddings"]
 
     def lookup(self, ids: Sequence[str]) -> dict[str, Tensor]:
         """Embeddings of the clips of these ids, {teacher: (B, D)}."""
@@ -273,10 +297,20 @@ class LiveTeachers:
         return {name: teacher(*batch.sig) for name, teacher in self.teachers.items()}
 
 
-def fingerprint(module: nn.Module) -> str:
-    """SHA-256 over a module's class and all its tensors: changes when a single weight does."""
-    digest = hashlib.sha256(type(module).__qualname__.encode())
-    for key, value in sorted(module.state_dict().items()):
+def fingerprint(encoder: Encoder) -> str:
+    """SHA-256 over a module's class and all its tensors: changes when a single weight does.
+
+    A callable that is no module must have an attribute ``fingerprint``, a string that does the same.
+    """
+    if not isinstance(encoder, nn.Module):
+        if not isinstance(getattr(encoder, "fingerprint", None), str):
+            raise ValueError(
+                f"{encoder} is neither a torch.nn.Module nor has it an attribute fingerprint; set it "
+                "to a string that names its weights, so that embeddings of others are not mixed in"
+            )
+        return encoder.fingerprint
+    digest = hashlib.sha256(type(encoder).__qualname__.encode())
+    for key, value in sorted(encoder.state_dict().items()):
         digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
         value = value.detach().cpu().contiguous()
         digest.update(value.reshape(-1).view(torch.uint8).numpy())

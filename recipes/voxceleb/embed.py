@@ -1,0 +1,31 @@
+"""Embed every recording of a folder with a model, to shards on disk; a killed run goes on.
+
+python recipes/voxceleb/embed.py results/mrl_distill/1986/model /data/recordings results/embeddings
+"""
+
+import argparse
+
+import torch
+
+from speechbrain_mrl import embed_folder
+from speechbrain_mrl.teachers import load_teacher
+
+
+def main(argv=None):
+    """Everything from the command line to the shards."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", help="released name, checkpoint file, model folder or Hub id")
+    parser.add_argument("source", help="folder of recordings, or a CSV (ID, wav, start, stop)")
+    parser.add_argument("output_folder")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--batch_seconds", type=float, default=60.0, help="of audio, padding too")
+    parser.add_argument("--max_seconds", type=float, default=30.0, help="of a clip's beginning")
+    parser.add_argument("--num_workers", type=int, default=2, help="processes that decode")
+    options = vars(parser.parse_args(argv))
+    encoder = load_teacher(options.pop("model"), device=options["device"])
+    print(f"written to {embed_folder(encoder, **options)}")
+
+
+if __name__ == "__main__":
+    torch.set_flush_denormal(True)
+    main()
