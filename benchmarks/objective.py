@@ -66,7 +66,9 @@ def main():
         for term, way, function in rows
         for count, sizes in (("all", SIZES), ("largest", SIZES[-1:]))
     }
-    seconds = interleaved({key: make(*given) for key, (make, *given) in cases.items()}, args.repeats)
+    seconds = interleaved(
+        {key: make(*given) for key, (make, *given) in cases.items()}, args.repeats
+    )
     found = []
     print(f"{args.speakers} speakers, {args.batch_size} clips, {args.threads} threads")
     print(f"{'':28}{'largest':>11}{'all sizes':>12}{'ratio':>8}{'largest':>12}{'all sizes':>12}")

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_url
+import huggingface_hub  # its classes cost a second and load on first use
 
 REPO_ID = "ORG/NAME"  # stands in a card until the upload knows better
 OWN_LICENSES = ("non-commercial", "not stated")
@@ -156,12 +156,12 @@ def write_card(
     -------
     >>> provenance = Provenance("ReDimNet b0", "cc-by-4.0", "VoxCeleb2.")
     >>> card = write_card([192], provenance, None, has_plot=False, n_speakers=0, widget=[])
-    >>> ModelCard(card).data.license
+    >>> huggingface_hub.ModelCard(card).data.license
     'cc-by-4.0'
     """
     if report is not None:
         _check_report(report, sizes, provenance)
-    front = ModelCardData(
+    front = huggingface_hub.ModelCardData(
         library_name="speechbrain",
         # What the Hub has no name for is "other" there, with a name of its own.
         license="other" if provenance.license in OWN_LICENSES else provenance.license,
@@ -226,10 +226,10 @@ def _corpus(report: Mapping[str, Any]) -> str:
 
 def _eval_results(
     sizes: Sequence[int], provenance: Provenance, report: Mapping[str, Any]
-) -> list[EvalResult]:
+) -> list["huggingface_hub.EvalResult"]:
     corpus = _corpus(report)
     return [
-        EvalResult(
+        huggingface_hub.EvalResult(
             task_type="speaker-verification",
             task_name="Speaker verification",
             dataset_type=corpus.lower().replace(" ", "-"),
@@ -275,7 +275,7 @@ def _results(
 
 def card_problems(folder: Path, n_labels: int, sizes: Sequence[int]) -> list[str]:
     """What keeps the card of an exported folder from being published."""
-    card, problems = ModelCard.load(folder / "README.md").data, []
+    card, problems = huggingface_hub.ModelCard.load(folder / "README.md").data, []
     if card.get("library_name") != "speechbrain":
         problems.append("README.md needs library_name: speechbrain")
     if not card.get("license") or card.get("license_name") == "not stated":
@@ -298,7 +298,7 @@ def card_problems(folder: Path, n_labels: int, sizes: Sequence[int]) -> list[str
 
 def card_for(folder: Path, repo_id: str, endpoint: str) -> str:
     """The card of an exported folder with the repo's name and addresses filled in."""
-    card = ModelCard.load(folder / "README.md")
+    card = huggingface_hub.ModelCard.load(folder / "README.md")
     for example in card.data.get("widget", []):
-        example["src"] = hf_hub_url(repo_id, example["src"], endpoint=endpoint)
+        example["src"] = huggingface_hub.hf_hub_url(repo_id, example["src"], endpoint=endpoint)
     return str(card).replace(REPO_ID, repo_id)

@@ -11,8 +11,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub  # its classes cost a second and load on first use
 import torch
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
 from speechbrain_mrl.calibration import check_calibration
 from speechbrain_mrl.card import card_for, card_problems
@@ -71,7 +71,7 @@ def push_to_hub(
     """
     folder = Path(folder)
     check_folder(folder)
-    api = HfApi(token=token)
+    api = huggingface_hub.HfApi(token=token)
     address = f"{api.endpoint}/{repo_id}"
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     if dry_run:
@@ -96,9 +96,9 @@ def push_to_hub(
     there = api.list_repo_files(repo_id, revision=revision)
     commit = api.create_commit(
         repo_id,
-        [CommitOperationAdd(name, content) for name, content in contents.items()]
+        [huggingface_hub.CommitOperationAdd(name, content) for name, content in contents.items()]
         + [
-            CommitOperationDelete(name)
+            huggingface_hub.CommitOperationDelete(name)
             for name in there
             if name not in contents and name.split("/")[0] in FILES
         ],

@@ -17,7 +17,6 @@ SMALLEST_NORM = 1e-6  # keeps cosines of zero vectors, and their gradients, fini
 NEVER = -1e4  # a logit whose exponential is zero
 
 
-@torch.compiler.disable
 def prefix_margin_losses(
     embeddings: Tensor,
     weight: Tensor,

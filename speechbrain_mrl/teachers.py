@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from speechbrain.inference.classifiers import EncoderClassifier
 from speechbrain.utils.distributed import ddp_barrier
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -37,6 +36,8 @@ class EncoderClassifierTeacher(nn.Module):
 
     def __init__(self, source: str, device: str = "cpu") -> None:
         super().__init__()
+        from speechbrain.inference.classifiers import EncoderClassifier  # slow to import
+
         self.encoder = EncoderClassifier.from_hparams(source=source, run_opts={"device": device})
 
     def forward(self, wavs: Tensor, wav_lens: Tensor | None = None) -> Tensor:

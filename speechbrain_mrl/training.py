@@ -10,6 +10,7 @@ from typing import Any
 
 import speechbrain as sb
 import torch
+import torch.distributed as dist
 import yaml
 from speechbrain.dataio.dataset import DynamicItemDataset
 from speechbrain.dataio.encoder import CategoricalEncoder
@@ -203,7 +204,11 @@ class MRLBrain(sb.Brain):
         wavs, wav_lens = batch.sig
         if stage == sb.Stage.TRAIN and self.hparams.wav_augment is not None:
             wavs, wav_lens = self.hparams.wav_augment(wavs, wav_lens)
-        return self.modules.student(wavs, wav_lens)
+        return self._parts(stage)["student"](wavs, wav_lens)
+
+    def _parts(self, stage: sb.Stage) -> Any:
+        """Distributed modules must be called equally often on all ranks; shares may differ by one."""
+        return self.modules if stage == sb.Stage.TRAIN else self.unwrapped
 
     def compute_objectives(self, embeddings: Tensor, batch: Any, stage: sb.Stage) -> Tensor:
         """The objective's loss; an augmented copy learns what the clean whole clip gives."""
@@ -217,7 +222,7 @@ class MRLBrain(sb.Brain):
             found = self.stores[stage].targets(batch)
             targets = {name: x.to(self.device).repeat(copies, 1) for name, x in found.items()}
         labels = batch.label.repeat(copies) if self.hparams.labels else None
-        loss, values = self.modules.objective(embeddings, targets, labels)
+        loss, values = self._parts(stage)["objective"](embeddings, targets, labels)
         if loss.isfinite():
             for name, value in values.items():
                 self.sums[name] = self.sums.get(name, 0.0) + value
@@ -238,6 +243,9 @@ class MRLBrain(sb.Brain):
         self.n_clips, self.started = 0, time.perf_counter()
         if self.step == 0:
             self.sums, self.n_batches, self.embeddings = {}, 0, {}
+        if stage != sb.Stage.TRAIN and dist.is_initialized():
+            for buffer in self.unwrapped["student"].buffers():  # ranks' statistics may differ
+                dist.broadcast(buffer, 0)
 
     def init_optimizers(self) -> None:
         """One optimizer; parts with a learning rate of their own are its further groups."""
@@ -268,6 +276,8 @@ class MRLBrain(sb.Brain):
 
     def on_stage_end(self, stage: sb.Stage, stage_loss: float, epoch: int | None = None) -> None:
         """Logs the stage; after validation, keeps the checkpoint if it is the best."""
+        if stage != sb.Stage.TRAIN and dist.is_initialized():
+            stage_loss = self._gather_ranks(stage_loss)
         stats = {"loss": stage_loss}
         stats.update({name: total / self.n_batches for name, total in self.sums.items()})
         if stage == sb.Stage.TRAIN:
@@ -312,6 +322,19 @@ class MRLBrain(sb.Brain):
             saved = yaml.safe_load(file)
         self.sums, self.n_batches = saved.get("sums", {}), saved.get("n_batches", 0)
         self.embeddings = {}
+
+    def _gather_ranks(self, loss: float) -> float:
+        """Every rank's validation clips on every rank; returns the mean loss of all batches."""
+        found: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(found, (self.embeddings, self.sums, self.n_batches, loss))
+        self.embeddings, self.sums, self.n_batches, total = {}, {}, 0, 0.0
+        for embeddings, sums, n_batches, mean in found:
+            self.embeddings.update(embeddings)
+            for name, value in sums.items():
+                self.sums[name] = self.sums.get(name, 0.0) + value
+            self.n_batches += n_batches
+            total += n_batches * mean
+        return total / max(1, self.n_batches)
 
     def _wrap_distributed(self) -> None:
         """As SpeechBrain does, but on CPUs without SyncBatchNorm, which only GPUs have.
@@ -369,8 +392,8 @@ def train_student(
         Called as ``MatryoshkaDistillationLoss``; fitted on the training clips' embeddings.
     train_set : DynamicItemDataset or DataLoader
         As from ``train_dataset``.
-    valid_set : DynamicItemDataset
-        As from ``valid_dataset``.
+    valid_set : DynamicItemDataset or None
+        As from ``valid_dataset``; each process takes its share of it.
     hparams : dict
         The loaded YAML.
     run_opts : dict
@@ -387,6 +410,8 @@ def train_student(
     """
     checkpointer = hparams["checkpointer"]
     checkpointer.add_recoverables({"student": student, "objective": objective})
+    if valid_set is not None and dist.is_initialized():
+        valid_set.data_ids = valid_set.data_ids[dist.get_rank() :: dist.get_world_size()]
     if stores and checkpointer.find_checkpoint() is None and not objective.fitted:
         fit_objective(objective, stores[sb.Stage.TRAIN])
     part_lrs = hparams["unfreeze"] or {}
