@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from speechbrain.dataio.dataset import DynamicItemDataset
 from torch import nn
+
+from speechbrain_mrl.lists import ClipDataset
 
 
 def _draw_seed(*numbers: int) -> int:
@@ -37,7 +38,7 @@ def seed_draws(*numbers: int) -> None:
     torch.manual_seed(seed)
 
 
-class SeededClips(DynamicItemDataset):
+class SeededClips(ClipDataset):
     """A dataset whose items draw by seed, epoch and position, in whichever process.
 
     ``epoch`` is a tensor that reading processes see change.

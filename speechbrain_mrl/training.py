@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import speechbrain as sb
 import torch
 import torch.distributed as dist
@@ -94,8 +95,8 @@ def train_dataset(
     items, keys = [chunk], ["id", "sig"]
     if label_encoder is not None:
         items, keys = [chunk, label], ["id", "sig", "label"]
-    dataset = SeededClips.from_csv(csv_path, {}, items, keys)
-    dataset.data_ids = dataset.data_ids * chunks_per_clip
+    dataset = SeededClips(csv_path, items, keys)
+    dataset.data_ids = np.tile(dataset.data_ids, chunks_per_clip)
     return dataset
 
 
