@@ -51,7 +51,7 @@ def train(rank, world_size, config, folder):
     join(rank, world_size, folder)
     brain = make_brain(config, world_size)
     brain.on_fit_start()
-    brain.on_stage_start(sb.Stage.TRAIN)
+    brain.on_stage_start(sb.Stage.TRAIN, epoch=1)
     brain.modules.train()
     for module in brain.modules.modules():
         if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
