@@ -1,0 +1,449 @@
+"""The same embeddings in less time, in PyTorch alone: a copy of a model arranged for inference.
+
+Maps are kept as (B, T, F, C), channels innermost, so that convolutions take their fast kernels, 1×1
+convolutions are matrix products, and what turns (B, C, F, T) into (B, F·C, T) is free. BatchNorm is
+folded into the layer before it, where no activation lies between, and stage weights are computed
+once. ``redimnet.py`` stays the reference that this file is tested against.
+"""
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from speechbrain_mrl.redimnet import (
+    ASTP,
+    Block2d,
+    Conv1d,
+    Conv2d,
+    ConvNeXtBlock,
+    LayerNorm,
+    PositionalConv,
+    ReDimNet,
+    ResNetBlock,
+    Sequence,
+    TimeContext,
+    To1d,
+    TransformerLayer,
+    _mean_and_variance,
+)
+
+MAP_BYTES = 32 * 2**20  # glibc returns larger blocks to the system, and each use maps them anew
+FRAME_BYTES = 4  # float32
+
+
+def optimize_for_inference(model: ReDimNet) -> ReDimNet:
+    """A copy of ``model`` that gives the same embeddings faster; for inference only.
+
+    Differences are rounding errors, below 1e-4. The copy is called as the model is (``wav_lens``,
+    ``target_dim``, ``return_all_dims``), always under ``torch.inference_mode``, and cannot be
+    trained, saved or published: keep the model for that.
+
+    Arguments
+    ---------
+    model : ReDimNet
+        Or a subclass. Is not changed; its later changes do not reach the copy.
+
+    Returns
+    -------
+    ReDimNet
+        In eval mode, of the model's class and on its device, float32.
+
+    Raises
+    ------
+    TypeError
+        If ``model`` is not a ReDimNet.
+
+    Example
+    -------
+    >>> from speechbrain_mrl import ReDimNetMRL
+    >>> model = ReDimNetMRL(embed_dim=128, mrl_dims=(64, 128), backbone="b0").eval()
+    >>> fast, wavs = optimize_for_inference(model), torch.rand(1, 16000)
+    >>> bool((fast(wavs, target_dim=64) - model(wavs, target_dim=64)).abs().max() < 1e-4)
+    True
+    """
+    if not isinstance(model, ReDimNet):
+        raise TypeError(
+            f"model must be a ReDimNet, got {type(model).__name__}; of an EncoderClassifier, "
+            "pass mods.embedding_model"
+        )
+    fast = copy.deepcopy(model).eval().float().requires_grad_(False)
+    with torch.no_grad():
+        fast.linear = _linear_after_norm(fast.linear, fast.bn)
+        if fast.bn2 is not None:
+            scale, shift = _affine(fast.bn2)
+            fast.linear.weight.mul_(scale[:, None])
+            fast.linear.bias.mul_(scale).add_(shift)
+        fast.bn, fast.bn2 = nn.Identity(), None
+        fast.backbone = _Backbone(fast.backbone)
+        if isinstance(fast.pool, ASTP):
+            fast.pool = _ASTP(fast.pool)
+        tiny = torch.finfo(torch.float32).tiny
+        for tensor in [*fast.parameters(), *fast.buffers()]:
+            if tensor.is_floating_point():  # subnormal numbers slow a CPU down
+                tensor.masked_fill_(tensor.abs() < tiny, 0.0)
+    fast.__class__ = _inference_class(type(model))
+    return fast
+
+
+def batch_seconds_for(model: ReDimNet) -> float:
+    """Seconds of audio, over all clips of a batch, up to which batches of ``model`` pay on a CPU.
+
+    Beyond them the largest map passes 32 MB: glibc's malloc then asks the system for new memory at
+    each operation, whose pages are cleared again every time, and a clip costs more than alone. A
+    single longer clip is right nevertheless.
+
+    Example
+    -------
+    >>> from speechbrain_mrl.redimnet import PRESETS
+    >>> [round(batch_seconds_for(ReDimNet.from_config(PRESETS[size]))) for size in ("b2", "b6")]
+    [110, 14]
+    """
+    config = model.model_config
+    size = config["F"] * config["C"]  # of a stage's input; channels grow as frequencies shrink
+    expansion = max(stage[2] for stage in config["stages_setup"])
+    frames = MAP_BYTES / (size * expansion * FRAME_BYTES)
+    return frames * config["hop_length"] / 16000
+
+
+def _inference_class(base):
+    """A subclass of ``base`` under its name that runs in inference mode."""
+
+    class Fast(base):
+        def forward(self, *args, **kwargs):
+            if self.training:
+                raise RuntimeError("a copy made for inference cannot be trained; train its model")
+            with torch.inference_mode():
+                out = super().forward(*args, **kwargs)
+            if isinstance(out, dict):
+                whole = out[max(out)].clone()
+                return {d: whole[:, :d] for d in out}
+            return out.clone()  # a normal tensor, which may enter a trained head
+
+        def train(self, mode=True):
+            if mode:
+                raise RuntimeError("a copy made for inference cannot be trained; train its model")
+            return super().train(False)
+
+        def state_dict(self, *args, **kwargs):
+            raise RuntimeError("a copy made for inference is not saved; save the model instead")
+
+    Fast.__name__ = Fast.__qualname__ = base.__name__
+    return Fast
+
+
+# Folding
+
+
+def _affine(norm):
+    """Scale and shift of a BatchNorm in eval mode."""
+    scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+    return scale, norm.bias - norm.running_mean * scale
+
+
+def _linear_after_norm(linear, norm):
+    """``linear(norm(x))`` as one layer."""
+    scale, shift = _affine(norm)
+    folded = nn.Linear(linear.in_features, linear.out_features, device=linear.weight.device)
+    folded.weight.copy_(linear.weight * scale)
+    folded.bias.copy_(linear.bias + linear.weight @ shift)
+    return folded.requires_grad_(False)
+
+
+# Layers on (B, T, F, C); mask: (B, T, 1, 1), 1 for a frame of the clip, or None. A map (B, T, S),
+# S = F·C, is the same memory.
+
+
+class _Conv(nn.Module):
+    """A convolution that keeps the size, with the BatchNorm after it folded in."""
+
+    def __init__(self, conv, norm=None):
+        super().__init__()
+        weight, bias = conv.weight.detach(), conv.bias
+        bias = None if bias is None else bias.detach()
+        if weight.ndim == 3:
+            weight = weight.unsqueeze(2)  # (out, in, F = 1, T)
+        if norm is not None:
+            scale, shift = _affine(norm)
+            weight = weight * scale.view(-1, 1, 1, 1)
+            bias = shift if bias is None else shift + bias * scale
+        weight = weight.transpose(2, 3)  # (out, in, T, F)
+        self.groups, self.pointwise = conv.groups, weight[0, 0].numel() == 1
+        self.padding = (weight.shape[2] // 2, weight.shape[3] // 2)
+        if self.pointwise and self.groups == 1:
+            weight = weight[:, :, 0, 0].contiguous()
+        else:
+            weight = weight.contiguous(memory_format=torch.channels_last)
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", None if bias is None else bias.clone())
+
+    def forward(self, x, mask):
+        if self.weight.ndim == 2:
+            return F.linear(x, self.weight, self.bias)
+        if mask is not None and self.padding[0]:
+            x = x * mask
+        x = x.permute(0, 3, 1, 2)  # (B, C, T, F), channels last in memory
+        out = F.conv2d(x, self.weight, self.bias, padding=self.padding, groups=self.groups)
+        return out.permute(0, 2, 3, 1).contiguous()
+
+
+class _Stride(nn.Module):
+    """Convolution over ``stride`` neighbouring frequencies: a matrix product."""
+
+    def __init__(self, conv):
+        super().__init__()
+        width, channels, self.stride, _ = conv.weight.shape
+        weight = conv.weight.detach()[..., 0].transpose(1, 2).reshape(width, -1)
+        self.register_buffer("weight", weight.contiguous())
+        self.register_buffer("bias", conv.bias.detach().clone())
+
+    def forward(self, x, mask):
+        b, t, f, c = x.shape
+        x = x.reshape(b, t, f // self.stride, self.stride * c)
+        return F.linear(x, self.weight, self.bias)
+
+
+class _ResNet(nn.Module):
+    """``ResNetBlock``; its first BatchNorm follows an activation and stays."""
+
+    def __init__(self, block):
+        super().__init__()
+        pointwise = isinstance(block.conv1pw, nn.Conv2d)
+        self.conv1 = _Conv(block.conv1)
+        self.conv1pw = _Conv(block.conv1pw) if pointwise else None
+        self.norm = block.bn1
+        self.conv2 = _Conv(block.conv2, None if pointwise else block.bn2)
+        self.conv2pw = _Conv(block.conv2pw, block.bn2) if pointwise else None
+        self.se = block.se
+
+    def forward(self, x, mask):
+        out = self.conv1(x, mask)
+        if self.conv1pw is not None:
+            out = self.conv1pw(out, mask)
+        out = self.norm(out.relu_().permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        out = self.conv2(out, mask)
+        if self.conv2pw is not None:
+            out = self.conv2pw(out, mask)
+        if self.se is not None:
+            out *= self._gates(out, mask)
+        return out.add_(x).relu_()
+
+    def _gates(self, x, mask):
+        pooled = x.mean(dim=3)  # (B, T, F)
+        if mask is None:
+            pooled = pooled.mean(dim=1)
+        else:
+            mask = mask[..., 0]
+            pooled = (pooled * mask).sum(dim=1) / mask.sum(dim=1)
+        gates = self.se.exitation(self.se.squeeze(pooled).relu()).sigmoid()
+        return gates[:, None, :, None]
+
+
+class _ConvNeXt(nn.Module):
+    """``ConvNeXtBlock``; its BatchNorm is split over the parallel convolutions."""
+
+    def __init__(self, block):
+        super().__init__()
+        width, self.convs = block.pwconv1.in_channels // len(block.dwconvs), nn.ModuleList()
+        for i, conv in enumerate(block.dwconvs):
+            part = copy.deepcopy(block.norm)
+            for name in ("weight", "bias", "running_mean", "running_var"):
+                setattr(part, name, _cut(getattr(part, name), slice(i * width, (i + 1) * width)))
+            self.convs.append(_Conv(conv, part))
+        self.act, self.pwconv = block.act, _Conv(block.pwconv1)
+
+    def forward(self, x, mask):
+        out = [conv(x, mask) for conv in self.convs]
+        out = out[0] if len(out) == 1 else torch.cat(out, dim=-1)
+        return self.pwconv(self.act(out), mask).add_(x)
+
+
+def _cut(tensor, part):
+    cut = tensor.detach()[part]
+    return nn.Parameter(cut, requires_grad=False) if isinstance(tensor, nn.Parameter) else cut
+
+
+class _Norm(nn.Module):
+    """``LayerNorm`` over the channels, which lie innermost here."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x, mask):
+        return F.layer_norm(x, x.shape[-1:], self.norm.weight, self.norm.bias, self.norm.eps)
+
+
+class _Transformer(nn.Module):
+    """``TransformerLayer`` with one product for queries, keys and values."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, one = layer, layer.attention
+        projections = (one.q_proj, one.k_proj, one.v_proj)
+        self.register_buffer("weight", torch.cat([p.weight.detach() for p in projections]))
+        self.register_buffer("bias", torch.cat([p.bias.detach() for p in projections]))
+
+    def forward(self, x, mask):
+        x = x.squeeze(2)  # (B, T, C)
+        qkv = F.linear(x, self.weight, self.bias).unflatten(-1, (3, 4, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, 4, T, C / 4) each
+        keys = None if mask is None else mask[:, None, None, :, 0, 0].bool()
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=keys)
+        x = self.layer.layer_norm(x + self.layer.attention.out_proj(out.transpose(1, 2).flatten(2)))
+        return self.layer.final_layer_norm(x + self.layer.feed_forward(x)).unsqueeze(2)
+
+
+class _Time(nn.Module):
+    """``TimeContext`` on a map of one frequency."""
+
+    def __init__(self, context):
+        super().__init__()
+        layers = [*context.red_dim_conv, *context.tcm, context.exp_dim_conv]
+        self.layers = _Layers(layers)
+
+    def forward(self, x, mask):
+        one = x.flatten(2).unsqueeze(2)  # (B, T, 1, S)
+        return self.layers(one, mask).add_(one).view_as(x)
+
+
+class _Positional(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.conv, self.norm = _Conv(layer.conv), _Norm(layer.norm)
+
+    def forward(self, x, mask):
+        return self.norm(self.conv(x, mask), mask).add_(x)
+
+
+class _Act(nn.Module):
+    def __init__(self, act):
+        super().__init__()
+        self.act = act
+
+    def forward(self, x, mask):
+        return self.act(x)
+
+
+class _Mix(nn.Module):
+    """``MapMix`` with its weights computed once."""
+
+    def __init__(self, mix):
+        super().__init__()
+        weights = mix.w.detach().softmax(dim=1)[0, :, :, 0]  # (maps, S)
+        self.register_buffer("weights", weights.contiguous())
+
+    def forward(self, maps):
+        if len(maps) == 1:
+            return maps[0]
+        mixed = maps[0] * self.weights[0]
+        for one, weights in zip(maps[1:], self.weights[1:]):
+            mixed.addcmul_(one, weights)
+        return mixed  # (B, T, S)
+
+
+class _Layers(nn.Sequential):
+    def __init__(self, layers):
+        layers, converted = list(layers), []
+        while layers:
+            layer = layers.pop(0)
+            folded = bool(layers) and isinstance(layers[0], (nn.BatchNorm1d, nn.BatchNorm2d))
+            converted.append(_convert(layer, layers.pop(0) if folded else None))
+        super().__init__(*converted)
+
+    def forward(self, x, mask):
+        for layer in self:
+            x = layer(x, mask)
+        return x
+
+
+def _convert(layer, norm=None):
+    """The fast form of one layer of ``redimnet.py``."""
+    if isinstance(layer, Block2d):
+        layer = layer.conv_block
+    if isinstance(layer, Sequence):
+        return _Layers(layer)
+    if isinstance(layer, (nn.GELU, nn.ReLU)):
+        return _Act(layer)
+    if isinstance(layer, (Conv1d, Conv2d)):
+        return _Conv(layer, norm)
+    return _FAST[type(layer)](layer)
+
+
+class _Stage(nn.Module):
+    """Mixed maps (B, T, S) through one stage's layers."""
+
+    def __init__(self, stage):
+        super().__init__()
+        self.mix, to2d, *layers = stage
+        self.mix, self.shape = _Mix(self.mix), (to2d.f, to2d.c)
+        self.layers = _Layers(layer for layer in layers if not isinstance(layer, To1d))
+
+    def forward(self, maps, mask):
+        x = self.mix(maps).unflatten(2, self.shape)  # (B, T, F, C)
+        return self.layers(x, mask).flatten(2)
+
+
+class _Backbone(nn.Module):
+    """``Backbone`` without training: (B, 1, F, T) to (B, C·F or out_channels, T)."""
+
+    def __init__(self, backbone):
+        super().__init__()
+        self.stem = _Layers(layer for layer in backbone.stem if not isinstance(layer, To1d))
+        stages = [getattr(backbone, f"stage{i}") for i in range(backbone.n_stages)]
+        self.stages = nn.ModuleList(_Stage(stage) for stage in stages)
+        self.mix = _Mix(backbone.fin_wght1d)
+        self.mfa = None if isinstance(backbone.mfa, nn.Identity) else _Layers(backbone.mfa)
+
+    def forward(self, feats, mask=None):
+        mask = None if mask is None else mask[:, 0, :, None, None]  # (B, T, 1, 1)
+        maps = [self.stem(feats.permute(0, 3, 2, 1).contiguous(), mask).flatten(2)]
+        for stage in self.stages:
+            maps.append(stage(maps, mask))
+        frames = self.mix(maps)
+        if self.mfa is not None:
+            frames = self.mfa(frames.unsqueeze(2), mask).squeeze(2)
+        return frames.transpose(1, 2)
+
+
+class _ASTP(nn.Module):
+    """``ASTP`` whose global context enters as a bias instead of as 2 · C further rows."""
+
+    def __init__(self, pool):
+        super().__init__()
+        self.global_context_att, one, two = pool.global_context_att, pool.linear1, pool.linear2
+        for name, tensor in (
+            ("weight1", one.weight[:, :, 0].clone()),
+            ("bias1", one.bias.clone()),
+            ("weight2", two.weight[:, :, 0].clone()),
+            ("bias2", two.bias.clone()),
+        ):
+            self.register_buffer(name, tensor.detach())
+
+    def forward(self, x, mask=None):
+        channels, bias = x.shape[1], self.bias1
+        if self.global_context_att:
+            mean, variance = _mean_and_variance(x, mask)
+            context = torch.cat([mean, (variance + 1e-7).sqrt()], dim=1).squeeze(2)
+            bias = F.linear(context, self.weight1[:, channels:], bias).unsqueeze(1)
+        x = x.transpose(1, 2)  # (B, T, C)
+        hidden = (F.linear(x, self.weight1[:, :channels]) + bias).tanh_()
+        logits = F.linear(hidden, self.weight2, self.bias2)
+        if mask is not None:
+            logits.masked_fill_(mask.transpose(1, 2) == 0, -torch.inf)
+        weights = logits.softmax(dim=1)
+        mean = (weights * x).sum(dim=1)
+        variance = (weights * x.square()).sum(dim=1) - mean.square()
+        return torch.cat([mean, variance.clamp_min(1e-7).sqrt()], dim=1)
+
+
+_FAST = {
+    nn.Conv2d: _Stride,
+    LayerNorm: _Norm,
+    ConvNeXtBlock: _ConvNeXt,
+    ResNetBlock: _ResNet,
+    PositionalConv: _Positional,
+    TransformerLayer: _Transformer,
+    TimeContext: _Time,
+}
