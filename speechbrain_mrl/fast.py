@@ -78,7 +78,7 @@ def optimize_for_inference(model: ReDimNet) -> ReDimNet:
         fast.bn, fast.bn2 = nn.Identity(), None
         fast.backbone = _Backbone(fast.backbone)
         if isinstance(fast.pool, ASTP):
-            fast.pool = _ASTP(fast.pool)
+            fast.pool = FastASTP(fast.pool)
         tiny = torch.finfo(torch.float32).tiny
         for tensor in [*fast.parameters(), *fast.buffers()]:
             if tensor.is_floating_point():  # subnormal numbers slow a CPU down
@@ -407,7 +407,7 @@ class _Backbone(nn.Module):
         return frames.transpose(1, 2)
 
 
-class _ASTP(nn.Module):
+class FastASTP(nn.Module):
     """``ASTP`` whose global context enters as a bias instead of as 2 · C further rows."""
 
     def __init__(self, pool):
@@ -422,20 +422,27 @@ class _ASTP(nn.Module):
             self.register_buffer(name, tensor.detach())
 
     def forward(self, x, mask=None):
-        channels, bias = x.shape[1], self.bias1
-        if self.global_context_att:
-            mean, variance = _mean_and_variance(x, mask)
-            context = torch.cat([mean, (variance + 1e-7).sqrt()], dim=1).squeeze(2)
-            bias = F.linear(context, self.weight1[:, channels:], bias).unsqueeze(1)
+        bias = self.context_bias(*_mean_and_variance(x, mask))
         x = x.transpose(1, 2)  # (B, T, C)
-        hidden = (F.linear(x, self.weight1[:, :channels]) + bias).tanh_()
-        logits = F.linear(hidden, self.weight2, self.bias2)
+        logits = self.logits(x, bias)
         if mask is not None:
             logits.masked_fill_(mask.transpose(1, 2) == 0, -torch.inf)
         weights = logits.softmax(dim=1)
         mean = (weights * x).sum(dim=1)
         variance = (weights * x.square()).sum(dim=1) - mean.square()
         return torch.cat([mean, variance.clamp_min(1e-7).sqrt()], dim=1)
+
+    def context_bias(self, mean, variance):
+        """What the clip's own mean and variance, (B, C, 1) each, add to every frame."""
+        if not self.global_context_att:
+            return self.bias1
+        context = torch.cat([mean, (variance + 1e-7).sqrt()], dim=1).squeeze(2)
+        return F.linear(context, self.weight1[:, mean.shape[1] :], self.bias1).unsqueeze(1)
+
+    def logits(self, x, bias):
+        """Weights before the softmax over time, of frames (B, T, C)."""
+        hidden = (F.linear(x, self.weight1[:, : x.shape[2]]) + bias).tanh_()
+        return F.linear(hidden, self.weight2, self.bias2)
 
 
 _FAST = {

@@ -1,11 +1,9 @@
-import copy
-
 import pytest
 import torch
 
 from speechbrain_mrl.fast import batch_seconds_for, optimize_for_inference
 from speechbrain_mrl.pretrained import ReDimNetMRL
-from speechbrain_mrl.redimnet import PRESETS, EmbeddingModel, MapMix, ReDimNet
+from speechbrain_mrl.redimnet import PRESETS, MapMix, ReDimNet
 
 CONFIGS = [*PRESETS, "tiny", "syn_att_convnext", "syn_conv_fwse"]
 
@@ -37,3 +35,44 @@ def test_the_copy_agrees_with_the_model_alone_and_padded(config, random_model, v
     for one, found in zip(expected, (fast(wavs), fast(wavs, wav_lens))):
         assert (found - one).abs().max() < 1e-4 * scale
         assert torch.cosine_similarity(found, one).min() > 1 - 1e-6
+
+
+def test_the_copy_is_called_as_its_model_and_leaves_it_alone(voices):
+    model = ReDimNetMRL(embed_dim=128, mrl_dims=(64, 128), backbone="b0").eval()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    fast, wav = optimize_for_inference(model), voices(0, 0.5)
+    sizes = fast(wav, return_all_dims=True)
+    assert {d: tuple(z.shape) for d, z in sizes.items()} == {64: (1, 64), 128: (1, 128)}
+    assert fast(wav, target_dim=64).equal(sizes[64]) and isinstance(fast, ReDimNetMRL)
+    assert not sizes[64].is_inference()
+    with pytest.raises(ValueError, match="target_dim must be one of"):
+        fast(wav, target_dim=65)
+    assert all(before[key].equal(value) for key, value in model.state_dict().items())
+    assert next(model.parameters()).requires_grad
+
+
+def test_the_copy_is_neither_trained_nor_saved(tiny_config, random_model):
+    fast = optimize_for_inference(random_model(tiny_config))
+    with pytest.raises(RuntimeError, match="train its model"):
+        fast.train()
+    with pytest.raises(RuntimeError, match="save the model instead"):
+        fast.state_dict()
+    assert fast.eval() is fast
+
+
+def test_what_is_no_redimnet_is_refused():
+    with pytest.raises(TypeError, match="mods.embedding_model"):
+        optimize_for_inference(torch.nn.Linear(1, 1))
+
+
+def test_subnormal_weights_are_flushed(tiny_config, random_model):
+    model = random_model(tiny_config)
+    model.linear.weight.data[0] = 1e-40
+    fast = optimize_for_inference(model)
+    assert (fast.linear.weight[0] == 0).all()
+
+
+def test_the_largest_map_of_a_batch_stays_within_32_megabytes(tiny_config):
+    # 24 · 4 numbers per frame, expanded by 2, 4 bytes each, 240 samples per frame
+    expected = 32 * 2**20 / (24 * 4 * 2 * 4) * 240 / 16000
+    assert batch_seconds_for(ReDimNet.from_config(tiny_config)) == pytest.approx(expected)

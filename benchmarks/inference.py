@@ -1,0 +1,148 @@
+"""Time of one embedding: every model with every engine, against the plain eager forward.
+
+python benchmarks/inference.py --output=results/inference
+
+Weights are random. In each round every engine embeds the same clip once, so that all meet the same
+machine; ratios are of medians over rounds. Exported files are kept in the output folder.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+from speechbrain_mrl import ReDimNetMRL
+from speechbrain_mrl.engines import ExportedEncoder, export_onnx
+from speechbrain_mrl.fast import batch_seconds_for, optimize_for_inference
+from speechbrain_mrl.redimnet import PRESETS
+
+EXPORTED = (("onnxruntime", "float32"), ("openvino", "float32"), ("openvino", "bfloat16"))
+
+
+def make_model(backbone):
+    """Random weights with BatchNorm statistics and stage weights as after training."""
+    torch.manual_seed(0)
+    model = ReDimNetMRL(backbone=backbone).eval()
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if name.endswith("running_mean"):
+            tensor.normal_(0, 0.1)
+        elif name.endswith("running_var"):
+            tensor.uniform_(0.5, 2.0)
+        elif name.endswith(".w") and tensor.requires_grad:
+            tensor.data.normal_()
+    return model
+
+
+def peaks():
+    """Measured GFLOP/s of a matrix product and GB/s of a copy."""
+    a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
+    rough_a, rough_b = a.bfloat16(), b.bfloat16()
+    big, to = torch.ones(2**26), torch.empty(2**26)  # 256 MB each
+
+    def best(function):
+        function()
+        return min(_timed(function)[0] for _ in range(5))
+
+    return {
+        "gflops_float32": 2 * 2048**3 / best(lambda: a @ b) / 1e9,
+        "gflops_bfloat16": 2 * 2048**3 / best(lambda: rough_a @ rough_b) / 1e9,
+        "gb_per_second": 2 * big.nbytes / best(lambda: to.copy_(big)) / 1e9,
+    }
+
+
+def count_gflops(model, wavs):
+    """2 · multiply-adds of the plain forward."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(wavs)
+    return counter.get_total_flops() / 1e9
+
+
+def _timed(function):
+    started = time.perf_counter()
+    value = function()
+    return time.perf_counter() - started, value
+
+
+def compare(backbone, folder, seconds, rounds, exported):
+    """One row per engine for one model."""
+    model = make_model(backbone)
+    fast = optimize_for_inference(model)
+    wavs = 0.1 * torch.randn(1, int(seconds * 16000))
+    eight = wavs.expand(8, -1).contiguous()
+    array = wavs.numpy()
+    engines = {
+        "plain": lambda: model(wavs),
+        "plain, four sizes": lambda: model(wavs, return_all_dims=True),
+        "optimize_for_inference": lambda: fast(wavs),
+        "plain, batch of 8": lambda: model(eight)[:1],
+        "optimize_for_inference, batch of 8": lambda: fast(eight)[:1],
+    }
+    if exported:
+        path = folder / f"{backbone}.onnx"
+        if not path.exists():
+            export_onnx(model, path)
+        for engine, precision in EXPORTED:
+            encoder = ExportedEncoder(path, engine, precision, torch.get_num_threads())
+            engines[f"{engine} {precision}"] = lambda encoder=encoder: encoder(array)
+    times, outputs = {name: [] for name in engines}, {}
+    with torch.no_grad():
+        for round_ in range(rounds + 1):
+            for name, function in engines.items():
+                if "batch" in name and round_ > 3:  # as long as all the others
+                    continue
+                spent, value = _timed(function)
+                if round_:  # the first is to warm up
+                    times[name].append(spent / (8 if "batch" in name else 1))
+                value = value[max(value)] if isinstance(value, dict) else value
+                outputs[name] = torch.as_tensor(value)
+    plain, gflops = outputs["plain"], count_gflops(model, wavs)
+    base = statistics.median(times["plain"])
+    return [
+        {
+            "model": backbone,
+            "engine": name,
+            "ms_per_clip": 1e3 * (spent := statistics.median(times[name])),
+            "ratio": base / spent,
+            "max_difference": (outputs[name] - plain).abs().max().item(),
+            "cosine": torch.cosine_similarity(outputs[name], plain).item(),
+            "gflops_per_second": gflops / spent,
+        }
+        for name in engines
+    ]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path("results/inference"))
+    parser.add_argument("--models", nargs="+", choices=sorted(PRESETS), default=sorted(PRESETS))
+    parser.add_argument("--exported", nargs="*", default=["b0", "b2", "b5"], help="also exported")
+    parser.add_argument("--seconds", type=float, default=3.0)
+    parser.add_argument("--rounds", type=int, default=15)
+    args = parser.parse_args()
+    args.output.mkdir(parents=True, exist_ok=True)
+    report = {"threads": torch.get_num_threads(), "seconds": args.seconds, **peaks(), "rows": []}
+    print({key: value for key, value in report.items() if key != "rows"})
+    print(
+        f"{'model':6}{'engine':38}{'ms':>8}{'ratio':>7}{'difference':>12}{'cosine':>10}{'GFLOP/s':>9}"
+    )
+    for backbone in args.models:
+        exported = backbone in args.exported
+        for row in compare(backbone, args.output, args.seconds, args.rounds, exported):
+            report["rows"].append(row)
+            print(
+                f"{backbone:6}{row['engine']:38}{row['ms_per_clip']:8.1f}{row['ratio']:7.2f}"
+                f"{row['max_difference']:12.1e}{row['cosine']:10.6f}{row['gflops_per_second']:9.0f}",
+                flush=True,
+            )
+    report["batch_seconds"] = {b: batch_seconds_for(make_model(b)) for b in args.models}
+    (args.output / "inference.json").write_text(json.dumps(report, indent=2) + "\n")
+    print(f"written to {args.output / 'inference.json'}")
+
+
+if __name__ == "__main__":
+    main()

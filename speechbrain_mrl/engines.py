@@ -1,0 +1,242 @@
+"""Exports a model as one ONNX file, waveforms to embeddings, and runs it with ONNX Runtime or OpenVINO.
+
+Needs the extra ``onnx`` or ``openvino``.
+"""
+
+import copy
+import json
+import os
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import nn
+
+from speechbrain_mrl.redimnet import (
+    N_FFT,
+    SAMPLE_RATE,
+    ReDimNet,
+    check_wavs,
+    sample_counts,
+)
+
+METADATA_KEY = "speechbrain_mrl"
+ENGINES = ("onnxruntime", "openvino")
+
+
+def export_onnx(model: ReDimNet, path: str | os.PathLike):
+    """Write ``model`` as an ONNX file that holds its features, network and embedding.
+
+    Input ``wavs`` (B, T), float32 at 16 kHz, any B, and any T from 257; outputs ``embeddings``
+    (B, embed_dim) and ``feats`` (B, F, frames). Clips of a batch have equal lengths. The sizes are
+    in the file's metadata, as JSON under ``speechbrain_mrl``.
+
+    Arguments
+    ---------
+    model : ReDimNet
+        Or a subclass, not a copy by ``optimize_for_inference``. Exported in eval mode, unchanged.
+    path : path
+        The file to write.
+
+    Raises
+    ------
+    ImportError
+        If the extra ``onnx`` is not installed.
+    TypeError
+        If ``model`` is not a ReDimNet.
+    """
+    try:
+        import onnx
+        import onnxscript  # noqa: F401  torch.onnx needs it
+    except ImportError as error:
+        raise ImportError(
+            "export_onnx needs onnx and onnxscript: pip install 'speechbrain_mrl[onnx]'"
+        ) from error
+    if not isinstance(model, ReDimNet):
+        raise TypeError(f"model must be a ReDimNet, got {type(model).__name__}")
+    graph = _Graph(copy.deepcopy(model).float().cpu()).eval()
+    shapes = {"wavs": {0: torch.export.Dim("batch"), 1: torch.export.Dim("samples")}}
+    with torch.no_grad():
+        program = torch.onnx.export(
+            graph,
+            (torch.randn(2, SAMPLE_RATE),),
+            input_names=["wavs"],
+            output_names=["embeddings", "feats"],
+            dynamic_shapes=shapes,
+            dynamo=True,
+            verbose=False,
+        )
+    exported = program.model_proto
+    mrl_dims = getattr(model, "mrl_dims", (model.embed_dim,))
+    facts = {"embed_dim": model.embed_dim, "mrl_dims": mrl_dims, "sample_rate": SAMPLE_RATE}
+    onnx.helper.set_model_props(exported, {METADATA_KEY: json.dumps(facts)})
+    onnx.save(exported, os.fspath(path))
+
+
+class _Mel(nn.Module):
+    """Power mel spectrogram (B, T) -> (B, F, frames) with the Fourier transform as a convolution."""
+
+    def __init__(self, mel):
+        super().__init__()
+        window = mel.spectrogram.window.double()
+        start = (N_FFT - len(window)) // 2  # torch.stft centres a window shorter than n_fft
+        angles = torch.outer(
+            torch.arange(N_FFT // 2 + 1).double(), torch.arange(start, start + len(window)).double()
+        ) * (2 * torch.pi / N_FFT)
+        waves = torch.cat([angles.cos(), angles.sin()]) * window  # (2 * bins, window)
+        self.register_buffer("waves", waves.unsqueeze(1).float())
+        self.register_buffer("filters", mel.mel_scale.fb.T.unsqueeze(-1).clone())  # (F, bins, 1)
+        self.margin, self.hop = start, mel.spectrogram.hop_length
+
+    def forward(self, wavs):
+        inner = wavs[:, None, self.margin : -self.margin]  # no frame uses more
+        real, imaginary = nn.functional.conv1d(inner, self.waves, stride=self.hop).chunk(2, dim=1)
+        return nn.functional.conv1d(real.square() + imaginary.square(), self.filters)
+
+
+class _Graph(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        model.spec.torchfbank[2] = _Mel(model.spec.torchfbank[2])
+        self.model = model
+
+    def forward(self, wavs):
+        model = self.model
+        feats, _ = model.spec._features(wavs, None)
+        pooled = model.pool(model.backbone(feats.unsqueeze(1)), None)
+        embeddings = model.linear(model.bn(pooled))
+        return embeddings if model.bn2 is None else model.bn2(embeddings), feats
+
+
+class ExportedEncoder:
+    """An exported model: waveforms in, embeddings out, both numpy.
+
+    Arguments
+    ---------
+    path : path
+        A file that ``export_onnx`` wrote.
+    engine : str
+        "onnxruntime" or "openvino".
+    precision : str
+        "float32", or "bfloat16" for the network behind the features (OpenVINO, on a CPU that has
+        bfloat16 instructions).
+    threads : int, optional
+        Threads of the engine. None: its own choice.
+
+    Raises
+    ------
+    ImportError
+        If the engine is not installed.
+    ValueError
+        For another engine or precision, or a file of another origin.
+    """
+
+    def __init__(self, path, engine="onnxruntime", precision="float32", threads=None):
+        if engine not in ENGINES:
+            raise ValueError(f"engine must be one of {ENGINES}, got {engine!r}")
+        allowed = ("float32", "bfloat16") if engine == "openvino" else ("float32",)
+        if precision not in allowed:
+            raise ValueError(f"precision must be one of {allowed} with {engine}, got {precision!r}")
+        start = _openvino if engine == "openvino" else _onnxruntime
+        try:
+            self._run, facts = start(os.fspath(path), precision, threads)
+        except ImportError as error:
+            extra = "openvino" if engine == "openvino" else "onnx"
+            raise ImportError(
+                f"engine {engine!r} is not installed: pip install 'speechbrain_mrl[{extra}]'"
+            ) from error
+        if facts is None:
+            raise ValueError(f"{path} was not written by export_onnx")
+        facts = json.loads(facts)
+        self.embed_dim, self.mrl_dims = facts["embed_dim"], tuple(facts["mrl_dims"])
+
+    def __call__(
+        self,
+        wavs: np.ndarray,
+        wav_lens: Sequence[float] | None = None,
+        target_dim: int | None = None,
+    ) -> np.ndarray:
+        """Embeddings of waveforms, or their prefixes; not length-normalised.
+
+        Padded clips are cut to their lengths and run one by one, which is exact, and on a CPU as
+        fast as a batch.
+
+        Arguments
+        ---------
+        wavs : numpy.ndarray
+            Float, 16 kHz, in [-1, 1]; (T,) or (B, T), T at least 257.
+        wav_lens : sequence of float, optional
+            Lengths relative to T, in (0, 1], (B,). None: no clip is padded.
+        target_dim : int, optional
+            One of ``mrl_dims``: coordinates to return. None: all.
+
+        Returns
+        -------
+        numpy.ndarray
+            (B, target_dim), float32.
+
+        Raises
+        ------
+        ValueError
+            For another shape, type or size, or a clip of fewer than 257 samples.
+        """
+        if target_dim is not None and target_dim not in self.mrl_dims:
+            raise ValueError(
+                f"target_dim must be one of mrl_dims {list(self.mrl_dims)}, got {target_dim!r}"
+            )
+        wavs = torch.as_tensor(wavs)
+        wavs = check_wavs(wavs)
+        counts = sample_counts(
+            wavs, None if wav_lens is None else torch.as_tensor(wav_lens, dtype=torch.float64)
+        )
+        wavs = np.ascontiguousarray(wavs.numpy(), dtype=np.float32)
+        if counts is None:
+            return self._run(wavs)[:, :target_dim]
+        clips = [self._run(wav[None, :count]) for wav, count in zip(wavs, counts.tolist())]
+        return np.concatenate(clips)[:, :target_dim]
+
+
+def _onnxruntime(path, precision, threads):
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or 0
+    options.add_session_config_entry("session.set_denormal_as_zero", "1")
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+    def run(wavs):
+        return session.run(["embeddings"], {"wavs": wavs})[0]
+
+    return run, session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
+
+
+def _openvino(path, precision, threads):
+    import openvino
+    from openvino import opset13
+
+    core = openvino.Core()
+    model = core.read_model(path)
+    where = ["framework", METADATA_KEY]
+    facts = model.get_rt_info(where).astype(str) if model.has_rt_info(where) else None
+    settings = {"PERFORMANCE_HINT": "LATENCY", "CPU_DENORMALS_OPTIMIZATION": True}
+    if threads:
+        settings["INFERENCE_NUM_THREADS"] = threads
+    exact = {**settings, "INFERENCE_PRECISION_HINT": "f32"}
+    wavs_in, results = model.get_parameters()[0], {r.get_any_name(): r for r in model.outputs}
+    embeddings, feats = (results[name].get_node() for name in ("embeddings", "feats"))
+    if precision == "float32":
+        whole = core.compile_model(openvino.Model([embeddings], [wavs_in]), "CPU", exact)
+        return lambda wavs: whole({"wavs": wavs})[0], facts
+    # Features stay float32, in a graph of their own: bfloat16 has 8 bits for a Fourier transform.
+    front = core.compile_model(openvino.Model([feats], [wavs_in]), "CPU", exact)
+    source = feats.input_value(0)
+    feats_in = opset13.parameter(source.get_partial_shape(), np.float32, name="feats_in")
+    for target in list(source.get_target_inputs()):
+        target.replace_source_output(feats_in.output(0))
+    rough = {**settings, "INFERENCE_PRECISION_HINT": "bf16"}
+    network = core.compile_model(openvino.Model([embeddings], [wavs_in, feats_in]), "CPU", rough)
+
+    def run(wavs):
+        return network([wavs, front({"wavs": wavs})[0]])[0]
+
+    return run, facts

@@ -1,0 +1,69 @@
+import numpy as np
+import pytest
+import torch
+
+from speechbrain_mrl.engines import ExportedEncoder, export_onnx
+from speechbrain_mrl.redimnet import MatryoshkaReDimNet
+
+pytest.importorskip("onnxscript")
+
+
+@pytest.fixture(scope="module")
+def exported(tiny_config, random_model, tmp_path_factory):
+    """A tiny Matryoshka model and its ONNX file."""
+    redimnet = random_model(tiny_config)
+    model = MatryoshkaReDimNet.from_redimnet(redimnet, embed_dim=32, mrl_dims=(8, 32)).eval()
+    path = tmp_path_factory.mktemp("onnx") / "model.onnx"
+    export_onnx(model, path)
+    return model, path
+
+
+@pytest.fixture(params=["onnxruntime", "openvino"])
+def engine(request):
+    pytest.importorskip(request.param)
+    return request.param
+
+
+def test_embeddings_agree_at_every_length_and_batch(exported, engine, voices):
+    model, path = exported
+    encoder = ExportedEncoder(path, engine, threads=1)
+    assert encoder.mrl_dims == (8, 32) and encoder.embed_dim == 32
+    for batch, seconds in ((1, 0.02), (2, 0.7), (3, 1.3)):
+        wavs = torch.stack([voices(i, seconds) for i in range(batch)])
+        with torch.no_grad():
+            expected = model(wavs).numpy()
+        np.testing.assert_allclose(encoder(wavs.numpy()), expected, rtol=1e-4, atol=1e-4)
+        assert (encoder(wavs.numpy(), target_dim=8) == encoder(wavs.numpy())[:, :8]).all()
+
+
+def test_padded_clips_are_embedded_as_alone(exported, engine, voices):
+    model, path = exported
+    wavs, wav_lens = torch.stack([voices(0, 1.0), voices(1, 1.0)]), [1.0, 0.6]
+    with torch.no_grad():
+        expected = model(wavs, torch.tensor(wav_lens)).numpy()
+    found = ExportedEncoder(path, engine, threads=1)(wavs.numpy(), wav_lens)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_bfloat16_comes_close(exported, voices):
+    pytest.importorskip("openvino")
+    model, path = exported
+    wav = voices(0, 1.0)
+    with torch.no_grad():
+        expected = model(wav)
+    found = ExportedEncoder(path, "openvino", "bfloat16", threads=1)(wav.numpy())
+    assert torch.cosine_similarity(torch.from_numpy(found), expected).item() > 0.999
+
+
+def test_what_an_exported_model_cannot_do_is_refused(exported, engine):
+    encoder, wavs = ExportedEncoder(exported[1], engine, threads=1), np.zeros((1, 16000), "f4")
+    with pytest.raises(ValueError, match="target_dim must be one of"):
+        encoder(wavs, target_dim=9)
+    with pytest.raises(ValueError, match="at least 257"):
+        encoder(wavs[:, :100])
+    with pytest.raises(ValueError, match="engine must be one of"):
+        ExportedEncoder(exported[1], "tensorrt")
+    with pytest.raises(ValueError, match="precision must be one of"):
+        ExportedEncoder(exported[1], engine, "int4")
+    with pytest.raises(TypeError, match="must be a ReDimNet"):
+        export_onnx(torch.nn.Linear(1, 1), "x.onnx")
