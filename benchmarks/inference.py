@@ -8,6 +8,7 @@ machine; ratios are of medians over rounds. Exported files are kept in the outpu
 
 import argparse
 import json
+import resource
 import statistics
 import time
 from pathlib import Path
@@ -89,13 +90,15 @@ def compare(backbone, folder, seconds, rounds, exported):
         for engine, precision in EXPORTED:
             encoder = ExportedEncoder(path, engine, precision, torch.get_num_threads())
             engines[f"{engine} {precision}"] = lambda encoder=encoder: encoder(array)
-    times, outputs = {name: [] for name in engines}, {}
+    times, outputs, faults = {name: [] for name in engines}, {}, {}
     with torch.no_grad():
         for round_ in range(rounds + 1):
             for name, function in engines.items():
                 if "batch" in name and round_ > 3:  # as long as all the others
                     continue
+                before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
                 spent, value = _timed(function)
+                faults[name] = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
                 if round_:  # the first is to warm up
                     times[name].append(spent / (8 if "batch" in name else 1))
                 value = value[max(value)] if isinstance(value, dict) else value
@@ -110,6 +113,7 @@ def compare(backbone, folder, seconds, rounds, exported):
             "ratio": base / spent,
             "max_difference": (outputs[name] - plain).abs().max().item(),
             "cosine": torch.cosine_similarity(outputs[name], plain).item(),
+            "page_faults": faults[name],  # of one call, the last
             "gflops_per_second": gflops / spent,
         }
         for name in engines
@@ -136,7 +140,8 @@ def main():
             report["rows"].append(row)
             print(
                 f"{backbone:6}{row['engine']:38}{row['ms_per_clip']:8.1f}{row['ratio']:7.2f}"
-                f"{row['max_difference']:12.1e}{row['cosine']:10.6f}{row['gflops_per_second']:9.0f}",
+                f"{row['max_difference']:12.1e}{row['cosine']:10.6f}{row['page_faults']:9}"
+                f"{row['gflops_per_second']:9.0f}",
                 flush=True,
             )
     report["batch_seconds"] = {b: batch_seconds_for(make_model(b)) for b in args.models}

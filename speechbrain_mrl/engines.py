@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from speechbrain_mrl.fast import packaged
 from speechbrain_mrl.redimnet import (
     N_FFT,
     SAMPLE_RATE,
@@ -34,7 +35,9 @@ def export_onnx(model: ReDimNet, path: str | os.PathLike):
     Arguments
     ---------
     model : ReDimNet
-        Or a subclass, not a copy by ``optimize_for_inference``. Exported in eval mode, unchanged.
+        Or a subclass, or the ``mods.embedding_model`` of a published model; not a copy by
+        ``optimize_for_inference``. Exported in eval
+        mode, unchanged.
     path : path
         The file to write.
 
@@ -52,8 +55,7 @@ def export_onnx(model: ReDimNet, path: str | os.PathLike):
         raise ImportError(
             "export_onnx needs onnx and onnxscript: pip install 'speechbrain_mrl[onnx]'"
         ) from error
-    if not isinstance(model, ReDimNet):
-        raise TypeError(f"model must be a ReDimNet, got {type(model).__name__}")
+    model = packaged(model)
     graph = _Graph(copy.deepcopy(model).float().cpu()).eval()
     shapes = {"wavs": {0: torch.export.Dim("batch"), 1: torch.export.Dim("samples")}}
     with torch.no_grad():

@@ -18,6 +18,7 @@ from speechbrain_mrl.redimnet import (
     Conv1d,
     Conv2d,
     ConvNeXtBlock,
+    EmbeddingModel,
     LayerNorm,
     PositionalConv,
     ReDimNet,
@@ -43,7 +44,8 @@ def optimize_for_inference(model: ReDimNet) -> ReDimNet:
     Arguments
     ---------
     model : ReDimNet
-        Or a subclass. Is not changed; its later changes do not reach the copy.
+        Or a subclass, or the ``mods.embedding_model`` of a published model. Is not changed; its
+        later changes do not reach the copy.
 
     Returns
     -------
@@ -63,11 +65,7 @@ def optimize_for_inference(model: ReDimNet) -> ReDimNet:
     >>> bool((fast(wavs, target_dim=64) - model(wavs, target_dim=64)).abs().max() < 1e-4)
     True
     """
-    if not isinstance(model, ReDimNet):
-        raise TypeError(
-            f"model must be a ReDimNet, got {type(model).__name__}; of an EncoderClassifier, "
-            "pass mods.embedding_model"
-        )
+    model = packaged(model)
     fast = copy.deepcopy(model).eval().float().requires_grad_(False)
     with torch.no_grad():
         fast.linear = _linear_after_norm(fast.linear, fast.bn)
@@ -85,6 +83,26 @@ def optimize_for_inference(model: ReDimNet) -> ReDimNet:
                 tensor.masked_fill_(tensor.abs() < tiny, 0.0)
     fast.__class__ = _inference_class(type(model))
     return fast
+
+
+def packaged(model: nn.Module) -> ReDimNet:
+    """``model`` itself, or if it is of a published folder's own code, the same of this package.
+
+    Raises
+    ------
+    TypeError
+        If it is neither.
+    """
+    if isinstance(model, ReDimNet):
+        return model
+    if type(model).__name__ != EmbeddingModel.__name__ or not hasattr(model, "model_config"):
+        raise TypeError(
+            f"model must be a ReDimNet, got {type(model).__name__}; of an EncoderClassifier, "
+            "pass mods.embedding_model"
+        )
+    same = EmbeddingModel(model.model_config, model.mrl_dims, model.target_dim)
+    same.load_state_dict(model.state_dict())
+    return same.eval().to(next(model.parameters()).device)
 
 
 def batch_seconds_for(model: ReDimNet) -> float:

@@ -1,6 +1,9 @@
+import importlib.util
+
 import pytest
 import torch
 
+from speechbrain_mrl import redimnet
 from speechbrain_mrl.fast import batch_seconds_for, optimize_for_inference
 from speechbrain_mrl.pretrained import ReDimNetMRL
 from speechbrain_mrl.redimnet import PRESETS, MapMix, ReDimNet
@@ -63,6 +66,19 @@ def test_the_copy_is_neither_trained_nor_saved(tiny_config, random_model):
 def test_what_is_no_redimnet_is_refused():
     with pytest.raises(TypeError, match="mods.embedding_model"):
         optimize_for_inference(torch.nn.Linear(1, 1))
+
+
+def test_the_model_of_a_published_folder_s_own_code_is_taken(tiny_config, random_model, voices):
+    spec = importlib.util.spec_from_file_location("custom", redimnet.__file__)
+    custom = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(custom)
+    published = custom.EmbeddingModel(tiny_config, mrl_dims=(8, 32), target_dim=8)
+    published.load_state_dict(random_model(tiny_config).state_dict())
+    wav = voices(0, 0.7)
+    with torch.no_grad():
+        expected = published.eval()(wav)
+    found = optimize_for_inference(published)(wav)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_subnormal_weights_are_flushed(tiny_config, random_model):
