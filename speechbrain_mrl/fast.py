@@ -30,7 +30,7 @@ from speechbrain_mrl.redimnet import (
     _mean_and_variance,
 )
 
-MAP_BYTES = 32 * 2**20  # glibc returns larger blocks to the system, and each use maps them anew
+MAP_BYTES = 16 * 2**20  # half of the largest block that glibc's malloc keeps: two are alive at once
 FRAME_BYTES = 4  # float32
 
 
@@ -108,7 +108,7 @@ def packaged(model: nn.Module) -> ReDimNet:
 def batch_seconds_for(model: ReDimNet) -> float:
     """Seconds of audio, over all clips of a batch, up to which batches of ``model`` pay on a CPU.
 
-    Beyond them the largest map passes 32 MB: glibc's malloc then asks the system for new memory at
+    Beyond them the largest map passes 16 MB, and glibc's malloc begins to ask the system for new memory at
     each operation, whose pages are cleared again every time, and a clip costs more than alone. A
     single longer clip is right nevertheless.
 
@@ -116,7 +116,7 @@ def batch_seconds_for(model: ReDimNet) -> float:
     -------
     >>> from speechbrain_mrl.redimnet import PRESETS
     >>> [round(batch_seconds_for(ReDimNet.from_config(PRESETS[size]))) for size in ("b2", "b6")]
-    [110, 14]
+    [55, 7]
     """
     config = model.model_config
     size = config["F"] * config["C"]  # of a stage's input; channels grow as frequencies shrink
@@ -437,7 +437,7 @@ class FastASTP(nn.Module):
             ("weight2", two.weight[:, :, 0].clone()),
             ("bias2", two.bias.clone()),
         ):
-            self.register_buffer(name, tensor.detach())
+            self.register_buffer(name, tensor.detach().float())
 
     def forward(self, x, mask=None):
         bias = self.context_bias(*_mean_and_variance(x, mask))

@@ -88,7 +88,7 @@ def test_subnormal_weights_are_flushed(tiny_config, random_model):
     assert (fast.linear.weight[0] == 0).all()
 
 
-def test_the_largest_map_of_a_batch_stays_within_32_megabytes(tiny_config):
+def test_the_largest_map_of_a_batch_stays_within_16_megabytes(tiny_config):
     # 24 · 4 numbers per frame, expanded by 2, 4 bytes each, 240 samples per frame
-    expected = 32 * 2**20 / (24 * 4 * 2 * 4) * 240 / 16000
+    expected = 16 * 2**20 / (24 * 4 * 2 * 4) * 240 / 16000
     assert batch_seconds_for(ReDimNet.from_config(tiny_config)) == pytest.approx(expected)
