@@ -171,7 +171,7 @@ def push_space(
     PackageNotFoundError
         If what the page needs (the extra ``space``) is not installed here: its versions are pinned.
     """
-    api = HfApi(token=token)
+    api = huggingface_hub.HfApi(token=token)
     commit = api.model_info(model, revision=revision).sha
     pinned = [f"{name}=={version(name).split('+')[0]}" for name in SPACE_PACKAGES]
     contents = {
@@ -189,7 +189,10 @@ def push_space(
         raise ValueError(f"{repo_id} exists and is public; nothing was uploaded")
     api.create_commit(
         repo_id,
-        [CommitOperationAdd(name, text.encode()) for name, text in contents.items()],
+        [
+            huggingface_hub.CommitOperationAdd(name, text.encode())
+            for name, text in contents.items()
+        ],
         commit_message=f"{model} at {commit}",
         repo_type="space",
     )
