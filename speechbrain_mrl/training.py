@@ -42,6 +42,7 @@ from speechbrain_mrl.losses import MatryoshkaDistillationLoss
 from speechbrain_mrl.pretrained import ReDimNetMRL
 from speechbrain_mrl.redimnet import MatryoshkaReDimNet, ReDimNet
 from speechbrain_mrl.report import agreement
+from speechbrain_mrl.rotation import aligning_rotation
 from speechbrain_mrl.teachers import LiveTeachers, TeacherStore, load_teachers
 from speechbrain_mrl.verification import Trials, evaluate
 from speechbrain_mrl.watch import TrainingLog
@@ -459,6 +460,41 @@ def train_student(
     return brain
 
 
+def align_head(
+    student: MatryoshkaReDimNet,
+    n_coordinates: int,
+    objective: Any,
+    store: TeacherStore,
+    clips: Sequence[Clip],
+    **embed_options: Any,
+) -> None:
+    """Turn a pretrained student's first coordinates towards what the teachers will ask of it.
+
+    A rotation: no cosine of these coordinates changes. The objective is fitted first.
+
+    Arguments
+    ---------
+    student : MatryoshkaReDimNet
+        Changed in place.
+    n_coordinates : int
+        How many came with the pretrained weights, at most ``embed_dim``.
+    objective : torch.nn.Module
+        Fitted on the ``store``.
+    store : TeacherStore
+        Holds the ``clips``.
+    clips : sequence of Clip
+        A few thousand of the training clips.
+    **embed_options
+        As for ``centre_head``.
+    """
+    fit_objective(objective, store)
+    targets = objective.targets(store.lookup([clip.id for clip in clips]))
+    target = targets[max(targets)][:, :n_coordinates]
+    target = nn.functional.pad(target, (0, n_coordinates - target.shape[1]))
+    found = embed_clips({"student": student}, clips, **embed_options)["student"]
+    student.rotate_head(aligning_rotation(found[:, :n_coordinates], target))
+
+
 def centre_head(student: MatryoshkaReDimNet, clips: Sequence[Clip], **embed_options: Any) -> None:
     """Let the student's embeddings of these clips have mean zero, by the bias of its linear layer.
 
@@ -615,10 +651,13 @@ def train_distilled_mrl(
         "valid_loader": {"batch_size": 16, "num_workers": num_workers},
     }
     run_opts = {"device": device}
+    embed_options = {"device": device, "max_seconds": max_seconds, "num_workers": num_workers}
+    fresh = hparams["checkpointer"].find_checkpoint() is None
+    if isinstance(backbone, ReDimNet) and valid_set is not None and fresh:
+        student.to(device)
+        clips, store = spread(splits[sb.Stage.TRAIN]), stores[sb.Stage.TRAIN]
+        align_head(student, backbone.embed_dim, objective, store, clips, **embed_options)
     train_student(student, objective, train_set, valid_set, hparams, run_opts, stores)
     if valid_set is not None:
-        centred_on = spread(splits[sb.Stage.TRAIN])
-        centre_head(
-            student, centred_on, device=device, max_seconds=max_seconds, num_workers=num_workers
-        )
+        centre_head(student, spread(splits[sb.Stage.TRAIN]), **embed_options)
     return student.eval()

@@ -7,7 +7,7 @@ from speechbrain.dataio.batch import PaddedBatch
 from speechbrain.dataio.encoder import CategoricalEncoder
 from torch.utils.data import DataLoader
 
-from speechbrain_mrl import ReDimNet, ReDimNetMRL, expand_model, train_distilled_mrl
+from speechbrain_mrl import ReDimNet, ReDimNetMRL, expand_model, train_distilled_mrl, training
 from speechbrain_mrl.audio import read_audio
 from speechbrain_mrl.embedding import embed_clips, read_clips, write_clips
 from speechbrain_mrl.training import MRLBrain, train_dataset, valid_dataset
@@ -129,6 +129,29 @@ def test_distillation_from_python_brings_the_student_nearer_to_its_teacher(
     clips = read_clips(tmp_path / "run" / "train.csv")
     embeddings = embed_clips({"student": student}, clips)["student"]
     assert embeddings.mean(dim=0).norm() < 1e-4 * embeddings.norm(dim=1).mean()
+
+
+def test_a_pretrained_student_starts_near_the_target_of_its_teachers(
+    small_corpus, random_model, tiny_config, tmp_path, monkeypatch
+):
+    """Before the first step; turned only, so that distances are those of the checkpoint."""
+    monkeypatch.setattr(training, "train_student", lambda *arguments: None)
+    backbone = random_model(tiny_config)
+    student = train_distilled_mrl(
+        {"one": backbone, "two": random_model(tiny_config, seed=3)},
+        {"embed_dim": 48, "mrl_dims": [16, 48], "backbone": backbone},
+        small_corpus,
+        epochs=1,
+        output_folder=tmp_path / "run",
+    )
+    clips = read_clips(tmp_path / "run" / "train.csv")
+    found = embed_clips({"student": student, "backbone": backbone}, clips)
+    k = backbone.embed_dim
+    own, pretrained = found["student"][:, :k].double(), found["backbone"].double()
+    pretrained -= pretrained.mean(dim=0)
+    distances = torch.cdist(own, own)
+    torch.testing.assert_close(distances, torch.cdist(pretrained, pretrained), atol=1e-3, rtol=1e-3)
+    assert not torch.allclose(own, pretrained, atol=0.1 * pretrained.std().item())
 
 
 def test_distillation_takes_a_loader_and_starts_from_a_redimnet(

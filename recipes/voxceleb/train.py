@@ -16,7 +16,6 @@ from pathlib import Path
 
 import speechbrain as sb
 import torch
-import torch.nn.functional as F
 from check_yaml import changed, check_train, dumped
 from demo_voices import make_demo_corpus
 from folder_prepare import prepare_folder
@@ -48,9 +47,9 @@ from speechbrain_mrl.report import (
     teacher_baselines,
     write_report,
 )
-from speechbrain_mrl.rotation import aligning_rotation
 from speechbrain_mrl.teachers import TeacherStore, load_teachers
 from speechbrain_mrl.training import (
+    align_head,
     centre_head,
     fit_objective,
     spread,
@@ -205,16 +204,12 @@ def make_student(hparams, corpus, objective, stores, **embed_options):
     student = ReDimNetMRL.from_redimnet(redimnet, *((k, [k]) if cut else (embed_dim, mrl_dims)))
     if hparams["checkpointer"].find_checkpoint() is None:
         clips = spread(read_clips(corpus.train_csv))
-        redimnet.to(embed_options.get("device", "cpu"))
-        found = embed_clips({"backbone": redimnet}, clips, **embed_options)["backbone"]
+        student.to(embed_options.get("device", "cpu"))
         if stores:
-            store = stores[sb.Stage.TRAIN]
-            fit_objective(objective, store)
-            targets = objective.targets(store.lookup([clip.id for clip in clips]))[embed_dim]
-            targets = F.pad(targets[:, :k], (0, max(0, k - embed_dim)))
-            student.rotate_head(aligning_rotation(found, targets))
+            align_head(student, k, objective, stores[sb.Stage.TRAIN], clips, **embed_options)
         else:
-            student.rotate_head(matryoshka_rotation(found, [k]).matrix)
+            found = embed_clips({"backbone": student}, clips, **embed_options)["backbone"]
+            student.rotate_head(matryoshka_rotation(found[:, :k], [k]).matrix)
     return resize_model(student, mrl_dims) if cut else student
 
 
