@@ -15,8 +15,8 @@ NAME = "embeddings"  # of the subfolder
 
 def embed_folder(
     encoder: Encoder,
-    source: str | os.PathLike,
-    output_folder: str | os.PathLike,
+    source: str | os.PathLike[str],
+    output_folder: str | os.PathLike[str],
     device: str = "cpu",
     batch_seconds: float = 60.0,
     max_seconds: float = 30.0,
@@ -74,7 +74,7 @@ def embed_folder(
     return folder
 
 
-def read_embeddings(folder: str | os.PathLike) -> Iterator[tuple[list[str], Tensor]]:
+def read_embeddings(folder: str | os.PathLike[str]) -> Iterator[tuple[list[str], Tensor]]:
     """Ids and embeddings (n, D) of a folder that ``embed_folder`` wrote, shard after shard."""
     ids = [clip.id for clip in read_clips(Path(folder) / "clips.csv")]
     store = TeacherStore(folder)

@@ -276,7 +276,7 @@ def read_calibrations(path: str | os.PathLike[str]) -> tuple[dict[int, Calibrati
     return calibrations, found["scores"]
 
 
-def check_calibration(path: str | os.PathLike, mrl_dims: Sequence[int]) -> None:
+def check_calibration(path: str | os.PathLike[str], mrl_dims: Sequence[int]) -> None:
     """Raise unless the calibrations can travel with a model of ``mrl_dims``.
 
     Scores that were centred or normalised by a cohort cannot: the model has only its cosines.

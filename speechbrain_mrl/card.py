@@ -57,6 +57,7 @@ class Provenance:
         for name in ("title", "license", "training_data"):
             if not getattr(self, name):
                 raise ValueError(f"{name} must say something about the model, it is empty")
+        object.__setattr__(self, "datasets", tuple(self.datasets))  # JSON gives a list
         strict = [name for name, license in self.teachers.items() if _is_noncommercial(license)]
         if strict and not _is_noncommercial(self.license):
             raise ValueError(

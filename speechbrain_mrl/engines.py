@@ -6,11 +6,12 @@ Needs the extra ``onnx`` or ``openvino``.
 import copy
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from speechbrain_mrl.fast import packaged
 from speechbrain_mrl.redimnet import (
@@ -24,8 +25,10 @@ from speechbrain_mrl.redimnet import (
 METADATA_KEY = "speechbrain_mrl"
 ENGINES = ("onnxruntime", "openvino")
 
+_Run = Callable[[np.ndarray], np.ndarray]  # waveforms (B, T) to embeddings (B, embed_dim)
 
-def export_onnx(model: ReDimNet, path: str | os.PathLike):
+
+def export_onnx(model: ReDimNet, path: str | os.PathLike[str]) -> None:
     """Write ``model`` as an ONNX file that holds its features, network and embedding.
 
     Input ``wavs`` (B, T), float32 at 16 kHz, any B, and any T from 257; outputs ``embeddings``
@@ -59,7 +62,7 @@ def export_onnx(model: ReDimNet, path: str | os.PathLike):
     graph = _Graph(copy.deepcopy(model).float().cpu()).eval()
     shapes = {"wavs": {0: torch.export.Dim("batch"), 1: torch.export.Dim("samples")}}
     with torch.no_grad():
-        program = torch.onnx.export(
+        program: Any = torch.onnx.export(
             graph,
             (torch.randn(2, SAMPLE_RATE),),
             input_names=["wavs"],
@@ -78,7 +81,10 @@ def export_onnx(model: ReDimNet, path: str | os.PathLike):
 class _Mel(nn.Module):
     """Power mel spectrogram (B, T) -> (B, F, frames) with the Fourier transform as a convolution."""
 
-    def __init__(self, mel):
+    waves: Tensor
+    filters: Tensor
+
+    def __init__(self, mel: Any) -> None:
         super().__init__()
         window = mel.spectrogram.window.double()
         start = (N_FFT - len(window)) // 2  # torch.stft centres a window shorter than n_fft
@@ -90,19 +96,19 @@ class _Mel(nn.Module):
         self.register_buffer("filters", mel.mel_scale.fb.T.unsqueeze(-1).clone())  # (F, bins, 1)
         self.margin, self.hop = start, mel.spectrogram.hop_length
 
-    def forward(self, wavs):
+    def forward(self, wavs: Tensor) -> Tensor:
         inner = wavs[:, None, self.margin : -self.margin]  # no frame uses more
         real, imaginary = nn.functional.conv1d(inner, self.waves, stride=self.hop).chunk(2, dim=1)
         return nn.functional.conv1d(real.square() + imaginary.square(), self.filters)
 
 
 class _Graph(nn.Module):
-    def __init__(self, model):
+    def __init__(self, model: ReDimNet) -> None:
         super().__init__()
         model.spec.torchfbank[2] = _Mel(model.spec.torchfbank[2])
         self.model = model
 
-    def forward(self, wavs):
+    def forward(self, wavs: Tensor) -> tuple[Tensor, Tensor]:
         model = self.model
         feats, _ = model.spec._features(wavs, None)
         pooled = model.pool(model.backbone(feats.unsqueeze(1)), None)
@@ -133,7 +139,13 @@ class ExportedEncoder:
         For another engine or precision, or a file of another origin.
     """
 
-    def __init__(self, path, engine="onnxruntime", precision="float32", threads=None):
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        engine: str = "onnxruntime",
+        precision: str = "float32",
+        threads: int | None = None,
+    ) -> None:
         if engine not in ENGINES:
             raise ValueError(f"engine must be one of {ENGINES}, got {engine!r}")
         allowed = ("float32", "bfloat16") if engine == "openvino" else ("float32",)
@@ -186,19 +198,18 @@ class ExportedEncoder:
             raise ValueError(
                 f"target_dim must be one of mrl_dims {list(self.mrl_dims)}, got {target_dim!r}"
             )
-        wavs = torch.as_tensor(wavs)
-        wavs = check_wavs(wavs)
+        signals = check_wavs(torch.as_tensor(wavs))
         counts = sample_counts(
-            wavs, None if wav_lens is None else torch.as_tensor(wav_lens, dtype=torch.float64)
+            signals, None if wav_lens is None else torch.as_tensor(wav_lens, dtype=torch.float64)
         )
-        wavs = np.ascontiguousarray(wavs.numpy(), dtype=np.float32)
+        wavs = np.ascontiguousarray(signals.numpy(), dtype=np.float32)
         if counts is None:
             return self._run(wavs)[:, :target_dim]
         clips = [self._run(wav[None, :count]) for wav, count in zip(wavs, counts.tolist())]
         return np.concatenate(clips)[:, :target_dim]
 
 
-def _onnxruntime(path, precision, threads):
+def _onnxruntime(path: str, precision: str, threads: int | None) -> tuple[_Run, Any]:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -206,13 +217,13 @@ def _onnxruntime(path, precision, threads):
     options.add_session_config_entry("session.set_denormal_as_zero", "1")
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
-    def run(wavs):
+    def run(wavs: np.ndarray) -> Any:
         return session.run(["embeddings"], {"wavs": wavs})[0]
 
     return run, session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
 
 
-def _openvino(path, precision, threads):
+def _openvino(path: str, precision: str, threads: int | None) -> tuple[_Run, Any]:
     import openvino
     from openvino import opset13
 
@@ -220,7 +231,7 @@ def _openvino(path, precision, threads):
     model = core.read_model(path)
     where = ["framework", METADATA_KEY]
     facts = model.get_rt_info(where).astype(str) if model.has_rt_info(where) else None
-    settings = {"PERFORMANCE_HINT": "LATENCY", "CPU_DENORMALS_OPTIMIZATION": True}
+    settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "CPU_DENORMALS_OPTIMIZATION": True}
     if threads:
         settings["INFERENCE_NUM_THREADS"] = threads
     exact = {**settings, "INFERENCE_PRECISION_HINT": "f32"}
@@ -238,7 +249,7 @@ def _openvino(path, precision, threads):
     rough = {**settings, "INFERENCE_PRECISION_HINT": "bf16"}
     network = core.compile_model(openvino.Model([embeddings], [wavs_in, feats_in]), "CPU", rough)
 
-    def run(wavs):
+    def run(wavs: np.ndarray) -> Any:
         return network([wavs, front({"wavs": wavs})[0]])[0]
 
     return run, facts

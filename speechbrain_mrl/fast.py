@@ -7,19 +7,24 @@ once. ``redimnet.py`` stays the reference that this file is tested against.
 """
 
 import copy
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from speechbrain_mrl.redimnet import (
     ASTP,
+    Backbone,
     Block2d,
     Conv1d,
     Conv2d,
     ConvNeXtBlock,
     EmbeddingModel,
+    FrequencySE,
     LayerNorm,
+    MapMix,
     PositionalConv,
     ReDimNet,
     ResNetBlock,
@@ -66,7 +71,8 @@ def optimize_for_inference(model: ReDimNet) -> ReDimNet:
     True
     """
     model = packaged(model)
-    fast = copy.deepcopy(model).eval().float().requires_grad_(False)
+    fast: Any = copy.deepcopy(model)  # its layers become others
+    fast.eval().float().requires_grad_(False)
     with torch.no_grad():
         fast.linear = _linear_after_norm(fast.linear, fast.bn)
         if fast.bn2 is not None:
@@ -100,7 +106,8 @@ def packaged(model: nn.Module) -> ReDimNet:
             f"model must be a ReDimNet, got {type(model).__name__}; of an EncoderClassifier, "
             "pass mods.embedding_model"
         )
-    same = EmbeddingModel(model.model_config, model.mrl_dims, model.target_dim)
+    published: Any = model
+    same = EmbeddingModel(published.model_config, published.mrl_dims, published.target_dim)
     same.load_state_dict(model.state_dict())
     return same.eval().to(next(model.parameters()).device)
 
@@ -125,11 +132,11 @@ def batch_seconds_for(model: ReDimNet) -> float:
     return frames * config["hop_length"] / 16000
 
 
-def _inference_class(base):
+def _inference_class(base: Any) -> type[ReDimNet]:
     """A subclass of ``base`` under its name that runs in inference mode."""
 
     class Fast(base):
-        def forward(self, *args, **kwargs):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
             if self.training:
                 raise RuntimeError("a copy made for inference cannot be trained; train its model")
             with torch.inference_mode():
@@ -139,12 +146,12 @@ def _inference_class(base):
                 return {d: whole[:, :d] for d in out}
             return out.clone()  # a normal tensor, which may enter a trained head
 
-        def train(self, mode=True):
+        def train(self, mode: bool = True) -> Any:
             if mode:
                 raise RuntimeError("a copy made for inference cannot be trained; train its model")
             return super().train(False)
 
-        def state_dict(self, *args, **kwargs):
+        def state_dict(self, *args: Any, **kwargs: Any) -> Any:
             raise RuntimeError("a copy made for inference is not saved; save the model instead")
 
     Fast.__name__ = Fast.__qualname__ = base.__name__
@@ -154,13 +161,13 @@ def _inference_class(base):
 # Folding
 
 
-def _affine(norm):
+def _affine(norm: Any) -> tuple[Tensor, Tensor]:
     """Scale and shift of a BatchNorm in eval mode."""
     scale = norm.weight / (norm.running_var + norm.eps).sqrt()
     return scale, norm.bias - norm.running_mean * scale
 
 
-def _linear_after_norm(linear, norm):
+def _linear_after_norm(linear: nn.Linear, norm: nn.BatchNorm1d) -> nn.Linear:
     """``linear(norm(x))`` as one layer."""
     scale, shift = _affine(norm)
     folded = nn.Linear(linear.in_features, linear.out_features, device=linear.weight.device)
@@ -176,7 +183,10 @@ def _linear_after_norm(linear, norm):
 class _Conv(nn.Module):
     """A convolution that keeps the size, with the BatchNorm after it folded in."""
 
-    def __init__(self, conv, norm=None):
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, conv: Any, norm: nn.Module | None = None) -> None:
         super().__init__()
         weight, bias = conv.weight.detach(), conv.bias
         bias = None if bias is None else bias.detach()
@@ -196,7 +206,7 @@ class _Conv(nn.Module):
         self.register_buffer("weight", weight)
         self.register_buffer("bias", None if bias is None else bias.clone())
 
-    def forward(self, x, mask):
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         if self.weight.ndim == 2:
             return F.linear(x, self.weight, self.bias)
         if mask is not None and self.padding[0]:
@@ -209,14 +219,17 @@ class _Conv(nn.Module):
 class _Stride(nn.Module):
     """Convolution over ``stride`` neighbouring frequencies: a matrix product."""
 
-    def __init__(self, conv):
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, conv: Any) -> None:
         super().__init__()
         width, channels, self.stride, _ = conv.weight.shape
         weight = conv.weight.detach()[..., 0].transpose(1, 2).reshape(width, -1)
         self.register_buffer("weight", weight.contiguous())
         self.register_buffer("bias", conv.bias.detach().clone())
 
-    def forward(self, x, mask):
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         b, t, f, c = x.shape
         x = x.reshape(b, t, f // self.stride, self.stride * c)
         return F.linear(x, self.weight, self.bias)
@@ -225,7 +238,7 @@ class _Stride(nn.Module):
 class _ResNet(nn.Module):
     """``ResNetBlock``; its first BatchNorm follows an activation and stays."""
 
-    def __init__(self, block):
+    def __init__(self, block: ResNetBlock) -> None:
         super().__init__()
         pointwise = isinstance(block.conv1pw, nn.Conv2d)
         self.conv1 = _Conv(block.conv1)
@@ -235,7 +248,7 @@ class _ResNet(nn.Module):
         self.conv2pw = _Conv(block.conv2pw, block.bn2) if pointwise else None
         self.se = block.se
 
-    def forward(self, x, mask):
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         out = self.conv1(x, mask)
         if self.conv1pw is not None:
             out = self.conv1pw(out, mask)
@@ -244,24 +257,25 @@ class _ResNet(nn.Module):
         if self.conv2pw is not None:
             out = self.conv2pw(out, mask)
         if self.se is not None:
-            out *= self._gates(out, mask)
+            out *= _gates(self.se, out, mask)
         return out.add_(x).relu_()
 
-    def _gates(self, x, mask):
-        pooled = x.mean(dim=3)  # (B, T, F)
-        if mask is None:
-            pooled = pooled.mean(dim=1)
-        else:
-            mask = mask[..., 0]
-            pooled = (pooled * mask).sum(dim=1) / mask.sum(dim=1)
-        gates = self.se.exitation(self.se.squeeze(pooled).relu()).sigmoid()
-        return gates[:, None, :, None]
+
+def _gates(se: FrequencySE, x: Tensor, mask: Tensor | None) -> Tensor:
+    pooled = x.mean(dim=3)  # (B, T, F)
+    if mask is None:
+        pooled = pooled.mean(dim=1)
+    else:
+        mask = mask[..., 0]
+        pooled = (pooled * mask).sum(dim=1) / mask.sum(dim=1)
+    gates = se.exitation(se.squeeze(pooled).relu()).sigmoid()
+    return gates[:, None, :, None]
 
 
 class _ConvNeXt(nn.Module):
     """``ConvNeXtBlock``; its BatchNorm is split over the parallel convolutions."""
 
-    def __init__(self, block):
+    def __init__(self, block: Any) -> None:
         super().__init__()
         width, self.convs = block.pwconv1.in_channels // len(block.dwconvs), nn.ModuleList()
         for i, conv in enumerate(block.dwconvs):
@@ -271,13 +285,13 @@ class _ConvNeXt(nn.Module):
             self.convs.append(_Conv(conv, part))
         self.act, self.pwconv = block.act, _Conv(block.pwconv1)
 
-    def forward(self, x, mask):
-        out = [conv(x, mask) for conv in self.convs]
-        out = out[0] if len(out) == 1 else torch.cat(out, dim=-1)
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        parts = [conv(x, mask) for conv in self.convs]
+        out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
         return self.pwconv(self.act(out), mask).add_(x)
 
 
-def _cut(tensor, part):
+def _cut(tensor: Tensor, part: slice) -> Tensor:
     cut = tensor.detach()[part]
     return nn.Parameter(cut, requires_grad=False) if isinstance(tensor, nn.Parameter) else cut
 
@@ -285,25 +299,28 @@ def _cut(tensor, part):
 class _Norm(nn.Module):
     """``LayerNorm`` over the channels, which lie innermost here."""
 
-    def __init__(self, norm):
+    def __init__(self, norm: LayerNorm) -> None:
         super().__init__()
         self.norm = norm
 
-    def forward(self, x, mask):
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         return F.layer_norm(x, x.shape[-1:], self.norm.weight, self.norm.bias, self.norm.eps)
 
 
 class _Transformer(nn.Module):
     """``TransformerLayer`` with one product for queries, keys and values."""
 
-    def __init__(self, layer):
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, layer: TransformerLayer) -> None:
         super().__init__()
         self.layer, one = layer, layer.attention
         projections = (one.q_proj, one.k_proj, one.v_proj)
         self.register_buffer("weight", torch.cat([p.weight.detach() for p in projections]))
         self.register_buffer("bias", torch.cat([p.bias.detach() for p in projections]))
 
-    def forward(self, x, mask):
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         x = x.squeeze(2)  # (B, T, C)
         qkv = F.linear(x, self.weight, self.bias).unflatten(-1, (3, 4, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, 4, T, C / 4) each
@@ -316,43 +333,45 @@ class _Transformer(nn.Module):
 class _Time(nn.Module):
     """``TimeContext`` on a map of one frequency."""
 
-    def __init__(self, context):
+    def __init__(self, context: TimeContext) -> None:
         super().__init__()
         layers = [*context.red_dim_conv, *context.tcm, context.exp_dim_conv]
         self.layers = _Layers(layers)
 
-    def forward(self, x, mask):
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         one = x.flatten(2).unsqueeze(2)  # (B, T, 1, S)
         return self.layers(one, mask).add_(one).view_as(x)
 
 
 class _Positional(nn.Module):
-    def __init__(self, layer):
+    def __init__(self, layer: PositionalConv) -> None:
         super().__init__()
         self.conv, self.norm = _Conv(layer.conv), _Norm(layer.norm)
 
-    def forward(self, x, mask):
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         return self.norm(self.conv(x, mask), mask).add_(x)
 
 
 class _Act(nn.Module):
-    def __init__(self, act):
+    def __init__(self, act: nn.Module) -> None:
         super().__init__()
         self.act = act
 
-    def forward(self, x, mask):
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         return self.act(x)
 
 
 class _Mix(nn.Module):
     """``MapMix`` with its weights computed once."""
 
-    def __init__(self, mix):
+    weights: Tensor
+
+    def __init__(self, mix: MapMix) -> None:
         super().__init__()
         weights = mix.w.detach().softmax(dim=1)[0, :, :, 0]  # (maps, S)
         self.register_buffer("weights", weights.contiguous())
 
-    def forward(self, maps):
+    def forward(self, maps: list[Tensor]) -> Tensor:
         if len(maps) == 1:
             return maps[0]
         mixed = maps[0] * self.weights[0]
@@ -362,21 +381,21 @@ class _Mix(nn.Module):
 
 
 class _Layers(nn.Sequential):
-    def __init__(self, layers):
-        layers, converted = list(layers), []
-        while layers:
-            layer = layers.pop(0)
-            folded = bool(layers) and isinstance(layers[0], (nn.BatchNorm1d, nn.BatchNorm2d))
-            converted.append(_convert(layer, layers.pop(0) if folded else None))
+    def __init__(self, layers: Iterable[nn.Module]) -> None:
+        rest, converted = list(layers), []
+        while rest:
+            layer = rest.pop(0)
+            folded = bool(rest) and isinstance(rest[0], (nn.BatchNorm1d, nn.BatchNorm2d))
+            converted.append(_convert(layer, rest.pop(0) if folded else None))
         super().__init__(*converted)
 
-    def forward(self, x, mask):
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         for layer in self:
             x = layer(x, mask)
         return x
 
 
-def _convert(layer, norm=None):
+def _convert(layer: nn.Module, norm: nn.Module | None = None) -> nn.Module:
     """The fast form of one layer of ``redimnet.py``."""
     if isinstance(layer, Block2d):
         layer = layer.conv_block
@@ -392,13 +411,13 @@ def _convert(layer, norm=None):
 class _Stage(nn.Module):
     """Mixed maps (B, T, S) through one stage's layers."""
 
-    def __init__(self, stage):
+    def __init__(self, stage: Iterable[Any]) -> None:
         super().__init__()
-        self.mix, to2d, *layers = stage
-        self.mix, self.shape = _Mix(self.mix), (to2d.f, to2d.c)
+        mix, to2d, *layers = stage
+        self.mix, self.shape = _Mix(mix), (to2d.f, to2d.c)
         self.layers = _Layers(layer for layer in layers if not isinstance(layer, To1d))
 
-    def forward(self, maps, mask):
+    def forward(self, maps: list[Tensor], mask: Tensor | None) -> Tensor:
         x = self.mix(maps).unflatten(2, self.shape)  # (B, T, F, C)
         return self.layers(x, mask).flatten(2)
 
@@ -406,15 +425,15 @@ class _Stage(nn.Module):
 class _Backbone(nn.Module):
     """``Backbone`` without training: (B, 1, F, T) to (B, C·F or out_channels, T)."""
 
-    def __init__(self, backbone):
+    def __init__(self, backbone: Backbone) -> None:
         super().__init__()
         self.stem = _Layers(layer for layer in backbone.stem if not isinstance(layer, To1d))
         stages = [getattr(backbone, f"stage{i}") for i in range(backbone.n_stages)]
         self.stages = nn.ModuleList(_Stage(stage) for stage in stages)
         self.mix = _Mix(backbone.fin_wght1d)
-        self.mfa = None if isinstance(backbone.mfa, nn.Identity) else _Layers(backbone.mfa)
+        self.mfa = _Layers(backbone.mfa) if isinstance(backbone.mfa, Sequence) else None
 
-    def forward(self, feats, mask=None):
+    def forward(self, feats: Tensor, mask: Tensor | None = None) -> Tensor:
         mask = None if mask is None else mask[:, 0, :, None, None]  # (B, T, 1, 1)
         maps = [self.stem(feats.permute(0, 3, 2, 1).contiguous(), mask).flatten(2)]
         for stage in self.stages:
@@ -428,9 +447,16 @@ class _Backbone(nn.Module):
 class FastASTP(nn.Module):
     """``ASTP`` whose global context enters as a bias instead of as 2 · C further rows."""
 
-    def __init__(self, pool):
+    weight1: Tensor
+    bias1: Tensor
+    weight2: Tensor
+    bias2: Tensor
+
+    def __init__(self, pool: ASTP) -> None:
         super().__init__()
-        self.global_context_att, one, two = pool.global_context_att, pool.linear1, pool.linear2
+        self.global_context_att = pool.global_context_att
+        one: Any = pool.linear1
+        two: Any = pool.linear2
         for name, tensor in (
             ("weight1", one.weight[:, :, 0].clone()),
             ("bias1", one.bias.clone()),
@@ -439,7 +465,7 @@ class FastASTP(nn.Module):
         ):
             self.register_buffer(name, tensor.detach().float())
 
-    def forward(self, x, mask=None):
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         bias = self.context_bias(*_mean_and_variance(x, mask))
         x = x.transpose(1, 2)  # (B, T, C)
         logits = self.logits(x, bias)
@@ -450,20 +476,20 @@ class FastASTP(nn.Module):
         variance = (weights * x.square()).sum(dim=1) - mean.square()
         return torch.cat([mean, variance.clamp_min(1e-7).sqrt()], dim=1)
 
-    def context_bias(self, mean, variance):
+    def context_bias(self, mean: Tensor, variance: Tensor) -> Tensor:
         """What the clip's own mean and variance, (B, C, 1) each, add to every frame."""
         if not self.global_context_att:
             return self.bias1
         context = torch.cat([mean, (variance + 1e-7).sqrt()], dim=1).squeeze(2)
         return F.linear(context, self.weight1[:, mean.shape[1] :], self.bias1).unsqueeze(1)
 
-    def logits(self, x, bias):
+    def logits(self, x: Tensor, bias: Tensor) -> Tensor:
         """Weights before the softmax over time, of frames (B, T, C)."""
         hidden = (F.linear(x, self.weight1[:, : x.shape[2]]) + bias).tanh_()
         return F.linear(hidden, self.weight2, self.bias2)
 
 
-_FAST = {
+_FAST: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv2d: _Stride,
     LayerNorm: _Norm,
     ConvNeXtBlock: _ConvNeXt,

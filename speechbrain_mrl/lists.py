@@ -2,7 +2,8 @@
 
 import csv
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from speechbrain.dataio.dataset import DynamicItemDataset
@@ -36,8 +37,11 @@ class ClipDataset(DynamicItemDataset):
     """
 
     def __init__(
-        self, path: str | os.PathLike, dynamic_items: Sequence = (), output_keys: Sequence = ()
-    ):
+        self,
+        path: str | os.PathLike[str],
+        dynamic_items: Sequence[Any] = (),
+        output_keys: Sequence[Any] = (),
+    ) -> None:
         self.data = _Rows(path)
         self.data_ids = np.arange(len(self.data))
         columns = ["id", *(column for column in self.data.columns if column != "ID")]
@@ -48,7 +52,7 @@ class ClipDataset(DynamicItemDataset):
 class _Rows:
     """Rows of a CSV by their number."""
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
         with open(path, "rb") as file:
             self.columns = next(csv.reader([file.readline().decode()]), [])
@@ -70,13 +74,15 @@ class _Rows:
     def __len__(self) -> int:
         return len(self.begins) - 1
 
-    def __getitem__(self, number: int) -> dict:
+    def __getitem__(self, number: int) -> dict[str, Any]:
         line = self.text[self.begins[number] : self.begins[number + 1]].tobytes().decode()
-        row = dict(zip(self.columns, next(csv.reader([line], skipinitialspace=True))))
+        row: dict[str, Any] = dict(
+            zip(self.columns, next(csv.reader([line], skipinitialspace=True)))
+        )
         row = {"id": row.pop("ID"), **row}
         if "duration" in row:
             row["duration"] = float(row["duration"])
         return row
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Callable[[str], Any], tuple[str]]:
         return _Rows, (self.path,)

@@ -1,7 +1,9 @@
 """One embedding of a recording of any length, in bounded memory."""
 
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from speechbrain_mrl.fast import FastASTP
 from speechbrain_mrl.redimnet import ASTP, SAMPLE_RATE, ReDimNet, check_wavs
@@ -59,7 +61,7 @@ def embed_long(
     per_second = SAMPLE_RATE / model.spec.hop_length
     window = max(1, round(window_seconds * per_second))
     margin = round(margin_seconds * per_second)
-    frames = None
+    frames: Any = None
     for start in range(0, feats.shape[-1], window):
         first = max(0, start - margin)
         part = model.backbone(feats[:, None, :, first : start + window + margin])
@@ -71,7 +73,7 @@ def embed_long(
     return (embeddings if model.bn2 is None else model.bn2(embeddings)).clone()
 
 
-def _pool(pool, frames, window):
+def _pool(pool: nn.Module, frames: Tensor, window: int) -> Tensor:
     """``pool(frames)`` with attentive weights of one window at a time, merged exactly."""
     if isinstance(pool, ASTP):
         pool = FastASTP(pool)
@@ -80,7 +82,8 @@ def _pool(pool, frames, window):
     mean = frames.mean(dim=-1, keepdim=True)
     squares = [((part - mean) ** 2).sum(-1, keepdim=True) for part in frames.split(window, dim=-1)]
     bias = pool.context_bias(mean, sum(squares) / (frames.shape[-1] - 1))
-    peak, total, first, second = torch.full_like(mean[..., 0], -torch.inf), 0.0, 0.0, 0.0
+    peak = torch.full_like(mean[..., 0], -torch.inf)
+    total = first = second = torch.zeros_like(peak)
     for part in frames.split(window, dim=-1):
         part = part.transpose(1, 2)  # (1, window, C)
         logits = pool.logits(part, bias)

@@ -7,6 +7,7 @@ written out here, in blocks of speakers that stay in the processor's cache.
 
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -65,9 +66,9 @@ def prefix_margin_losses(
     return losses
 
 
-def _with_margin(cosines, margin):
+def _with_margin(cosines: Tensor, radians: float) -> Tensor:
     """cos(angle + margin), and past a half turn a straight line, as in SpeechBrain."""
-    margin = torch.tensor(margin, dtype=cosines.dtype, device=cosines.device)
+    margin = torch.tensor(radians, dtype=cosines.dtype, device=cosines.device)
     cosines = cosines.clamp(-1 + 1e-7, 1 - 1e-7)
     turned = cosines * margin.cos() - (1 - cosines**2).sqrt() * margin.sin()
     return torch.where(cosines > -margin.cos(), turned, cosines - margin * margin.sin())
@@ -77,7 +78,9 @@ class _LogSumOfOthers(torch.autograd.Function):
     """log of the sum of exp(scale * cosine) over all speakers but a clip's own, (K, B)."""
 
     @staticmethod
-    def forward(ctx, x, weight, labels, dims, scale):
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, dims: tuple[int, ...], scale: float
+    ) -> Tensor:
         x_norms, w_norms = _prefix_norms(x, dims), _prefix_norms(weight, dims)
         logits = x.new_empty(len(dims), len(x), len(weight))
         for speakers in _blocks(len(weight)):
@@ -94,7 +97,7 @@ class _LogSumOfOthers(torch.autograd.Function):
         return log_sums
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, x_norms, w_norms, log_sums, logits = ctx.saved_tensors
         x_gradient, w_gradient = torch.zeros_like(x), torch.zeros_like(weight)
         # A cosine also falls as its vectors grow: sums of (gradient * logit) by clip and speaker.
@@ -120,14 +123,14 @@ class _LogSumOfOthers(torch.autograd.Function):
         return x_gradient, w_gradient, None, None, None
 
 
-def _blocks(n_speakers):
+def _blocks(n_speakers: int) -> list[slice]:
     return [slice(i, min(i + BLOCK, n_speakers)) for i in range(0, n_speakers, BLOCK)]
 
 
-def _coordinates(dims: Iterable[int]):
+def _coordinates(dims: Iterable[int]) -> list[slice]:
     """The coordinates that each size adds to the one before."""
     return [slice(*ends) for ends in pairwise((0, *dims))]
 
 
-def _prefix_norms(x, dims):
+def _prefix_norms(x: Tensor, dims: tuple[int, ...]) -> Tensor:
     return torch.stack([x[:, :dim].norm(dim=1) for dim in dims]).clamp_min(SMALLEST_NORM)

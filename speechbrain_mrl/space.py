@@ -16,7 +16,9 @@ import json
 import math
 import os
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -30,12 +32,14 @@ MIN_TSNE = 12  # recordings; fewer are drawn along their principal axes
 # FFmpeg's formats that hold sound of their own; playlists, which name other files, are not read
 FORMATS = "aac,aiff,amr,caf,flac,matroska,mov,mp3,ogg,w64,wav"
 
+Voice = tuple[np.ndarray, float]  # embedding (D,) and seconds of a recording
+
 
 class Refusal(Exception):
     """What is wrong with what the visitor gave, in one sentence for the page."""
 
 
-def read_voice(path: str | os.PathLike) -> torch.Tensor:
+def read_voice(path: str | os.PathLike[str]) -> torch.Tensor:
     """The first minute of a recording of any usual format, mono at 16 kHz, (T,).
 
     Raises
@@ -91,7 +95,7 @@ class Model:
         Commit hash of the Hub's version to load. None: the newest.
     """
 
-    def __init__(self, source: str, revision: str | None = None):
+    def __init__(self, source: str, revision: str | None = None) -> None:
         from huggingface_hub import snapshot_download
         from speechbrain.inference.classifiers import EncoderClassifier
 
@@ -105,7 +109,7 @@ class Model:
         self.calibration = _read_json(Path(folder, "calibration.json")).get("dims")
         self.report = _read_json(Path(folder, "report.json"))
 
-    def embed(self, path: str) -> tuple[np.ndarray, float]:
+    def embed(self, path: str) -> Voice:
         """Embedding (D,) and seconds of a recording, which is deleted."""
         try:
             wav = read_voice(path)
@@ -148,7 +152,7 @@ class Model:
         return "The model came without thresholds and calibration.json: cosines only, no verdict."
 
 
-def _read_json(path):
+def _read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
@@ -181,15 +185,17 @@ def time_searches(sizes: list[int], n: int = SEARCHED, runs: int = RUNS) -> dict
     return seconds
 
 
-def compare(model: Model, recordings: list[str | None], heard: dict) -> str:
+def compare(model: Model, recordings: list[str | None], heard: dict[str, Voice]) -> str:
     """Two recordings, at every size side by side. ``heard``: embeddings by path, added to."""
+    voices = []
     for which, path in zip(("first", "second"), recordings):
         if path is None:
             raise Refusal(f"Record or upload the {which} voice too.")
         if path not in heard:
             heard[path] = model.embed(path)
-    (one, *lengths), (two, length) = (heard[path] for path in recordings)
-    seconds, searches = (*lengths, length), time_searches(model.sizes)
+        voices.append(heard[path])
+    (one, length), (two, other) = voices
+    seconds, searches = (length, other), time_searches(model.sizes)
     cards = []
     for size in model.sizes:
         cosine = float(prefix_cosines(size, one, two[None])[0])
@@ -216,14 +222,14 @@ def compare(model: Model, recordings: list[str | None], heard: dict) -> str:
     )
 
 
-def _percent(log_ratio):
+def _percent(log_ratio: float) -> str:
     percent = 100 / (1 + math.exp(-max(-50.0, log_ratio)))
     return (
         "over 99.9 %" if percent > 99.9 else "under 0.1 %" if percent < 0.1 else f"{percent:.1f} %"
     )
 
 
-def enrol(model: Model, path: str | None, name: str, people: dict) -> str:
+def enrol(model: Model, path: str | None, name: str, people: dict[str, list[Voice]]) -> str:
     """Adds a recording to ``people``: name -> list of embeddings and seconds."""
     name = name.strip()
     if path is None:
@@ -234,13 +240,13 @@ def enrol(model: Model, path: str | None, name: str, people: dict) -> str:
     return enrolled(people)
 
 
-def enrolled(people: dict) -> str:
+def enrolled(people: dict[str, list[Voice]]) -> str:
     """Who is enrolled, for the page."""
     names = [f"{html.escape(name)} ({len(voices)})" for name, voices in people.items()]
     return f"<p>Enrolled (recordings): {', '.join(names) or 'nobody yet'}.</p>"
 
 
-def find(model: Model, path: str | None, people: dict) -> str:
+def find(model: Model, path: str | None, people: dict[str, list[Voice]]) -> str:
     """The enrolled voices nearest to a recording, at every size side by side."""
     if not people:
         raise Refusal("Enrol a voice or two first.")
@@ -280,7 +286,9 @@ def find(model: Model, path: str | None, people: dict) -> str:
     )
 
 
-def draw_map(model: Model, size: int, voices: list) -> tuple[object, str]:
+def draw_map(
+    model: Model, size: int, voices: Sequence[tuple[str, np.ndarray]]
+) -> tuple[object, str]:
     """A figure of the recordings in two dimensions, and a sentence about it.
 
     ``voices`` are pairs of a name and an embedding (D,).
@@ -317,8 +325,9 @@ def draw_map(model: Model, size: int, voices: list) -> tuple[object, str]:
     figure = Figure(figsize=(6.4, 5.6), layout="constrained")
     axes = figure.add_subplot(xticks=[], yticks=[], title=f"Voices at {size} coordinates ({how})")
     for group in range(groups.max() + 1):
-        style = {"color": f"C{group % 10}", "marker": "osD^vP*X"[group % 8]}
-        axes.scatter(*places[groups == group].T, s=60, edgecolors="black", linewidths=0.5, **style)
+        x, y = places[groups == group].T
+        color, marker = f"C{group % 10}", "osD^vP*X"[group % 8]
+        axes.scatter(x, y, s=60, color=color, marker=marker, edgecolors="black", linewidths=0.5)
     if len(voices) <= 40:
         for (name, _), place in zip(voices, places):
             label = name if len(name) <= 16 else f"{name[:15]}…"
@@ -334,14 +343,14 @@ def draw_map(model: Model, size: int, voices: list) -> tuple[object, str]:
     return figure, about
 
 
-def build(model: Model):
+def build(model: Model) -> Any:
     """The page, a ``gradio.Blocks``."""
     import gradio as gr
 
-    def guarded(function, *unchanged):
+    def guarded(function: Callable[..., list[Any]], *unchanged: Any) -> Callable[..., list[Any]]:
         """A refusal becomes its sentence on the page; other outputs stay as they are."""
 
-        def call(*arguments):
+        def call(*arguments: Any) -> list[Any]:
             try:
                 return function(*arguments)
             except Refusal as refusal:
@@ -349,16 +358,16 @@ def build(model: Model):
 
         return call
 
-    def on_compare(one, two, heard):
+    def on_compare(one: str | None, two: str | None, heard: dict[str, Voice]) -> list[Any]:
         return [compare(model, [one, two], heard), heard]
 
-    def on_enrol(path, name, people):
+    def on_enrol(path: str | None, name: str, people: dict[str, list[Voice]]) -> list[Any]:
         return [enrol(model, path, name, people), None, "", people]
 
-    def on_find(path, people):
+    def on_find(path: str | None, people: dict[str, list[Voice]]) -> list[Any]:
         return [find(model, path, people), None]
 
-    def on_files(paths, size, voices):
+    def on_files(paths: list[str], size: int, voices: list[tuple[str, np.ndarray]]) -> list[Any]:
         bad = []
         for path in paths:
             try:
@@ -367,7 +376,9 @@ def build(model: Model):
                 bad.append(str(refusal))
         return [*on_size(size, voices, bad), None, voices]
 
-    def on_size(size, voices, bad=()):
+    def on_size(
+        size: int, voices: list[tuple[str, np.ndarray]], bad: Sequence[str] = ()
+    ) -> list[Any]:
         figure = None
         try:
             figure, about = draw_map(model, int(size), voices)
@@ -376,8 +387,8 @@ def build(model: Model):
         notes = "".join(f"<p class=refusal role=alert>{html.escape(note)}</p>" for note in bad)
         return [figure, f"{notes}<p>{html.escape(about)}</p>"]
 
-    def voice(label, elem_id):
-        sources = ["upload", "microphone"]
+    def voice(label: str, elem_id: str) -> Any:
+        sources: list[Literal["upload", "microphone"]] = ["upload", "microphone"]
         return gr.Audio(
             sources=sources,
             type="filepath",
@@ -387,7 +398,7 @@ def build(model: Model):
             buttons=[],
         )
 
-    def memory(value):
+    def memory(value: Any) -> Any:
         return gr.State(value, time_to_live=KEPT_SECONDS)
 
     with gr.Blocks(
@@ -438,7 +449,7 @@ def build(model: Model):
     return page
 
 
-def _listed(sizes):
+def _listed(sizes: list[int]) -> str:
     *others, last = map(str, sizes)
     return f"{', '.join(others)} or {last}" if others else last
 
@@ -472,7 +483,7 @@ CSS = """
 """
 
 
-def main(arguments=None):
+def main(arguments: list[str] | None = None) -> None:
     """Serve the page; in a Space, of the model and version that model.json beside this file names."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     given_by = Path(__file__).with_name("model.json")
@@ -485,12 +496,15 @@ def main(arguments=None):
     launch(Model(pinned["model"], pinned["revision"]))
 
 
-def launch(model: Model, **options):
+def launch(model: Model, **options: Any) -> Any:
     """Serve ``model``'s page; ``options`` are those of ``gradio.Blocks.launch``."""
     import gradio as gr
 
     # Fonts of the visitor's own system: a page that fetches none tells nobody of the visit.
-    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+    fonts: dict[str, Any] = {
+        "font": ["system-ui", "sans-serif"],
+        "font_mono": ["ui-monospace", "monospace"],
+    }
     return build(model).launch(
         theme=gr.themes.Default(**fonts), css=CSS, max_file_size="50mb", footer_links=[], **options
     )

@@ -304,12 +304,13 @@ def fingerprint(encoder: Encoder) -> str:
     A callable that is no module must have an attribute ``fingerprint``, a string that does the same.
     """
     if not isinstance(encoder, nn.Module):
-        if not isinstance(getattr(encoder, "fingerprint", None), str):
+        given = getattr(encoder, "fingerprint", None)
+        if not isinstance(given, str):
             raise ValueError(
                 f"{encoder} is neither a torch.nn.Module nor has it an attribute fingerprint; set it "
                 "to a string that names its weights, so that embeddings of others are not mixed in"
             )
-        return encoder.fingerprint
+        return given
     digest = hashlib.sha256(type(encoder).__qualname__.encode())
     for key, value in sorted(encoder.state_dict().items()):
         digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
