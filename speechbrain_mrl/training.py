@@ -655,8 +655,8 @@ def train_distilled_mrl(
     fresh = hparams["checkpointer"].find_checkpoint() is None
     if isinstance(backbone, ReDimNet) and valid_set is not None and fresh:
         student.to(device)
-        clips, store = spread(splits[sb.Stage.TRAIN]), stores[sb.Stage.TRAIN]
-        align_head(student, backbone.embed_dim, objective, store, clips, **embed_options)
+        some, store = spread(splits[sb.Stage.TRAIN]), stores[sb.Stage.TRAIN]
+        align_head(student, backbone.embed_dim, objective, store, some, **embed_options)
     train_student(student, objective, train_set, valid_set, hparams, run_opts, stores)
     if valid_set is not None:
         centre_head(student, spread(splits[sb.Stage.TRAIN]), **embed_options)
