@@ -84,7 +84,7 @@ def load_published(source: str | os.PathLike[str]) -> ReDimNetMRL:
     state_dict = torch.load(path, map_location="cpu", weights_only=True)
     config = _plain(network["model_config"])
     model = ReDimNetMRL(config["embed_dim"], _hyperparams(folder)["mrl_dims"], config)
-    load_strictly(model, {key: value.float() for key, value in state_dict.items()}, path)
+    load_strictly(model, state_dict, path)
     return model.eval()
 
 
