@@ -3,27 +3,31 @@
 python benchmarks/bulk.py --models b0 b2 --files=48
 python benchmarks/bulk.py --models --memory_files=100000
 
-Recordings are noise of 2 to 12 s. ``--engine package.module:function`` names a function that takes a
-ReDimNet in eval mode and gives a callable (wavs, wav_lens) -> (B, D) with a string ``fingerprint``;
-without it the model itself is the engine. With ``--memory_files`` the folder is a list of that many
-short segments, the encoder costs nothing, and this process' memory is printed on the way.
+Recordings are noise of 2 to 12 s. Engines: the plain model, ``optimize_for_inference``, and OpenVINO.
+With ``--memory_files`` the folder is a list of that many short segments, the encoder costs nothing, and
+this process' memory is printed on the way.
 """
 
-import importlib
 import shutil
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import soundfile
 import torch
+from inference import exported_file, make_model
 from speechbrain.inference.classifiers import EncoderClassifier
 from timing import arguments, interleaved, resident, write
 
-from speechbrain_mrl import ReDimNet, embed_folder, export_model, read_embeddings
+from speechbrain_mrl import embed_folder, export_model, read_embeddings
 from speechbrain_mrl.audio import read_audio
 from speechbrain_mrl.embedding import Clip, find_clips, write_clips
+from speechbrain_mrl.engines import ExportedEncoder
+from speechbrain_mrl.fast import batch_seconds_for, optimize_for_inference
 from speechbrain_mrl.redimnet import PRESETS
+
+ENGINES = ["plain", "fast", "openvino float32", "openvino bfloat16"]
 
 
 def make_recordings(folder, count):
@@ -50,31 +54,57 @@ class Memory:
         return wavs[:, :192]
 
 
-def compare(name, folder, work, engine, num_workers, repeats):
-    """Seconds of both ways with one model, and the lowest cosine between their embeddings."""
-    torch.manual_seed(0)
-    model = ReDimNet.from_config(PRESETS[name]).eval()
+class OpenVINO:
+    """An exported model as ``embed_folder`` calls it."""
+
+    def __init__(self, path, precision):
+        self.encoder = ExportedEncoder(path, "openvino", precision, torch.get_num_threads())
+        self.fingerprint = precision
+
+    def __call__(self, wavs, wav_lens):
+        return torch.from_numpy(self.encoder(wavs.numpy(), wav_lens))
+
+
+def compare(name, folder, work, args):
+    """Seconds of the loop and of each engine, and the lowest cosine between their embeddings."""
+    model = make_model(name)
     classifier = EncoderClassifier.from_hparams(str(export_model(model, work / name)))
-    encoder = model if engine is None else engine(model)
+    make = {
+        "plain": lambda: model,
+        "fast": lambda: optimize_for_inference(model),
+        "openvino float32": lambda: OpenVINO(exported_file(name, args.exported), "float32"),
+        "openvino bfloat16": lambda: OpenVINO(exported_file(name, args.exported), "bfloat16"),
+    }
+    encoders = {engine: make[engine]() for engine in args.engines}
     one_by_one, clips = {}, find_clips(folder)
-    output = work / "out"
+    batch_seconds = args.batch_seconds or batch_seconds_for(model)
 
     def loop():
         for clip in clips:
             wav = read_audio(clip.wav)
             one_by_one[clip.id] = classifier.encode_batch(wav.unsqueeze(0))[0, 0]
 
-    def bulk():
-        shutil.rmtree(output, ignore_errors=True)
-        embed_folder(encoder, folder, output, num_workers=num_workers)
+    def bulk(engine):
+        shutil.rmtree(work / engine, ignore_errors=True)
+        embed_folder(
+            encoders[engine],
+            folder,
+            work / engine,
+            batch_seconds=batch_seconds,
+            num_workers=args.num_workers,
+        )
 
-    seconds = interleaved({"loop": loop, "bulk": bulk}, repeats)
-    cosines = [
-        torch.cosine_similarity(found, one_by_one[clip_id], dim=0).item()
-        for ids, embeddings in read_embeddings(output)
-        for clip_id, found in zip(ids, embeddings)
-    ]
-    return seconds | {"ratio": seconds["loop"] / seconds["bulk"], "lowest_cosine": min(cosines)}
+    ways = {"loop": loop} | {engine: partial(bulk, engine) for engine in args.engines}
+    seconds = interleaved(ways, args.repeats)
+    cosines = {
+        engine: min(
+            torch.cosine_similarity(found, one_by_one[clip_id], dim=0).item()
+            for ids, embeddings in read_embeddings(work / engine)
+            for clip_id, found in zip(ids, embeddings)
+        )
+        for engine in args.engines
+    }
+    return {"batch_seconds": batch_seconds, "seconds": seconds, "lowest_cosine": cosines}
 
 
 def memory(count, folder, work):
@@ -97,29 +127,32 @@ def main():
     parser.add_argument("--models", nargs="*", default=["b0", "b2"], choices=list(PRESETS))
     parser.add_argument("--files", type=int, default=48)
     parser.add_argument("--num_workers", type=int, default=0)
-    parser.add_argument("--engine", help="package.module:function")
+    parser.add_argument("--engines", nargs="+", default=ENGINES, choices=ENGINES)
+    parser.add_argument("--batch_seconds", type=float, help="default: batch_seconds_for(model)")
+    parser.add_argument(
+        "--exported", type=Path, default=Path("results/inference"), help="keeps ONNX files"
+    )
     parser.add_argument("--memory_files", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)
-    engine = None
-    if args.engine is not None:
-        module, _, function = args.engine.partition(":")
-        engine = getattr(importlib.import_module(module), function)
-    results = {"files": args.files, "threads": args.threads, "engine": args.engine, "rows": {}}
+    args.exported.mkdir(parents=True, exist_ok=True)
+    results = {"files": args.files, "threads": args.threads, "rows": {}}
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
         folder = work / "recordings"
         folder.mkdir()
         make_recordings(folder, args.files)
         for name in args.models:
-            row = compare(name, folder, work, engine, args.num_workers, args.repeats)
-            results["rows"][name] = row
-            print(
-                f"{name}: loop {row['loop']:.2f} s, bulk {row['bulk']:.2f} s, ratio "
-                f"{row['ratio']:.2f}, lowest cosine {row['lowest_cosine']:.6f}",
-                flush=True,
-            )
+            row = results["rows"][name] = compare(name, folder, work, args)
+            spent, cosines = row["seconds"], row["lowest_cosine"]
+            print(f"{name}: loop {spent['loop']:.2f} s; batches of {row['batch_seconds']:.0f} s")
+            for engine, cosine in cosines.items():
+                print(
+                    f"    {engine:20}{spent[engine]:8.2f} s{spent['loop'] / spent[engine]:8.2f} x"
+                    f"   lowest cosine {cosine:.6f}",
+                    flush=True,
+                )
         if args.memory_files:
             results["memory_mb"] = memory(args.memory_files, folder, work)
     write(args.output, results)

@@ -3,7 +3,8 @@
 python benchmarks/inference.py --output=results/inference
 
 Weights are random. In each round every engine embeds the same clip once, so that all meet the same
-machine; ratios are of medians over rounds. Exported files are kept in the output folder.
+machine; ratios are of medians over rounds. Exported files are kept in the output folder;
+``--export_only`` writes them and stops.
 """
 
 import argparse
@@ -35,6 +36,14 @@ def make_model(backbone):
         elif name.endswith(".w") and tensor.requires_grad:
             tensor.data.normal_()
     return model
+
+
+def exported_file(backbone, folder):
+    """The model's ONNX file, written if it is not there."""
+    path = folder / f"{backbone}.onnx"
+    if not path.exists():
+        export_onnx(make_model(backbone), path)
+    return path
 
 
 def peaks():
@@ -84,9 +93,7 @@ def compare(backbone, folder, seconds, rounds, exported):
         "optimize_for_inference, batch of 8": lambda: fast(eight)[:1],
     }
     if exported:
-        path = folder / f"{backbone}.onnx"
-        if not path.exists():
-            export_onnx(model, path)
+        path = exported_file(backbone, folder)
         for engine, precision in EXPORTED:
             encoder = ExportedEncoder(path, engine, precision, torch.get_num_threads())
             engines[f"{engine} {precision}"] = lambda encoder=encoder: encoder(array)
@@ -125,14 +132,20 @@ def main():
     parser.add_argument("--output", type=Path, default=Path("results/inference"))
     parser.add_argument("--models", nargs="+", choices=sorted(PRESETS), default=sorted(PRESETS))
     parser.add_argument("--exported", nargs="*", default=["b0", "b2", "b5"], help="also exported")
+    parser.add_argument("--export_only", action="store_true")
     parser.add_argument("--seconds", type=float, default=3.0)
     parser.add_argument("--rounds", type=int, default=15)
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
+    if args.export_only:
+        for backbone in args.exported:
+            print(exported_file(backbone, args.output), flush=True)
+        return
     report = {"threads": torch.get_num_threads(), "seconds": args.seconds, **peaks(), "rows": []}
     print({key: value for key, value in report.items() if key != "rows"})
     print(
-        f"{'model':6}{'engine':38}{'ms':>8}{'ratio':>7}{'difference':>12}{'cosine':>10}{'GFLOP/s':>9}"
+        f"{'model':6}{'engine':38}{'ms':>8}{'ratio':>7}{'difference':>12}{'cosine':>10}"
+        f"{'faults':>9}{'GFLOP/s':>9}"
     )
     for backbone in args.models:
         exported = backbone in args.exported

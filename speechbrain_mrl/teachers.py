@@ -312,7 +312,8 @@ def fingerprint(encoder: Encoder) -> str:
             )
         return given
     digest = hashlib.sha256(type(encoder).__qualname__.encode())
-    for key, value in sorted(encoder.state_dict().items()):
+    # not encoder.state_dict(): a copy made for inference refuses that, lest it be saved
+    for key, value in sorted(nn.Module.state_dict(encoder).items()):
         digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
         value = value.detach().cpu().contiguous()
         digest.update(value.reshape(-1).view(torch.uint8).numpy())

@@ -9,6 +9,7 @@ import torch
 
 from speechbrain_mrl import bulk, embed_folder, export_model, read_embeddings, teachers
 from speechbrain_mrl.embedding import embed_clips, find_clips
+from speechbrain_mrl.fast import optimize_for_inference
 
 KILLED_AFTER_TWO_SHARDS = """
 import os, signal, sys
@@ -75,6 +76,17 @@ def test_embeddings_of_another_encoder_are_not_mixed_in(small_corpus, tmp_path):
         embed_folder(lambda wavs, wav_lens: wavs, small_corpus, tmp_path)
 
 
+def test_a_copy_made_for_inference_embeds_a_folder(
+    small_corpus, random_model, tiny_config, tmp_path
+):
+    model = random_model(tiny_config)
+    found = as_dict(embed_folder(optimize_for_inference(model), small_corpus, tmp_path))
+    clips = find_clips(small_corpus)[:3]
+    expected = embed_clips({"model": model}, clips)["model"]
+    for clip, embedding in zip(clips, expected):
+        torch.testing.assert_close(found[clip.id], embedding, atol=1e-4, rtol=0)
+
+
 def test_the_command_embeds_with_a_model_folder(
     small_corpus, random_model, tiny_config, tmp_path, capsys
 ):
@@ -86,3 +98,14 @@ def test_the_command_embeds_with_a_model_folder(
     expected = embed_clips({"model": model}, clips)["model"]
     for clip, embedding in zip(clips, expected):
         assert torch.cosine_similarity(found[clip.id], embedding, dim=0) > 0.9999
+
+
+def test_the_command_takes_the_fast_form_of_a_redimnet_only(random_model, tiny_config, tmp_path):
+    folder = export_model(random_model(tiny_config), tmp_path / "model")
+    encoder = teachers.load_teacher(folder)
+    weights = teachers.fingerprint(encoder)
+    fast, batch_seconds = embed.fast_form(encoder)
+    assert type(encoder.encoder.mods.embedding_model.backbone).__module__ == "speechbrain_mrl.fast"
+    assert teachers.fingerprint(fast) == weights and batch_seconds > 0
+    other = torch.nn.Identity()
+    assert embed.fast_form(other)[0] is other

@@ -8,7 +8,30 @@ import argparse
 import torch
 
 from speechbrain_mrl import embed_folder
-from speechbrain_mrl.teachers import load_teacher
+from speechbrain_mrl.fast import batch_seconds_for, optimize_for_inference
+from speechbrain_mrl.teachers import EncoderClassifierTeacher, fingerprint, load_teacher
+
+
+def fast_form(encoder):
+    """A ReDimNet arranged for inference and its seconds of audio in a batch; others unchanged."""
+    published = isinstance(encoder, EncoderClassifierTeacher)
+    model = encoder.encoder.mods.embedding_model if published else encoder
+    try:
+        fast = optimize_for_inference(model)
+    except TypeError:  # no ReDimNet
+        return encoder, 60.0
+
+    weights = fingerprint(encoder)
+    if published:
+        encoder.encoder.mods.embedding_model = fast
+    else:
+        encoder = fast
+
+    def embed(wavs, wav_lens):
+        return encoder(wavs, wav_lens)
+
+    embed.fingerprint = weights
+    return embed, batch_seconds_for(model)
 
 
 def main(argv=None):
@@ -18,11 +41,19 @@ def main(argv=None):
     parser.add_argument("source", help="folder of recordings, or a CSV (ID, wav, start, stop)")
     parser.add_argument("output_folder")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--batch_seconds", type=float, default=60.0, help="of audio, padding too")
+    parser.add_argument(
+        "--batch_seconds",
+        type=float,
+        help="of audio, padding too; default 60, and for a ReDimNet on a CPU what its maps allow",
+    )
     parser.add_argument("--max_seconds", type=float, default=30.0, help="of a clip's beginning")
     parser.add_argument("--num_workers", type=int, default=2, help="processes that decode")
     options = vars(parser.parse_args(argv))
     encoder = load_teacher(options.pop("model"), device=options["device"])
+    batch_seconds = 60.0
+    if options["device"] == "cpu":
+        encoder, batch_seconds = fast_form(encoder)
+    options["batch_seconds"] = options["batch_seconds"] or batch_seconds
     print(f"written to {embed_folder(encoder, **options)}")
 
 
