@@ -36,7 +36,15 @@ SIZES = (64, 128, 192, 256)
 MODEL = "results/mrl_distill/1986/model"
 # What stands in a page, and what the test puts in its place.
 PLACES = {"org/redimnet-mrl": MODEL, "ORG/NAME": "org/tiny", "results/voxceleb/model": MODEL}
-PROGRAMS = ("mypy", "python3 -m venv", ". .venv", "hf auth", "tensorboard --logdir", "pytest", "mkdocs")
+PROGRAMS = (
+    "mypy",
+    "python3 -m venv",
+    ". .venv",
+    "hf auth",
+    "tensorboard --logdir",
+    "pytest",
+    "mkdocs",
+)
 PROGRAMS += ("python -m speechbrain_mrl.space --model",)  # serves until it is stopped
 
 
