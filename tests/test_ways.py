@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 import train
 from folder_prepare import prepare_folder
+from speechbrain import Stage
 from speechbrain.inference.classifiers import EncoderClassifier
 from speechbrain.utils.checkpoints import Checkpointer
 
@@ -433,6 +434,7 @@ def test_a_part_learns_at_its_share_of_the_schedule(tiny_config, tmp_path):
     )
     brain.init_optimizers()
     student.train()
+    brain.on_stage_start(Stage.TRAIN, epoch=1)
     brain.on_fit_batch_start(None, True)
     rest, backbone = brain.optimizer.param_groups
     assert rest["lr"] == pytest.approx(0.02) and backbone["lr"] == pytest.approx(0.002)
