@@ -159,6 +159,7 @@ def test_half_precision_embeddings_are_those_of_float32(parity, speech, dtype):
         assert F.cosine_similarity(found.float(), expected).min() > 0.99
 
 
+@pytest.mark.slow  # convolutions in float16 take minutes on some CPUs
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_half_precision_model_gives_the_embeddings_of_its_float32(
     random_model, tiny_config, speech, dtype
