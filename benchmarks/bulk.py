@@ -18,7 +18,7 @@ import soundfile
 import torch
 from inference import exported_file, make_model
 from speechbrain.inference.classifiers import EncoderClassifier
-from timing import arguments, interleaved, resident, write
+from timing import arguments, interleaved, resident, start, write
 
 from speechbrain_mrl import embed_folder, export_model, read_embeddings
 from speechbrain_mrl.audio import read_audio
@@ -133,9 +133,7 @@ def main():
         "--exported", type=Path, default=Path("results/inference"), help="keeps ONNX files"
     )
     parser.add_argument("--memory_files", type=int, default=0)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    torch.set_flush_denormal(True)
+    args = start(parser)
     args.exported.mkdir(parents=True, exist_ok=True)
     results = {"files": args.files, "threads": args.threads, "rows": {}}
     with tempfile.TemporaryDirectory() as scratch:

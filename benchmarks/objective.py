@@ -9,7 +9,7 @@ AdditiveAngularMargin on one product per size, which is today's way.
 import torch
 import torch.nn.functional as F
 from speechbrain.nnet.losses import AdditiveAngularMargin, LogSoftmaxWrapper
-from timing import arguments, interleaved, peak_memory, write
+from timing import arguments, interleaved, peak_memory, start, write
 
 from speechbrain_mrl import MatryoshkaDistillationLoss
 
@@ -58,8 +58,7 @@ def main():
     parser = arguments(__doc__, "objective")
     parser.add_argument("--speakers", type=int, default=6000)
     parser.add_argument("--batch_size", type=int, default=128)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    args = start(parser)
     rows = [(term, "here", step) for term in TERMS] + [("aam", "size by size", size_by_size)]
     cases = {
         (term, way, count): (function, term, sizes, args.speakers, args.batch_size)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from bulk import make_recordings
-from timing import arguments, interleaved, write
+from timing import arguments, interleaved, start, write
 
 from speechbrain_mrl import ReDimNet
 from speechbrain_mrl.audio import read_audio
@@ -26,10 +26,7 @@ def main():
     parser.add_argument("--teachers", nargs="+", default=["b0", "b1", "b2"], choices=list(PRESETS))
     parser.add_argument("--files", type=int, default=48)
     parser.add_argument("--num_workers", type=int, default=0)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    torch.set_flush_denormal(True)
-    torch.manual_seed(0)
+    args = start(parser)
     teachers = {name: ReDimNet.from_config(PRESETS[name]).eval() for name in args.teachers}
     with tempfile.TemporaryDirectory() as scratch:
         folder, store = Path(scratch, "recordings"), Path(scratch, "store")

@@ -21,6 +21,15 @@ def arguments(description: str, name: str) -> argparse.ArgumentParser:
     return parser
 
 
+def start(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The parsed arguments, with torch set up by them: threads, subnormal numbers, seed."""
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.set_flush_denormal(True)
+    torch.manual_seed(0)
+    return args
+
+
 def interleaved(functions: Mapping[str, Callable], repeats: int) -> dict[str, float]:
     """Median seconds of each function; one round of all warms up, then all take turns."""
     seconds = {name: [] for name in functions}

@@ -10,7 +10,7 @@ square of the embeddings as its loss, the cheapest there is.
 from functools import partial
 
 import torch
-from timing import arguments, interleaved, write
+from timing import arguments, interleaved, start, write
 
 from speechbrain_mrl import MatryoshkaDistillationLoss, ReDimNet, ReDimNetMRL
 from speechbrain_mrl.redimnet import PRESETS
@@ -33,10 +33,7 @@ def main():
     parser.add_argument("--teachers", nargs="+", default=["b0", "b1", "b2", "b6"])
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=3.0)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    torch.set_flush_denormal(True)
-    torch.manual_seed(0)
+    args = start(parser)
     teachers = {name: ReDimNet.from_config(PRESETS[name]).eval() for name in args.teachers}
     store = make_store(teachers)
     wavs = torch.randn(args.batch_size, round(16000 * args.seconds)) / 10

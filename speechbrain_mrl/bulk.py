@@ -4,10 +4,10 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from speechbrain.utils.distributed import if_main_process
 from torch import Tensor
 
 from speechbrain_mrl.embedding import Encoder, find_clips, read_clips, write_clips
-from speechbrain_mrl.files import replacing
 from speechbrain_mrl.teachers import SHARD_SIZE, TeacherStore
 
 NAME = "embeddings"  # of the subfolder
@@ -68,9 +68,8 @@ def embed_folder(
     clips = TeacherStore(folder).compute(
         {NAME: encoder}, clips, device, batch_seconds, max_seconds, num_workers
     )
-    if int(os.environ.get("RANK", 0)) == 0:
-        with replacing(folder / "clips.csv") as part:
-            write_clips(clips, part)
+    if if_main_process():
+        write_clips(clips, folder / "clips.csv")
     return folder
 
 

@@ -11,6 +11,8 @@ from typing import Any
 from speechbrain.utils.distributed import main_process_only
 from speechbrain.utils.train_logger import FileTrainLogger, TensorboardLogger
 
+from speechbrain_mrl.files import replacing
+
 logger = logging.getLogger(__name__)
 
 
@@ -73,12 +75,10 @@ class TrainingLog(FileTrainLogger):
             with open(self.table, newline="", encoding="utf-8") as file:
                 rows = list(csv.DictReader(file))
         columns = dict.fromkeys([*(rows[0] if rows else ()), *row])
-        partial = self.table.with_suffix(".part")
-        with open(partial, "w", newline="", encoding="utf-8") as file:
+        with replacing(self.table) as part, open(part, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
             writer.writerows([*rows, row])
-        os.replace(partial, self.table)
         return len(rows)
 
     def _add_points(
