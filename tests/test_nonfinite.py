@@ -159,12 +159,14 @@ def test_half_precision_embeddings_are_those_of_float32(parity, speech, dtype):
         assert F.cosine_similarity(found.float(), expected).min() > 0.99
 
 
-@pytest.mark.slow  # convolutions in float16 take minutes on some CPUs
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_half_precision_model_gives_the_embeddings_of_its_float32(
     random_model, tiny_config, speech, dtype
 ):
     model, wav_lens = random_model(tiny_config), torch.tensor([1.0, 0.7, 0.5])
+    speech = speech[
+        :, :4000
+    ]  # 67 frames take torch 2.14 minutes in float16 on some CPUs, 17 do not
     with torch.no_grad():
         expected = model(speech, wav_lens)
         model.to(dtype)
