@@ -1,16 +1,29 @@
 import copy
+import itertools
 
+import numpy as np
 import pytest
 import speechbrain as sb
 import torch
+import torch.nn.functional as F
+from scipy.linalg import orthogonal_procrustes
+from sklearn.decomposition import PCA
 from speechbrain.dataio.batch import PaddedBatch
 from speechbrain.dataio.encoder import CategoricalEncoder
 from torch.utils.data import DataLoader
 
-from speechbrain_mrl import ReDimNet, ReDimNetMRL, expand_model, train_distilled_mrl, training
+from speechbrain_mrl import (
+    MatryoshkaDistillationLoss,
+    ReDimNet,
+    ReDimNetMRL,
+    expand_model,
+    train_distilled_mrl,
+    training,
+)
 from speechbrain_mrl.audio import read_audio
-from speechbrain_mrl.embedding import embed_clips, read_clips, write_clips
-from speechbrain_mrl.training import MRLBrain, train_dataset, valid_dataset
+from speechbrain_mrl.embedding import embed_clips, find_clips, read_clips, write_clips
+from speechbrain_mrl.training import MRLBrain, finish_head, train_dataset, valid_dataset
+from speechbrain_mrl.verification import Trials
 
 
 @pytest.fixture
@@ -135,23 +148,54 @@ def test_a_pretrained_student_starts_near_the_target_of_its_teachers(
     small_corpus, random_model, tiny_config, tmp_path, monkeypatch
 ):
     """Before the first step; turned only, so that distances are those of the checkpoint."""
-    monkeypatch.setattr(training, "train_student", lambda *arguments: None)
+    for then in ("train_student", "finish_head"):
+        monkeypatch.setattr(training, then, lambda *arguments, **options: None)
     backbone = random_model(tiny_config)
+    teachers = {"one": backbone, "two": random_model(tiny_config, seed=3)}
+    objective = MatryoshkaDistillationLoss([16, 48], "all", terms={"cosine": 1.0})
     student = train_distilled_mrl(
-        {"one": backbone, "two": random_model(tiny_config, seed=3)},
+        teachers,
         {"embed_dim": 48, "mrl_dims": [16, 48], "backbone": backbone},
         small_corpus,
         epochs=1,
         output_folder=tmp_path / "run",
+        objective=objective,
     )
-    clips = read_clips(tmp_path / "run" / "train.csv")
-    found = embed_clips({"student": student, "backbone": backbone}, clips)
-    k = backbone.embed_dim
-    own, pretrained = found["student"][:, :k].double(), found["backbone"].double()
-    pretrained -= pretrained.mean(dim=0)
-    distances = torch.cdist(own, own)
-    torch.testing.assert_close(distances, torch.cdist(pretrained, pretrained), atol=1e-3, rtol=1e-3)
-    assert not torch.allclose(own, pretrained, atol=0.1 * pretrained.std().item())
+    found = embed_clips(
+        {"student": student, **teachers}, read_clips(tmp_path / "run" / "train.csv")
+    )
+    own, k = found.pop("student"), backbone.embed_dim
+    target = objective.targets(found)[48][:, :k]
+    turn, _ = orthogonal_procrustes(found["one"].double(), target.double())
+    torch.testing.assert_close(
+        own[:, :k].double(), found["one"].double() @ torch.from_numpy(turn), atol=1e-3, rtol=1e-3
+    )
+
+
+@pytest.mark.parametrize("winner", ["centred", "principal"])
+def test_a_finished_head_is_turned_only_if_held_out_trials_gain(
+    winner, small_corpus, random_model, tiny_config
+):
+    """Labels are made so that the one or the other tells them apart without an error."""
+    clips = find_clips(small_corpus)
+    fit, held_out = clips[::2], clips[1::12]
+    model = ReDimNetMRL.from_redimnet(random_model(tiny_config), 32, [2, 32])
+    before = embed_clips({"model": model}, clips)["model"]
+    pca = PCA().fit(before[::2].double())
+    expected = {
+        "centred": before - before[::2].mean(dim=0),
+        "principal": torch.from_numpy(pca.transform(before.double())).float(),
+    }
+    ids = [clip.id for clip in held_out]
+    pairs = list(itertools.combinations(range(len(ids)), 2))
+    x = F.normalize(expected[winner][1::12, :2], dim=1)
+    cosines = np.array([float(x[a] @ x[b]) for a, b in pairs])
+    labels = (cosines > np.median(cosines)).astype(int)
+    lines = [f"{label} {ids[a]} {ids[b]}" for label, (a, b) in zip(labels, pairs)]
+    finish_head(model, fit, held_out, Trials.parse(lines))
+    after = embed_clips({"model": model}, clips)["model"]
+    signs = torch.sign((after * expected[winner]).sum(dim=0))  # an axis may point either way
+    torch.testing.assert_close(after * signs, expected[winner], atol=2e-3, rtol=2e-3)
 
 
 def test_distillation_takes_a_loader_and_starts_from_a_redimnet(

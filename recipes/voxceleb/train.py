@@ -50,7 +50,7 @@ from speechbrain_mrl.report import (
 from speechbrain_mrl.teachers import TeacherStore, load_teachers
 from speechbrain_mrl.training import (
     align_head,
-    centre_head,
+    finish_head,
     fit_objective,
     spread,
     train_dataset,
@@ -429,7 +429,11 @@ def run(document, stages, run_opts):
     student, _ = trained
     if if_main_process():
         report, speakers = None, {}
-        centre_head(student, spread(read_clips(corpus.train_csv)), **embed_options)
+        held_out, trials = (), None
+        if corpus.valid_trials is not None:
+            held_out, trials = read_clips(corpus.valid_csv), read_trials(corpus.valid_trials)
+        fitted_on = spread(read_clips(corpus.train_csv))
+        finish_head(student, fitted_on, held_out, trials, **embed_options)
         if corpus.test_trials is not None:
             report = report_on(
                 student, test_embeddings, fit_embeddings, corpus, hparams, started, **embed_options
