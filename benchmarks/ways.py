@@ -39,8 +39,9 @@ N_STAGES = 3  # of progressive expansion, as far as there are sizes
 
 
 def terms(**weights):
-    """Overrides that leave only these terms in the objective."""
-    return {"objective": {"terms": {"cosine": 0, "contrastive": 0, **weights}}}
+    """Overrides that leave only these terms, which read no labels, in the objective."""
+    others = {"cosine": 0, "contrastive": 0, "aam": 0}
+    return {"labels": False, "objective": {"terms": others | weights}}
 
 
 WAYS = {  # YAML and what it changes
@@ -50,6 +51,7 @@ WAYS = {  # YAML and what it changes
     "supervised": ("mrl_supervised", {"teachers": None, "stages": None}),
     "separate": ("mrl_distill", {}),  # one model for each size, each with the whole budget
     # Terms of mrl_distill
+    "cosine+contrastive": ("mrl_distill", terms(cosine=1.0, contrastive=0.1)),
     "cosine": ("mrl_distill", terms(cosine=1.0)),
     "cosine+gram": ("mrl_distill", terms(cosine=1.0, gram=1.0)),
     "gram": ("mrl_distill", terms(gram=1.0)),

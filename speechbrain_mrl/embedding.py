@@ -2,7 +2,7 @@
 
 import csv
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,13 +44,16 @@ class Clip(NamedTuple):
         return self.stop - self.start
 
 
-def read_clips(path: str | os.PathLike[str]) -> list[Clip]:
-    """The clips of a SpeechBrain CSV with columns ID, wav, start and stop (samples at 16 kHz)."""
+def iter_clips(path: str | os.PathLike[str]) -> Iterator[Clip]:
+    """One by one, the clips of a SpeechBrain CSV: ID, wav, start and stop (samples at 16 kHz)."""
     with open(path, newline="") as file:
-        return [
-            Clip(row["ID"], row["wav"], int(row["start"]), int(row["stop"]))
-            for row in csv.DictReader(file)
-        ]
+        for row in csv.DictReader(file):
+            yield Clip(row["ID"], row["wav"], int(row["start"]), int(row["stop"]))
+
+
+def read_clips(path: str | os.PathLike[str]) -> list[Clip]:
+    """All clips of a CSV, as from ``iter_clips``."""
+    return list(iter_clips(path))
 
 
 def write_clips(clips: Sequence[Clip], path: str | os.PathLike[str]) -> None:

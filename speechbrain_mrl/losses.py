@@ -344,6 +344,7 @@ class MatryoshkaDistillationLoss(nn.Module):
         """Student (B, D), teachers {name: (B, D_t)} and, for ``aam``, speakers (B,) to the loss.
 
         Returns the scalar to minimise and each term's unweighted value, {"gram/64": float, ...}.
+        In eval mode without labels, ``aam`` is left out: held-out speakers are no classes.
         """
         self._check_batch(student_embeddings, teacher_embeddings, labels)
         with torch.autocast(student_embeddings.device.type, enabled=False):
@@ -357,9 +358,11 @@ class MatryoshkaDistillationLoss(nn.Module):
                     self.scaled_margins,
                     AAM_SCALE,
                 )
+            if not losses:
+                return student.new_zeros(()), {}
             loss: Any = sum(
-                weight * _weighted_mean(losses[term], self.mrl_weights)
-                for term, weight in self.terms.items()
+                self.terms[term] * _weighted_mean(found, self.mrl_weights)
+                for term, found in losses.items()
             )
         names = [f"{term}/{dim}" for term in losses for dim in self.mrl_dims]
         values = torch.stack([value for term in losses.values() for value in term.values()])
@@ -368,7 +371,7 @@ class MatryoshkaDistillationLoss(nn.Module):
     def _check_batch(
         self, student: Tensor, teachers: Mapping[str, Tensor], labels: Tensor | None
     ) -> None:
-        if "aam" in self.terms and labels is None:
+        if "aam" in self.terms and labels is None and self.training:
             raise ValueError("the aam term needs labels, (B,); give them or leave the term out")
         sizes = {"student": len(student), **{name: len(teachers[name]) for name in teachers}}
         if labels is not None:

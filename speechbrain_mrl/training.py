@@ -216,14 +216,14 @@ class MRLBrain(sb.Brain):
         """The objective's loss; an augmented copy learns what the clean whole clip gives."""
         if stage != sb.Stage.TRAIN:
             self.embeddings.update(zip(batch.id, embeddings.float().cpu(), strict=True))
-            if self.hparams.labels:  # validation speakers are not among the classes
-                return torch.zeros(())
         copies = len(embeddings) // len(batch.id)
         targets = {}
         if stage in self.stores:
             found = self.stores[stage].targets(batch)
             targets = {name: x.to(self.device).repeat(copies, 1) for name, x in found.items()}
-        labels = batch.label.repeat(copies) if self.hparams.labels else None
+        labels = None
+        if self.hparams.labels and stage == sb.Stage.TRAIN:  # the others' speakers are no classes
+            labels = batch.label.repeat(copies)
         loss, values = self._parts(stage)["objective"](embeddings, targets, labels)
         if loss.isfinite():
             for name, value in values.items():

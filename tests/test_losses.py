@@ -364,6 +364,8 @@ def test_a_call_without_teacher_labels_or_clips_is_refused():
     objective = MatryoshkaDistillationLoss(DIMS, "all", terms={"aam": 1.0}, n_classes=3)
     with pytest.raises(ValueError, match="needs labels"):
         objective(student, {})
+    loss, values = objective.eval()(student, {})  # held-out speakers are no classes
+    assert loss == 0 and values == {}
     with pytest.raises(ValueError, match="predictions at size 2 hold 3 clips for 2 targets"):
         MatryoshkaLoss(CROSS_ENTROPY, [2])({2: torch.ones(3, 4)}, torch.tensor([0, 1]))
     with pytest.raises(ValueError, match="predictions must map sizes to entries, got a Tensor"):

@@ -35,7 +35,7 @@ from speechbrain_mrl import (
 )
 from speechbrain_mrl.card import Provenance
 from speechbrain_mrl.draws import seed_draws
-from speechbrain_mrl.embedding import embed_clips, read_clips
+from speechbrain_mrl.embedding import embed_clips, iter_clips, read_clips
 from speechbrain_mrl.expansion import carry_over, resize_model, start_new_coordinates
 from speechbrain_mrl.files import only_run, replacing
 from speechbrain_mrl.plots import write_plots
@@ -141,7 +141,7 @@ def refuse_shared_speakers(corpus):
     """Raise ValueError if a speaker is in two lists: prepared ones never are, edited ones may be."""
     speakers = {}
     for path in (corpus.train_csv, corpus.valid_csv, corpus.test_csv):
-        for clip in read_clips(path):
+        for clip in iter_clips(path):
             speaker = clip.id.split("/")[0]
             if speakers.setdefault(speaker, path) != path:
                 raise ValueError(
@@ -335,9 +335,11 @@ def report_on(student, teachers, fit_embeddings, corpus, hparams, started, **emb
 def enrol(student, corpus, **embed_options):
     """Embeddings of a few clips of each training speaker, for the exported classifier."""
     clips = defaultdict(list)
-    for clip in read_clips(corpus.train_csv):
-        clips[clip.id.split("/")[0]].append(clip)
-    chosen = [clip for found in clips.values() for clip in found[:ENROLMENT_CLIPS]]
+    for clip in iter_clips(corpus.train_csv):
+        found = clips[clip.id.split("/")[0]]
+        if len(found) < ENROLMENT_CLIPS:
+            found.append(clip)
+    chosen = [clip for found in clips.values() for clip in found]
     embeddings = embed_clips({"student": student}, chosen, **embed_options)["student"]
     speakers = defaultdict(list)
     for clip, embedding in zip(chosen, embeddings, strict=True):
@@ -353,7 +355,7 @@ def export(student, speakers, teachers, report, corpus, hparams):
         for name in teachers
     }
     first_clips = {}
-    for clip in read_clips(corpus.train_csv) if speakers else ():
+    for clip in iter_clips(corpus.train_csv) if speakers else ():
         first_clips.setdefault(clip.id.split("/")[0], clip.wav)
     folder = Path(hparams["output_folder"])
     export_model(
