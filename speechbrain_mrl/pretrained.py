@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from tqdm import tqdm
 
 from speechbrain_mrl.redimnet import (
@@ -213,7 +214,7 @@ def _find_release(
 
 def download(url: str, path: Path) -> None:
     """Download to ``path``: with a progress bar, atomically, and where possible from where an
-    interrupted download stopped.
+    interrupted download stopped. Of several processes one does it, and the others wait.
 
     Raises
     ------
@@ -223,6 +224,12 @@ def download(url: str, path: Path) -> None:
         If the connection ended early; what has come is kept for the next try.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name(f".{path.name}.lock")):
+        if not path.exists():
+            _download_alone(url, path)
+
+
+def _download_alone(url: str, path: Path) -> None:
     part = path.with_name(path.name + ".part")
     start = part.stat().st_size if part.exists() else 0
     headers = {"Range": f"bytes={start}-"} if start else {}
@@ -232,7 +239,7 @@ def download(url: str, path: Path) -> None:
         if error.code != 416:  # the part cannot be continued
             raise
         part.unlink()
-        return download(url, path)
+        return _download_alone(url, path)
     with response:
         if response.status != 206:
             start = 0

@@ -4,6 +4,7 @@ import pickle
 import re
 import socket
 import threading
+import time
 from pathlib import Path
 
 import fill
@@ -232,6 +233,7 @@ class ReleaseHandler(http.server.BaseHTTPRequestHandler):
         start, content = 0, server.content
         asked = self.headers.get("Range")
         server.requests.append((self.path, asked))
+        time.sleep(server.pause)
         if asked and server.honours_ranges:
             start = int(re.fullmatch(r"bytes=(\d+)-", asked)[1])
             if start >= len(content):
@@ -264,6 +266,7 @@ def server(torch_home, tiny_config, release_file, monkeypatch):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), ReleaseHandler) as server:
         server.content = release_file(tiny_config, name="served").read_bytes()
         server.requests, server.honours_ranges, server.break_after = [], True, None
+        server.pause = 0
         monkeypatch.setattr(pretrained, "URL", f"http://127.0.0.1:{server.server_port}/latest/")
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
@@ -282,7 +285,19 @@ def test_release_is_downloaded_once_into_torch_hub_s_cache(server, cached):
     assert model.embed_dim == 32 and cached.read_bytes() == server.content
     load_pretrained_redimnet("b2")
     assert server.requests == [("/latest/b2-vox2-ft_lm.pt", None)]
-    assert [path.name for path in cached.parent.iterdir()] == [cached.name]
+    assert [path.name for path in cached.parent.glob("[!.]*")] == [cached.name]
+
+
+def test_two_processes_that_want_one_release_download_it_once(server, cached):
+    """Threads here: the lock is held by its open file, whoever has that."""
+    server.pause = 0.3
+    wanting = [threading.Thread(target=load_pretrained_redimnet) for _ in range(2)]
+    for one in wanting:
+        one.start()
+    for one in wanting:
+        one.join()
+    assert server.requests == [("/latest/b2-vox2-ft_lm.pt", None)]
+    assert cached.read_bytes() == server.content
 
 
 @pytest.mark.parametrize("honours_ranges", [True, False])
