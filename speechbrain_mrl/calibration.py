@@ -152,6 +152,9 @@ class Calibration:
     offset, scale : float
     quality : tuple of float
         A coefficient for each quality measure; none without them.
+    bounds : tuple of (float, float)
+        Lowest and highest of each quality measure where it was fitted; a trial outside counts as
+        one at the bound. None: no bounds.
 
     Example
     -------
@@ -162,6 +165,7 @@ class Calibration:
     offset: float
     scale: float
     quality: tuple[float, ...] = ()
+    bounds: tuple[tuple[float, float], ...] = ()
 
     @classmethod
     def fit(
@@ -222,7 +226,8 @@ class Calibration:
         prior_log_odds = np.log(p_target) - np.log1p(-p_target)
         offset = theta[0] - coefficients @ center - prior_log_odds
         scale, *terms = coefficients.tolist()
-        return cls(float(offset), scale, tuple(terms))
+        _, *bounds = zip(features.min(0).tolist(), features.max(0).tolist())
+        return cls(float(offset), scale, tuple(terms), tuple(bounds))
 
     def __call__(self, scores: npt.ArrayLike, quality: np.ndarray | None = None) -> np.ndarray:
         """Log-likelihood ratios (natural logarithm) of other trials, (n_trials,)."""
@@ -232,6 +237,9 @@ class Calibration:
                 f"this calibration was fitted with {len(self.quality)} quality measures, "
                 f"got {features.shape[1] - 1}"
             )
+        if self.bounds:
+            lowest, highest = np.transpose(self.bounds)
+            features[:, 1:] = features[:, 1:].clip(lowest, highest)
         return self.offset + features @ np.array([self.scale, *self.quality])
 
 
@@ -258,7 +266,7 @@ def write_calibrations(
     >>> path = getfixture("tmp_path") / "calibration.json"
     >>> write_calibrations({64: Calibration(-2.0, 10.0)}, path)
     >>> read_calibrations(path)
-    ({64: Calibration(offset=-2.0, scale=10.0, quality=())}, 'cosine')
+    ({64: Calibration(offset=-2.0, scale=10.0, quality=(), bounds=())}, 'cosine')
     """
     dims = {str(size): asdict(calibration) for size, calibration in calibrations.items()}
     text = json.dumps({"scores": scores, "dims": dims}, indent=2, allow_nan=False)
@@ -270,7 +278,12 @@ def read_calibrations(path: str | os.PathLike[str]) -> tuple[dict[int, Calibrati
     """What ``write_calibrations`` wrote: the calibrations by size, and what they calibrate."""
     found = json.loads(Path(path).read_text(encoding="utf-8"))
     calibrations = {
-        int(size): Calibration(one["offset"], one["scale"], tuple(one["quality"]))
+        int(size): Calibration(
+            one["offset"],
+            one["scale"],
+            tuple(one["quality"]),
+            tuple(map(tuple, one.get("bounds", []))),  # files of before have none
+        )
         for size, one in found["dims"].items()
     }
     return calibrations, found["scores"]

@@ -122,9 +122,11 @@ class Model:
     def log_ratio(self, size: int, cosine: float, seconds: tuple[float, float]) -> float:
         """Calibrated: log-likelihood ratio of one person against two."""
         found = self.calibration[str(size)]
-        logs = sorted(math.log(x) for x in seconds)  # the shorter clip first
+        logs = np.log(sorted(seconds))  # the shorter clip first
+        if bounds := found.get("bounds"):  # no further than it was fitted
+            logs = logs.clip(*np.transpose(bounds))
         quality = sum(factor * log for factor, log in zip(found["quality"], logs))
-        return found["offset"] + found["scale"] * cosine + quality
+        return float(found["offset"] + found["scale"] * cosine + quality)
 
     def is_same(self, size: int, cosine: float, seconds: tuple[float, float]) -> bool | None:
         """One person or not; None where the model came without calibration and threshold."""

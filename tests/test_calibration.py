@@ -157,6 +157,25 @@ def test_a_measure_that_never_changes_is_left_out(scored):
     assert fitted.scale == pytest.approx(plain.scale)
 
 
+def test_a_measure_outside_the_fitted_range_counts_as_its_nearest_end(scored):
+    scores, labels, quality = scored
+    fitted = Calibration.fit(scores, labels, quality)
+    ends = np.array([quality.min(axis=0), quality.max(axis=0)])
+    far = np.array([[-5.0, -4.0], [8.0, 9.0]])
+    np.testing.assert_array_equal(fitted([0.5, 0.5], far), fitted([0.5, 0.5], ends))
+    inside = quality[:10]
+    assert (fitted(scores[:10], inside) != fitted(scores[:10], inside + 0.01)).all()
+
+
+def test_a_file_without_bounds_is_read_as_it_was_meant(tmp_path):
+    path = tmp_path / "calibration.json"
+    path.write_text(
+        '{"scores": "cosine", "dims": {"64": {"offset": 1, "scale": 2, "quality": [3, 4]}}}'
+    )
+    fitted = read_calibrations(path)[0][64]
+    assert fitted([0.5], np.array([[10.0, 100.0]])) == [1 + 1 + 30 + 400]
+
+
 def test_what_does_not_fit_a_calibration_is_refused(scored):
     scores, labels, quality = scored
     with pytest.raises(ValueError, match="with 0 quality measures, got 2"):
