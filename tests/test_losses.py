@@ -323,6 +323,27 @@ def test_half_precision_is_computed_in_single_precision():
     assert (loss, values) == expected and student.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_large_embeddings_in_half_precision_do_not_overflow(dtype):
+    """1024 times as large, sums of squares are above float16's 65504; cosines are as they were."""
+    terms = dict.fromkeys(["cosine", "gram", "contrastive", "aam", "mse"], 1.0)
+    labels, found = torch.tensor([0, 2, 1, 1, 0, 2]), []
+    for factor in (1, 1024):
+        torch.manual_seed(0)
+        objective = MatryoshkaDistillationLoss(DIMS, "all", terms, n_classes=3)
+        student = (factor * random(6, 7)).to(dtype).requires_grad_()
+        clips, batch = (
+            {name: (factor * x).to(dtype) for name, x in make_teachers(n, seed).items()}
+            for n, seed in ((50, 1), (6, 5))
+        )
+        with torch.autocast("cpu", dtype=dtype):
+            loss, values = objective.fit(clips)(student, batch, labels)
+        loss.backward()
+        assert loss.isfinite() and student.grad.isfinite().all()
+        found.append({key: x for key, x in values.items() if not key.startswith("mse")})
+    assert found[1] == pytest.approx(found[0], rel=1e-4, abs=1e-6)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

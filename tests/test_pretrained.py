@@ -264,6 +264,7 @@ def torch_home(tmp_path, monkeypatch):
 @pytest.fixture
 def server(torch_home, tiny_config, release_file, monkeypatch):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), ReleaseHandler) as server:
+        server.daemon_threads = True  # a client that fails half-way is not waited for
         server.content = release_file(tiny_config, name="served").read_bytes()
         server.requests, server.honours_ranges, server.break_after = [], True, None
         server.pause = 0
