@@ -1,6 +1,7 @@
 """Full disks, folders that cannot be written, and two runs at once."""
 
 import contextlib
+import ctypes
 import json
 import logging
 import multiprocessing
@@ -24,7 +25,7 @@ FORK = multiprocessing.get_context("fork")
 
 
 @contextlib.contextmanager
-def full_disk(size=20_000):
+def full_disk(folder, size=20_000):
     """No file may grow past ``size`` bytes, by whatever library it is written."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
@@ -34,6 +35,27 @@ def full_disk(size=20_000):
     finally:
         logging.disable(logging.NOTSET)
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@contextlib.contextmanager
+def read_only(folder):
+    """Nobody may write in ``folder``, nor may root, who gives up the capability to do it all the same."""
+    libc, header = ctypes.CDLL(None), (ctypes.c_uint32 * 2)(0x20080522, 0)  # this thread
+    capabilities = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable, twice
+    assert libc.capget(header, capabilities) == 0
+    effective = capabilities[0]
+    capabilities[0] &= ~2  # CAP_DAC_OVERRIDE
+    modes = {path: path.stat().st_mode for path in [folder, *folder.rglob("*")]}
+    for path, mode in modes.items():
+        path.chmod(mode & 0o555)
+    assert libc.capset(header, capabilities) == 0
+    try:
+        yield
+    finally:
+        capabilities[0] = effective
+        assert libc.capset(header, capabilities) == 0
+        for path, mode in modes.items():
+            path.chmod(mode)
 
 
 def _files(folder):
@@ -97,19 +119,20 @@ def _calibration(folder, size, model, clips):
 WRITERS = [_checkpoint, _store, _export, _report, _plot, _lists, _calibration]
 
 
+@pytest.mark.parametrize("trouble", [full_disk, read_only])
 @pytest.mark.parametrize("write", WRITERS)
-def test_a_full_disk_leaves_what_was_there_and_says_what_cannot_be_written(
-    write, tmp_path, model, small_clips
+def test_what_cannot_be_written_is_said_and_what_was_there_stays(
+    write, trouble, tmp_path, model, small_clips
 ):
     write(tmp_path, 10, model, small_clips[:4])
     before = _files(tmp_path)
-    with full_disk(), pytest.raises(OSError, match=f"cannot write {tmp_path}.*make room"):
+    with trouble(tmp_path), pytest.raises(OSError, match=f"cannot write {tmp_path}.*make room"):
         write(tmp_path, 5000, model, small_clips[:4])
     after = _files(tmp_path)
     assert {path: after[path] for path in before} == before
     new = {path.name for path in after.keys() - before.keys()}
     assert new <= {"manifest.json"}  # of the store: what is to come
-    write(tmp_path, 5000, model, small_clips[:4])  # room again
+    write(tmp_path, 5000, model, small_clips[:4])  # once one can
 
 
 @pytest.mark.parametrize("write", WRITERS)
