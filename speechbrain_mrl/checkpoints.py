@@ -5,7 +5,7 @@ import shutil
 from typing import Any
 
 from speechbrain.utils.checkpoints import Checkpoint, Checkpointer
-from speechbrain.utils.distributed import if_main_process
+from speechbrain.utils.distributed import ddp_barrier, if_main_process
 
 from speechbrain_mrl.files import writing
 
@@ -41,16 +41,18 @@ class AtomicCheckpointer(Checkpointer):
         try:
             with writing(self.checkpoints_dir):
                 saved = super().save_checkpoint(*arguments, **options)
-                if saved is None:  # not the main process
-                    return None
-                for path in saved.path.iterdir():
-                    with open(path, "rb") as file:
-                        os.fsync(file.fileno())
-                path = saved.path.with_name(saved.path.name.removeprefix(PARTIAL))
-                os.replace(saved.path, path)
+                if saved is not None:  # the main process
+                    for path in saved.path.iterdir():
+                        with open(path, "rb") as file:
+                            os.fsync(file.fileno())
+                    path = saved.path.with_name(saved.path.name.removeprefix(PARTIAL))
+                    os.replace(saved.path, path)
         except OSError:
             self._clear()
             raise
+        ddp_barrier()  # SpeechBrain deletes old ones next, for which all must see the same
+        if saved is None:
+            return None
         paramfiles = {name: path / file.name for name, file in saved.paramfiles.items()}
         return Checkpoint(path, saved.meta, paramfiles)
 

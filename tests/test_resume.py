@@ -7,7 +7,10 @@ import os
 import random
 import shutil
 import signal
+import socket
 import time
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -149,6 +152,40 @@ def test_a_run_killed_at_every_kind_of_moment_ends_as_one_that_was_not(argv, tmp
     _assert_same(_result(tmp_path / "killed"), _result(tmp_path / "whole"))
 
 
+def _two_processes(argv, prepare=None):
+    """The command as two ranks, the second after ``prepare()``; their exit codes."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+
+    def join(rank):
+        places = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": 2}
+        places |= {"RANK": rank, "LOCAL_RANK": rank}
+        os.environ.update({name: str(value) for name, value in places.items()})
+        if rank == 1 and prepare is not None:
+            prepare()
+
+    processes = [_child(argv, partial(join, rank)) for rank in (0, 1)]
+    for process in processes:
+        process.join()
+    return [process.exitcode for process in processes]
+
+
+@pytest.mark.slow
+def test_two_processes_of_which_one_is_killed_end_as_two_that_were_not(argv, tmp_path):
+    changes = {"distributed_backend": "gloo", "stages": "null"}
+    changes |= {"embed_dim": 16, "mrl_dims": [8, 16], "batch_size": 4}
+    assert _two_processes(argv(tmp_path / "whole", **changes)) == [0, 0]
+    killed = argv(tmp_path / "killed", **changes)
+    dies = _at_call(MRLBrain, "optimizers_step", 5, _die)
+    assert _two_processes(killed, dies) == [1, -signal.SIGKILL]
+    assert (
+        list((tmp_path / "killed").glob("**/CKPT+*")) and not (tmp_path / "killed/model").exists()
+    )
+    assert _two_processes(killed) == [0, 0]
+    _assert_same(_result(tmp_path / "killed"), _result(tmp_path / "whole"))
+
+
 @pytest.mark.slow
 def test_a_run_killed_at_twenty_random_moments_ends_as_one_that_was_not(argv, tmp_path):
     started = time.time()
@@ -189,3 +226,25 @@ def test_a_checkpoint_is_listed_when_it_is_complete(tmp_path, monkeypatch):
     checkpointer.save_checkpoint(meta={"number": 2})
     assert seen == [[1]]
     assert sorted(found.meta["number"] for found in checkpointer.list_checkpoints()) == [1, 2]
+
+
+def test_two_processes_keep_the_same_checkpoints(tmp_path, monkeypatch):
+    """However long the first takes to give one its name; else they wait for each other for ever."""
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda *paths: (time.sleep(0.2), replace(*paths)))
+
+    def save(rank):
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+        rendezvous, patience = f"file://{tmp_path}/rendezvous", timedelta(seconds=20)
+        torch.distributed.init_process_group("gloo", rendezvous, patience, 2, rank)
+        checkpointer = AtomicCheckpointer(tmp_path / "saved", {"layer": torch.nn.Linear(2, 2)})
+        for number in range(3):
+            checkpointer.save_and_keep_only(meta={"number": number})
+        assert [found.meta["number"] for found in checkpointer.list_checkpoints()] == [2]
+
+    processes = [FORK.Process(target=save, args=(rank,)) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
