@@ -21,6 +21,7 @@ from speechbrain_mrl.redimnet import (
     refuse_foreign_weights,
 )
 
+PATIENCE = 60  # seconds without an answer
 URL = "https://github.com/IDRnD/ReDimNet/releases/download/latest/"
 # Train types by dataset, and the licence of the weights. vox2: VoxCeleb2, CC BY 4.0; vb2:
 # VoxBlink2, whose licence forbids commercial use of what is trained on it; cnc: CN-Celeb.
@@ -234,7 +235,8 @@ def _download_alone(url: str, path: Path) -> None:
     start = part.stat().st_size if part.exists() else 0
     headers = {"Range": f"bytes={start}-"} if start else {}
     try:
-        response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=60)
+        request = urllib.request.Request(url, headers=headers)
+        response = urllib.request.urlopen(request, timeout=PATIENCE)
     except urllib.error.HTTPError as error:
         if error.code != 416:  # the part cannot be continued
             raise

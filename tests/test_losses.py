@@ -73,7 +73,7 @@ def target_of(teachers, names):
     return union_of(teachers, names) @ (axes * signs[:, None]).T
 
 
-def reference(term, prefix, dim, teachers, names):
+def reference(term, prefix, dim, teachers, names, scale):
     n_clips = len(prefix)
     target, union = target_of(teachers, names)[:, :dim], union_of(teachers, names)
     if term == "cosine":
@@ -86,20 +86,25 @@ def reference(term, prefix, dim, teachers, names):
         return sum(gap**2 for gap in gaps) / len(pairs)
     total = 0
     for i in range(n_clips):
-        wanted = torch.stack([20 * cosine(union[i], union[j]) for j in range(n_clips)]).softmax(0)
-        given = torch.stack([20 * cosine(prefix[i], target[j]) for j in range(n_clips)])
-        total = total - (wanted * given.log_softmax(0)).sum()
+        wanted = torch.stack([scale * cosine(union[i], union[j]) for j in range(n_clips)])
+        given = torch.stack([scale * cosine(prefix[i], target[j]) for j in range(n_clips)])
+        total = total - (wanted.softmax(0) * given.log_softmax(0)).sum()
     return total / n_clips
 
 
 @pytest.mark.parametrize("teacher_map", MAPS)
-@pytest.mark.parametrize("term", ["cosine", "mse", "gram", "contrastive"])
-def test_each_term_is_the_slow_reference_in_value_and_gradient(term, teacher_map):
+@pytest.mark.parametrize(
+    "term, scale",
+    [("cosine", 20), ("mse", 20), ("gram", 20), ("contrastive", 20), ("contrastive", 2)],
+)
+def test_each_term_is_the_slow_reference_in_value_and_gradient(term, scale, teacher_map):
+    options = {} if scale == 20 else {"contrastive_scale": scale}
     objective = fitted(
         MAPS[teacher_map],
         terms={term: 0.5},
         mrl_weights=WEIGHTS,
         teacher_weights=TEACHER_WEIGHTS,
+        **options,
     )
     for parameter in objective.parameters():
         nn.init.normal_(parameter)
@@ -115,7 +120,7 @@ def test_each_term_is_the_slow_reference_in_value_and_gradient(term, teacher_map
         if objective.maps:
             prefix = prefix @ objective.maps[str(dim)].weight.T
         names = TEACHERS_OF[teacher_map][dim]
-        expected[f"{term}/{dim}"] = reference(term, prefix, dim, teachers, names)
+        expected[f"{term}/{dim}"] = reference(term, prefix, dim, teachers, names, scale)
     total = 0.5 * sum(w * x for w, x in zip(WEIGHTS, expected.values())) / sum(WEIGHTS)
     assert values == pytest.approx({k: x.item() for k, x in expected.items()}, abs=1e-6)
     torch.testing.assert_close(loss, total, atol=1e-6, rtol=0)
@@ -140,6 +145,13 @@ def test_prefix_cosines_are_one_product_per_size_in_value_and_gradient():
         for cosines in (fast, slow)
     ]
     torch.testing.assert_close(*gradients, atol=1e-12, rtol=0)
+
+
+def test_a_classifier_gives_the_cosines_to_its_speakers():
+    classifier, embeddings = PrefixClassifier(8, 5, DIMS).double(), random(3, 8)
+    for dim, cosines in classifier(embeddings).items():
+        x, y = embeddings[:, None, :dim], classifier.weight[None, :, :dim]
+        torch.testing.assert_close(cosines, F.cosine_similarity(x, y, dim=2))
 
 
 def test_all_sizes_cost_the_product_of_the_largest_alone():
@@ -295,6 +307,14 @@ def test_a_student_that_is_the_target_has_no_cosine_loss_at_any_size():
     assert loss.item() == pytest.approx(0.0, abs=1e-12)
 
 
+def test_aligned_targets_go_on_from_a_students_prefix():
+    objective, teachers = fitted(), make_teachers(50)
+    turn, _ = torch.linalg.qr(random(7, 7, seed=9))
+    student = objective.targets(teachers)[7] @ turn
+    objective.align(teachers, student[:, :4])
+    torch.testing.assert_close(objective.targets(teachers)[4], student[:, :4], atol=0.01, rtol=0)
+
+
 @pytest.mark.parametrize("teacher_map", MAPS)
 def test_a_fitted_state_restores_a_fresh_objective(teacher_map, tmp_path):
     objective = fitted(MAPS[teacher_map]).float()
@@ -391,6 +411,10 @@ def test_a_call_without_teacher_labels_or_clips_is_refused():
         MatryoshkaLoss(CROSS_ENTROPY, [2])({2: torch.ones(3, 4)}, torch.tensor([0, 1]))
     with pytest.raises(ValueError, match="predictions must map sizes to entries, got a Tensor"):
         MatryoshkaLoss(CROSS_ENTROPY, [2])(torch.ones(3, 4), torch.tensor([0, 1, 1]))
+    with pytest.raises(ValueError, match=r"^base_loss_per_dim must have .*\(2,\), got \[4\]"):
+        MatryoshkaLoss({4: CROSS_ENTROPY}, [2])
+    with pytest.raises(ValueError, match="^a schedule of margins needs the term aam$"):
+        fitted().scale_margins(0.5)
 
 
 def distributed_step(rank, world_size, folder, clips_each=4):

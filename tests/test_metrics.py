@@ -76,13 +76,33 @@ def test_lists_without_a_defined_rate_are_refused(metric, scores, labels, messag
         metric(scores, labels)
 
 
-@pytest.mark.parametrize("costs", [{"p_target": 0}, {"p_target": 1}, {"c_miss": 0}, {"c_fa": -1}])
+def test_labels_of_one_kind_are_refused_with_what_labels_are():
+    with pytest.raises(
+        ValueError, match=r"^labels must be 1 \(target\) or 0 \(impostor\), .*; got"
+    ):
+        Ranking([0.1, 0.2], [1, 1])
+
+
+def test_costs_not_given_are_those_of_a_prior_of_one_percent_and_equal_errors():
+    # one impostor of 1000 above the targets: a FAR of 0.001 at odds of 99
+    llrs, labels = np.array([9.0] + [0.0] * 999 + [5.0, 5.0]), np.arange(1002) >= 1000
+    summary = Ranking(llrs, labels).summary()
+    assert min_dcf(llrs, labels) == act_dcf(llrs, labels) == pytest.approx(0.099)
+    assert summary == pytest.approx({"eer": 0.001, "min_dcf": 0.099, "min_dcf_0.05": 0.019})
+
+
+def test_of_two_thresholds_the_one_whose_rates_are_closer_is_taken():
+    # at 0.8 FAR 0 and FRR 1/3, at 0.7 FAR 1 and FRR 1/3
+    assert eer([0.9, 0.8, 0.7, 0.6], [1, 1, 0, 1]) == (pytest.approx(1 / 3), 0.8)
+
+
+@pytest.mark.parametrize("costs", [{"p_target": 0}, {"p_target": 1}, {"c_miss": 0}, {"c_fa": 0}])
 def test_min_dcf_refuses_meaningless_costs(costs):
-    with pytest.raises(ValueError, match="p_target must lie inside 0..1"):
+    with pytest.raises(ValueError, match=r"^p_target must lie inside 0\.\.1"):
         min_dcf([0.1, 0.2], [0, 1], **costs)
 
 
-COSTS = [(0.01, 1, 1), (0.05, 1, 1), (0.5, 10, 1)]
+COSTS = [(0.01, 1, 1), (0.05, 1, 1), (0.5, 10, 1), (0.9, 1, 3)]
 
 
 @pytest.mark.parametrize("costs", COSTS)
@@ -142,6 +162,13 @@ def test_threshold_of_a_false_accept_rate_is_the_lowest_that_keeps_it():
     ranking = Ranking(np.append(impostors, [2.0, 3.0]), np.append(np.zeros(4000), [1, 1]))
     # one percent is 40 impostors, 0.9900 to 0.99975; a permille is 4, too few to tell
     assert ranking.far_thresholds() == {"far_0.01": 0.99}
+
+
+@pytest.mark.parametrize("n_impostors, told", [(3000, True), (2999, False)])
+def test_a_rate_is_told_from_thirty_errors_on(n_impostors, told):
+    scores = np.append(np.arange(n_impostors) / n_impostors, 2.0)
+    found = Ranking(scores, np.arange(n_impostors + 1) == n_impostors).far_thresholds()
+    assert ("far_0.01" in found) == told
 
 
 def test_impostors_that_tie_past_the_rate_are_all_kept_out():

@@ -17,6 +17,7 @@ from speechbrain_mrl.pretrained import (
     ReDimNetMRL,
     load_pretrained_redimnet,
     load_strictly,
+    parse_release,
     read_checkpoint,
 )
 from speechbrain_mrl.redimnet import PRESETS, ReDimNet
@@ -63,8 +64,21 @@ def test_missing_file_of_an_own_model_is_not_said_to_be_released(tmp_path):
     ],
 )
 def test_model_that_was_never_released_is_refused(names, file):
-    with pytest.raises(ValueError, match=f"{file} was never released; released are b0/b1/.*S/M"):
+    known = "b0/b1/b2/b3/b4/b5/b6-vox2-ptn/ft_lm, S/M-vb2-ptn, S/M-vb2+vox2+cnc-ft_mix"
+    message = f"{file} was never released; released are {known}"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         load_pretrained_redimnet(*names)
+
+
+def test_a_release_is_named_by_model_dataset_and_training():
+    assert parse_release("S-vb2+vox2+cnc-ft_mix") == ("S", "vb2+vox2+cnc", "ft_mix")
+
+
+@pytest.mark.parametrize("name", ["b2", "b2-vox2", "b2-vox2-ft-lm", "b2-vox1-ptn", "vox2-b2-ptn"])
+def test_what_is_no_release_is_told_how_one_is_named(name):
+    message = f"like b2-vox2-ft_lm .*'vox2', 'vb2', 'vb2.vox2.cnc'.* got '{name}'$"
+    with pytest.raises(ValueError, match=message):
+        parse_release(name)
 
 
 def test_docs_list_every_release_with_its_licence():
@@ -102,10 +116,14 @@ def test_missing_and_unexpected_keys_are_listed(tiny_config, random_model, relea
     state_dict = random_model(tiny_config).state_dict()
     del state_dict["bn.running_mean"], state_dict["backbone.stem.0.weight"]
     state_dict["classifier.weight"] = torch.zeros(3)
+    path = release_file(tiny_config, state_dict)
     with pytest.raises(ValueError) as error:
-        load_pretrained_redimnet(source=release_file(tiny_config, state_dict))
-    assert "2 missing: ['backbone.stem.0.weight', 'bn.running_mean']" in str(error.value)
-    assert "1 unexpected: ['classifier.weight']" in str(error.value)
+        load_pretrained_redimnet(source=path)
+    assert str(error.value) == (
+        f"{path} does not fit the model: "
+        "2 missing: ['backbone.stem.0.weight', 'bn.running_mean']; "
+        "1 unexpected: ['classifier.weight']"
+    )
 
 
 def test_tensors_of_another_shape_and_other_things_are_listed(
@@ -243,7 +261,8 @@ class ReleaseHandler(http.server.BaseHTTPRequestHandler):
         else:
             self.send_response(200)
         body = content[start:]
-        self.send_header("Content-Length", str(len(body)))
+        if server.says_length:
+            self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if server.break_after is not None:
             body, server.break_after = body[: server.break_after], None
@@ -265,9 +284,10 @@ def torch_home(tmp_path, monkeypatch):
 def server(torch_home, tiny_config, release_file, monkeypatch):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), ReleaseHandler) as server:
         server.daemon_threads = True  # a client that fails half-way is not waited for
+        server.handle_error = lambda *_: None  # nor reported
         server.content = release_file(tiny_config, name="served").read_bytes()
         server.requests, server.honours_ranges, server.break_after = [], True, None
-        server.pause = 0
+        server.pause, server.says_length = 0, True
         monkeypatch.setattr(pretrained, "URL", f"http://127.0.0.1:{server.server_port}/latest/")
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
@@ -303,7 +323,7 @@ def test_two_processes_that_want_one_release_download_it_once(server, cached):
 
 @pytest.mark.parametrize("honours_ranges", [True, False])
 def test_broken_download_leaves_no_file_and_goes_on_where_it_stopped(
-    server, cached, honours_ranges
+    server, cached, honours_ranges, capsys
 ):
     server.break_after, server.honours_ranges = 5000, honours_ranges
     with pytest.raises(ConnectionError, match=f"ended after 5000 of {len(server.content)} bytes"):
@@ -313,6 +333,22 @@ def test_broken_download_leaves_no_file_and_goes_on_where_it_stopped(
     load_pretrained_redimnet("b2")
     assert [asked for _, asked in server.requests] == [None, "bytes=5000-"]
     assert cached.read_bytes() == server.content and not part.exists()
+    bar = capsys.readouterr().err.split("\r")[-1]
+    size = f"{len(server.content) / 1000:.0f}k"
+    assert re.match(f"{cached.name}: 100%.*{size}/{size} .*B/s", bar)
+
+
+def test_a_file_of_unsaid_length_is_downloaded(server, cached):
+    server.says_length = False
+    load_pretrained_redimnet("b2")
+    assert cached.read_bytes() == server.content
+
+
+def test_a_server_that_falls_silent_is_not_waited_for(server, monkeypatch):
+    monkeypatch.setattr(pretrained, "PATIENCE", 0.1)
+    server.pause = 0.5
+    with pytest.raises(ConnectionError, match="timed out"):
+        load_pretrained_redimnet("b2")
 
 
 def test_part_that_cannot_be_continued_is_fetched_anew(server, cached):
@@ -349,6 +385,12 @@ def test_file_put_by_hand_into_the_cache_needs_no_network(
 
 
 # The student
+
+
+def test_a_student_is_of_b2_before_large_margin_unless_said_otherwise(tiny_config, release_file):
+    folder = release_file(tiny_config, name="b2-vox2-ptn").parent
+    student = ReDimNetMRL.from_pretrained(source=folder, embed_dim=40, mrl_dims=(8, 40))
+    assert (student.embed_dim, student.mrl_dims) == (40, (8, 40))
 
 
 def test_student_from_a_release_has_every_tensor_of_it(parity, release_file):
