@@ -343,6 +343,12 @@ def test_half_precision_is_computed_in_single_precision():
     assert (loss, values) == expected and student.grad.isfinite().all()
 
 
+def test_without_the_term_aam_labels_are_ignored():
+    objective, student, teachers = fitted().float(), torch.randn(6, 7), make_teachers(6)
+    loss, values = objective(student, teachers, torch.arange(6))
+    assert (loss, values) == objective(student, teachers) and loss.dtype == torch.float32
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_large_embeddings_in_half_precision_do_not_overflow(dtype):
     """1024 times as large, sums of squares are above float16's 65504; cosines are as they were."""
@@ -402,8 +408,10 @@ def test_a_call_without_teacher_labels_or_clips_is_refused():
         objective(student, {"small": teachers["small"]})
     with pytest.raises(ValueError, match="same clips, got.*'student': 2"):
         objective(student[:2], teachers)
+    with pytest.raises(ValueError, match="same clips, got.*'labels': 2"):
+        objective(student, teachers, torch.tensor([0, 1]))
     objective = MatryoshkaDistillationLoss(DIMS, "all", terms={"aam": 1.0}, n_classes=3)
-    with pytest.raises(ValueError, match="needs labels"):
+    with pytest.raises(ValueError, match=r"^the aam term needs labels, \(B,\)"):
         objective(student, {})
     loss, values = objective.eval()(student, {})  # held-out speakers are no classes
     assert loss == 0 and values == {}

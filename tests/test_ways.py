@@ -317,6 +317,7 @@ def test_labels_of_a_folder_without_speakers_are_refused(run):
 @pytest.mark.parametrize(
     ("stages", "message"),
     [
+        ("none", "stages must be .* a mapping of changes.*, got 'none'"),
         ("[{stage: a}, {stage: a}]", "two stages are called 'a'"),
         ("[{stage: a}, {chunk_secs: 3}]", "chunk_secs is not a key"),
         ("[{taught_by: [2]}]", r"positions in the 2 teachers"),

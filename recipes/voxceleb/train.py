@@ -22,6 +22,7 @@ from folder_prepare import prepare_folder
 from hyperpyyaml import load_hyperpyyaml, resolve_references
 from rirs import prepare_rirs
 from ruamel.yaml import YAML
+from rules import TRAIN
 from speechbrain.dataio.encoder import CategoricalEncoder
 from speechbrain.utils.distributed import ddp_init_group, if_main_process, run_on_main
 from voxceleb_prepare import prepare_voxceleb
@@ -91,8 +92,11 @@ def resolve_stages(document):
 
     Without ``stages`` it is one, without a name.
     """
+    stages, rule = document["stages"], TRAIN["stages"]
+    if not rule.holds(stages):
+        raise ValueError(f"stages must be {rule.text}, got {stages!r}")
     texts = {}
-    for number, stage in enumerate(document["stages"] or [{"stage": ""}], start=1):
+    for number, stage in enumerate(stages or [{"stage": ""}], start=1):
         stage = {"stage": str(number), **stage}
         if stage["stage"] in texts:
             raise ValueError(f"two stages are called {stage['stage']!r}; give each its own name")
