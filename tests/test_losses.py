@@ -130,6 +130,7 @@ def test_each_term_is_the_slow_reference_in_value_and_gradient(term, scale, teac
 
 def test_a_map_has_maps_of_its_own_only_where_teachers_differ():
     assert sum(p.numel() for p in fitted(MAPS["a teacher for each size"]).parameters()) == 69
+    assert sum(p.numel() for p in fitted({2: "small", 4: "large", 7: "large"}).parameters()) == 69
     assert not list(fitted(MAPS["same teachers at every size"]).parameters())
     assert not list(fitted(MAPS["a teacher for each size"], terms={"gram": 1.0}).parameters())
 
@@ -247,6 +248,12 @@ def test_aam_is_the_formula_with_a_margin_for_each_size():
     factors = torch.tensor([1, 1, 3 / 2, 3 / 2, 3, 3, 3])
     gradient, plain = (torch.autograd.grad(x, student)[0] for x in (loss, total))
     torch.testing.assert_close(gradient, plain * factors, rtol=1e-4, atol=1e-5)
+
+
+def test_every_size_has_the_margin_that_is_given_or_a_fifth():
+    for arguments, expected in (({}, 0.2), ({"margins": 0.3}, 0.3)):
+        objective = MatryoshkaDistillationLoss(DIMS, "all", {"aam": 1.0}, n_classes=3, **arguments)
+        assert objective.scaled_margins == dict.fromkeys(DIMS, expected)
 
 
 def test_gram_of_two_clips_worked_out_by_hand():
@@ -376,12 +383,12 @@ def test_large_embeddings_in_half_precision_do_not_overflow(dtype):
         ({"terms": {"cosine": 1.0, "triplet": 1.0}}, "terms must be some of.*triplet"),
         ({"terms": {"cosine": None}}, "terms must be some of"),
         ({"teacher_map": {2: "small", 4: "small"}}, r"teacher_map.*\(2, 4, 7\), got \[2, 4\]"),
-        ({"teacher_map": None}, r"the default teacher_map.*\(2, 4, 7\), got \[64, 128"),
+        ({"teacher_map": None}, r"^the default teacher_map.*\(2, 4, 7\), got \[64, 128"),
         ({"teacher_map": dict.fromkeys(DIMS, [])}, "must name a teacher for each size"),
         ({"teacher_map": "small"}, "teacher_map must map sizes to entries, got a str"),
-        ({"mrl_weights": [1.0]}, "mrl_weights has 1 entries for 3 mrl_dims"),
+        ({"mrl_weights": [1.0]}, r"has 1 entries for 3 mrl_dims .*; give one weight per size"),
         ({"mrl_weights": [1.0, -1.0, 1.0]}, "must not be negative"),
-        ({"terms": {"aam": 1.0}}, "needs n_classes"),
+        ({"terms": {"aam": 1.0}}, "^the aam term needs n_classes"),
         ({"terms": {"aam": 1.0}, "n_classes": 3, "margins": {2: 0.1}}, "margins must have"),
         (
             {"teacher_map": dict.fromkeys(DIMS, "small"), "teacher_weights": {"b9": 2.0}},
