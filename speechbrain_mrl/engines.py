@@ -60,7 +60,8 @@ def export_onnx(model: ReDimNet, path: str | os.PathLike[str]) -> None:
         ) from error
     model = packaged(model)
     graph = _Graph(copy.deepcopy(model).float().cpu()).eval()
-    shapes = {"wavs": {0: torch.export.Dim("batch"), 1: torch.export.Dim("samples")}}
+    samples = torch.export.Dim("samples", max=2**31 - 1)  # torch 2.8 trips over a bound of its own
+    shapes = {"wavs": {0: torch.export.Dim("batch"), 1: samples}}
     with torch.no_grad():
         program: Any = torch.onnx.export(
             graph,

@@ -343,7 +343,7 @@ class MRLBrain(sb.Brain):
 
         There each process normalises by its own clips, and rank 0's statistics are kept.
         """
-        if not self.distributed_launch or self.device_type != "cpu":
+        if not self.distributed_launch or torch.device(self.device).type != "cpu":
             return super()._wrap_distributed()
         for name, module in self.modules.items():
             if any(p.requires_grad for p in module.parameters()):

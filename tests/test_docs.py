@@ -19,6 +19,7 @@ import torch
 import train
 from hyperpyyaml import load_hyperpyyaml
 from ruamel.yaml import YAML
+from speechbrain.utils import fetching
 
 from speechbrain_mrl import __main__ as command_line
 from speechbrain_mrl import export_model, redimnet, training
@@ -139,6 +140,8 @@ def test_the_python_of_a_page_runs_from_top_to_bottom(page, at_work, monkeypatch
     for line, language, text in blocks(page):
         if language != "python":
             continue
+        if "FetchConfig" in text and not hasattr(fetching, "FetchConfig"):
+            pytest.skip("the page shows SpeechBrain 1.1's way and says what 1.0 has instead")
         text = text.replace('"/data/', f'"{at_work}/data/')
         for ours, small in PLACES.items():
             text = text.replace(f'source="{ours}"', f'source="{small}"')

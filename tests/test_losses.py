@@ -199,6 +199,13 @@ def test_matryoshka_loss_is_the_weighted_mean_of_the_sizes():
     torch.testing.assert_close(*gradients, atol=1e-7, rtol=0)
 
 
+def test_a_weight_may_be_zero():
+    predictions = {d: random(5, 3, seed=d) for d in DIMS}
+    classes = torch.tensor([0, 2, 1, 1, 0])
+    loss = MatryoshkaLoss(CROSS_ENTROPY, DIMS, [0, 1, 0])(predictions, classes)
+    torch.testing.assert_close(loss, F.cross_entropy(predictions[4], classes))
+
+
 def test_one_size_alone_is_the_plain_loss():
     prediction, classes = random(5, 3), torch.tensor([0, 2, 1, 1, 0])
     loss = MatryoshkaLoss(CROSS_ENTROPY, [3], [7.0])({3: prediction}, classes)

@@ -61,3 +61,11 @@ def test_zero_vectors_have_finite_losses_and_gradients():
     # All cosines are 0: the own one becomes cos(90 degrees + margin).
     own, others = 30 * torch.tensor(torch.pi / 2 + 0.1).cos(), torch.tensor(2.0)
     torch.testing.assert_close(losses[2], -(own - torch.log(own.exp() + others)))
+
+
+@pytest.mark.parametrize("cosine", [1.0, -1.0])
+def test_a_clip_exactly_at_its_speaker_or_opposite_has_a_finite_gradient(cosine):
+    embeddings = torch.tensor([[cosine, 0.0]], requires_grad=True)
+    losses = prefix_margin_losses(embeddings, torch.eye(2), torch.tensor([0]), {2: 0.2}, scale=30.0)
+    losses[2].backward()
+    assert embeddings.grad.isfinite().all()
