@@ -36,11 +36,12 @@ def make_brain(config, world_size):
         hparams={
             "wav_augment": None,
             "labels": True,
+            "mrl_dims": [16, 32],
             "stage": "",
             "train_logger": SimpleNamespace(log_stats=lambda *_, **__: None),
         },
         run_opts={"device": "cpu", "distributed_launch": world_size > 1, "max_grad_norm": 1e9},
-        stores={sb.Stage.TRAIN: store},
+        stores={sb.Stage.TRAIN: store, sb.Stage.VALID: store},
         valid_trials=None,
         lr_schedule=lambda optimizer, step: None,
     )
