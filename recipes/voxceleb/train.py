@@ -448,7 +448,7 @@ def run(document, stages, run_opts):
         print(f"Report, plots and model/: {hparams['output_folder']}")
         if report is not None:
             model = f"{hparams['output_folder']}/model"
-            print(f"Next: python recipes/voxceleb/publish.py {model} ORG/NAME --dry_run")
+            print(f"Next: python -m speechbrain_mrl publish {model} ORG/NAME --dry_run")
         if demo:
             print(DEMO)
     return student
