@@ -8,11 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from speechbrain.utils.distributed import main_process_only
-from speechbrain.utils.train_logger import FileTrainLogger, TensorboardLogger
 
 from speechbrain_mrl.extras import require
 from speechbrain_mrl.files import replacing
 
+_theirs = logging.getLogger("speechbrain.utils.train_logger")
+_theirs.disabled = True  # being imported, it warns of a missing torchvision: for figures
+from speechbrain.utils.train_logger import FileTrainLogger, TensorboardLogger  # noqa: E402
+
+_theirs.disabled = False
 logger = logging.getLogger(__name__)
 
 

@@ -253,5 +253,6 @@ def test_it_runs_as_a_user_types_it(folder):
     command = [sys.executable, "-m", "speechbrain_mrl", "info", str(folder), "--json"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and json.loads(done.stdout)["title"] == "Tiny ReDimNet"
+    assert not done.stderr
     failed = subprocess.run([*command[:-2], "/nowhere"], capture_output=True, text=True)
     assert failed.returncode == 1 and "error:" in failed.stderr and "Traceback" not in failed.stderr
