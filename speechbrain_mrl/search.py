@@ -82,7 +82,10 @@ def score_speakers(
         What several clips of a speaker give: ``"average"`` is the score of their mean embedding,
         ``"mean"`` the mean and ``"max"`` the best of the clips' own scores.
 
-    Returns the C speakers in order of first appearance, and the scores, (Q, C).
+    Returns
+    -------
+    tuple of list of str and torch.Tensor
+        The C speakers in order of first appearance, and the scores, (Q, C).
 
     Example
     -------

@@ -229,16 +229,8 @@ def test_links_of_pages_lead_somewhere():
 
 def test_the_site_builds_without_a_warning(tmp_path):
     pytest.importorskip("mkdocs")
-    command = [
-        sys.executable,
-        "-m",
-        "mkdocs",
-        "build",
-        "--strict",
-        "-q",
-        "-d",
-        str(tmp_path / "site"),
-    ]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict"]  # not -q: it hides warnings
+    command += ["-d", str(tmp_path / "site")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "<math" in (tmp_path / "site" / "objective" / "index.html").read_text(encoding="utf-8")
