@@ -20,7 +20,7 @@ from speechbrain_mrl.audio import audio_info
 from speechbrain_mrl.convert import convert_release
 from speechbrain_mrl.embedding import SAMPLE_RATE, Clip, embed_clips, find_clips
 from speechbrain_mrl.export import export_model
-from speechbrain_mrl.hub import push_to_hub
+from speechbrain_mrl.hub import add_calibration, push_space, push_to_hub
 from speechbrain_mrl.published import (
     find_published,
     load_published,
@@ -152,14 +152,24 @@ def _written(given: argparse.Namespace) -> Any:
 
 
 def publish(given: argparse.Namespace) -> Any:
-    """Check a model and upload it in one commit."""
-    options = {key: getattr(given, key) for key in ("private", "revision", "dry_run", "tag")}
+    """Check a model and upload it in one commit, and a Space that shows it if one is wanted."""
     if not given.json:
-        push_to_hub(given.folder, given.repo_id, **options)
+        upload(given)
         return None
     with contextlib.redirect_stdout(sys.stderr):  # what it prints is for people
-        address = push_to_hub(given.folder, given.repo_id, **options)
-    return {"address": address, "uploaded": not given.dry_run}
+        return upload(given)
+
+
+def upload(given: argparse.Namespace) -> dict[str, Any]:
+    """``publish`` for its own command and for the recipe's; where the model and its Space are."""
+    if given.calibration is not None:
+        add_calibration(given.folder, given.calibration)
+    options = {key: getattr(given, key) for key in ("private", "revision")}
+    address = push_to_hub(
+        given.folder, given.repo_id, dry_run=given.dry_run, tag=given.tag, **options
+    )
+    space = None if given.space is None else push_space(given.space, given.repo_id, **options)
+    return {"address": address, "uploaded": not given.dry_run, "space": space}
 
 
 def info(given: argparse.Namespace) -> Any:

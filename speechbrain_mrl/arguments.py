@@ -93,7 +93,6 @@ thousand recordings are good, nobody needs to know who speaks, and it takes no t
     )
     one.add_argument("release", metavar="RELEASE", help="model-dataset-training: b2-vox2-ft_lm")
     one.add_argument("folder", metavar="FOLDER", help="to be written")
-    one.add_argument("--source", help="the release's file or its folder, instead of a download")
     one.add_argument("--recordings", metavar="FOLDER", help="rotate to their principal axes")
     one.add_argument(
         "--mrl_dims",
@@ -103,8 +102,7 @@ thousand recordings are good, nobody needs to know who speaks, and it takes no t
         metavar="D",
         help="sizes after the rotation, the last one 192 (default: 64 128 192)",
     )
-    one.add_argument("--report", help="report.json of the converted model, to publish it with")
-    one.add_argument("--trials", default="", help="name of the report's trial list")
+    release_options(one)
 
     one = command(
         "export",
@@ -126,16 +124,14 @@ Half precision is for the disk: weights are loaded as float32 and computed with 
         f"""examples:
   {PROGRAM} publish models/b2 org/redimnet-b2 --dry_run
   {PROGRAM} publish models/b2 org/redimnet-b2 --private
+  {PROGRAM} publish models/b2 org/redimnet-b2 --space org/try-redimnet-b2
 
 The login is huggingface_hub's: hf auth login, or HF_TOKEN. A model without report.json or licence
-is refused. --dry_run lists what would be uploaded.""",
+is refused. A Space is a page on the Hub where visitors try the model out.""",
     )
     one.add_argument("folder", metavar="FOLDER", help="exported model, such as a recipe's model/")
     one.add_argument("repo_id", metavar="ORG/NAME", help="where on the Hub")
-    one.add_argument("--private", action="store_true", help="create the repo as private")
-    one.add_argument("--revision", help="branch to upload to, instead of main")
-    one.add_argument("--tag", help="name of this version, instead of the next of v1, v2, …")
-    one.add_argument("--dry_run", action="store_true", help="check and list, upload nothing")
+    publish_options(one)
 
     one = command(
         "info",
@@ -150,6 +146,28 @@ No code of the model is run.""",
     )
     one.add_argument("model", metavar="MODEL", help="folder or Hub id of an exported model")
     return main
+
+
+def release_options(one: argparse.ArgumentParser) -> None:
+    """What writing a release as a SpeechBrain model takes, besides the release and the folder."""
+    one.add_argument("--source", help="the release's file or its folder, instead of a download")
+    one.add_argument("--report", help="report.json of the converted model, to publish it with")
+    one.add_argument("--trials", default="", help="name of the report's trial list")
+
+
+def publish_options(one: argparse.ArgumentParser) -> None:
+    """What publishing takes, besides the folder and the name on the Hub."""
+    one.add_argument("--private", action="store_true", help="create the repo as private")
+    one.add_argument("--revision", help="branch to upload to, instead of main")
+    one.add_argument("--tag", help="name of this version, instead of the next of v1, v2, …")
+    one.add_argument(
+        "--calibration",
+        metavar="FILE.json",
+        help="verify.py's calibration.json of the model: put into the folder, to travel with it",
+    )
+    either = one.add_mutually_exclusive_group()
+    either.add_argument("--dry_run", action="store_true", help="check and list, upload nothing")
+    either.add_argument("--space", metavar="ORG/NAME", help="push a Space that shows the model too")
 
 
 class _Parser(argparse.ArgumentParser):

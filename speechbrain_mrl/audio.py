@@ -17,6 +17,8 @@ import soundfile
 import torch
 from torchaudio.functional import resample
 
+from speechbrain_mrl.extras import require
+
 __all__ = ["AudioInfo", "audio_info", "check_audio", "read_audio"]
 
 _SOUNDFILE_SUFFIXES = {f".{name.lower()}" for name in soundfile.available_formats()} | {".opus"}
@@ -254,7 +256,7 @@ def _read_av(
     A seek in AAC lands on a frame that lacks its overlap with the one before, and
     decoding is some thousand times faster than real time.
     """
-    av = _import_av(path)
+    av = _av(path)
     with _open_av(path) as container:
         native_rate = container.streams.audio[0].rate
         first, count = _native_segment(start, num_frames, sample_rate, native_rate)
@@ -270,18 +272,12 @@ def _read_av(
 
 
 def _open_av(path: str | os.PathLike[str]) -> Any:
-    container = _import_av(path).open(os.fspath(path))
+    container = _av(path).open(os.fspath(path))
     if not container.streams.audio:
         container.close()
         raise ValueError("it holds no audio stream")
     return container
 
 
-def _import_av(path: str | os.PathLike[str]) -> Any:
-    try:
-        import av
-    except ImportError:
-        raise ImportError(
-            f"reading {path} needs PyAV: pip install 'speechbrain_mrl[m4a]'"
-        ) from None
-    return av
+def _av(path: str | os.PathLike[str]) -> Any:
+    return require("av", "m4a", f"reading {path}")

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from speechbrain_mrl.extras import require
 from speechbrain_mrl.fast import packaged
 from speechbrain_mrl.redimnet import (
     N_FFT,
@@ -51,13 +52,8 @@ def export_onnx(model: ReDimNet, path: str | os.PathLike[str]) -> None:
     TypeError
         If ``model`` is not a ReDimNet.
     """
-    try:
-        import onnx
-        import onnxscript  # noqa: F401  torch.onnx needs it
-    except ImportError as error:
-        raise ImportError(
-            "export_onnx needs onnx and onnxscript: pip install 'speechbrain_mrl[onnx]'"
-        ) from error
+    onnx = require("onnx", "onnx", "export_onnx")
+    require("onnxscript", "onnx", "export_onnx")  # torch.onnx uses it
     model = packaged(model)
     graph = _Graph(copy.deepcopy(model).float().cpu()).eval()
     samples = torch.export.Dim("samples", max=2**31 - 1)  # torch 2.8 trips over a bound of its own
@@ -153,13 +149,7 @@ class ExportedEncoder:
         if precision not in allowed:
             raise ValueError(f"precision must be one of {allowed} with {engine}, got {precision!r}")
         start = _openvino if engine == "openvino" else _onnxruntime
-        try:
-            self._run, facts = start(os.fspath(path), precision, threads)
-        except ImportError as error:
-            extra = "openvino" if engine == "openvino" else "onnx"
-            raise ImportError(
-                f"engine {engine!r} is not installed: pip install 'speechbrain_mrl[{extra}]'"
-            ) from error
+        self._run, facts = start(os.fspath(path), precision, threads)
         if facts is None:
             raise ValueError(f"{path} was not written by export_onnx")
         facts = json.loads(facts)
@@ -211,8 +201,7 @@ class ExportedEncoder:
 
 
 def _onnxruntime(path: str, precision: str, threads: int | None) -> tuple[_Run, Any]:
-    import onnxruntime
-
+    onnxruntime = require("onnxruntime", "onnx", "engine 'onnxruntime'")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or 0
     options.add_session_config_entry("session.set_denormal_as_zero", "1")
@@ -225,8 +214,8 @@ def _onnxruntime(path: str, precision: str, threads: int | None) -> tuple[_Run, 
 
 
 def _openvino(path: str, precision: str, threads: int | None) -> tuple[_Run, Any]:
-    import openvino
-    from openvino import opset13
+    openvino = require("openvino", "openvino", "engine 'openvino'")
+    opset13 = openvino.opset13
 
     core = openvino.Core()
     model = core.read_model(path)

@@ -4,6 +4,7 @@ import inspect
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -199,6 +200,19 @@ def push_space(
     address = f"{api.endpoint}/spaces/{repo_id}"
     print(f"{address} shows {model} at {commit}")
     return address
+
+
+def add_calibration(folder: str | os.PathLike[str], calibration: str | os.PathLike[str]) -> None:
+    """Let an exported folder with a report travel with what ``verify.py`` fitted for its sizes.
+
+    Raises
+    ------
+    ValueError
+        If a size lacks a calibration, or the scores were not plain cosines.
+    """
+    report = json.loads(Path(folder, "report.json").read_text(encoding="utf-8"))
+    check_calibration(calibration, [int(size) for size in report["dims"]])
+    shutil.copyfile(calibration, Path(folder, "calibration.json"))
 
 
 def check_folder(folder: str | os.PathLike[str]) -> None:

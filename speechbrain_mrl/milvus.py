@@ -8,13 +8,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from speechbrain_mrl.search import (
-    check_embeddings,
-    check_ids,
-    check_range,
-    require,
-    unit_prefixes,
-)
+from speechbrain_mrl.extras import require
+from speechbrain_mrl.search import check_embeddings, check_ids, check_range, unit_prefixes
 
 ROWS_PER_CALL = 1000
 HITS_PER_CALL = 16384  # with 1 KB embeddings well below gRPC's 64 MB
@@ -64,9 +59,9 @@ class MilvusIndex:
         prefix_index: Mapping[str, Any] | None = None,
     ) -> None:
         check_range("prefix_dim", prefix_dim, 1, dim)
-        pymilvus = require("pymilvus", extra="milvus")
+        pymilvus = require("pymilvus", "milvus", "an index in Milvus")
         if "://" not in uri:
-            require("milvus_lite", extra="milvus")
+            require("milvus_lite", "milvus", "an index in a Milvus file")
         self.dim, self.prefix_dim, self.collection = dim, prefix_dim, collection
         self._client = pymilvus.MilvusClient(uri, token=token)
         sizes = {"prefix": prefix_dim, "embedding": dim}

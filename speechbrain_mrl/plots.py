@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from speechbrain_mrl.extras import require
 from speechbrain_mrl.files import replacing
 from speechbrain_mrl.metrics import Ranking, eer_of_rates
 from speechbrain_mrl.report import results_by_name
@@ -73,11 +74,10 @@ def write_plots(
 
 
 def _figure(size: tuple[float, float] = (6.4, 4.8)) -> Any:
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ImportError("plots need matplotlib: pip install 'speechbrain_mrl[plots]'") from None
+    require("matplotlib", "plots", "a plot")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)  # no pyplot: the caller's backend and rcParams stay as they are
     return figure

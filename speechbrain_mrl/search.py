@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import json
 import os
@@ -22,6 +21,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from speechbrain_mrl.extras import require
 
 # FAISS' names of how prefixes can be kept
 CODES = {
@@ -81,7 +82,10 @@ def score_speakers(
         What several clips of a speaker give: ``"average"`` is the score of their mean embedding,
         ``"mean"`` the mean and ``"max"`` the best of the clips' own scores.
 
-    Returns the C speakers in order of first appearance, and the scores, (Q, C).
+    Returns
+    -------
+    tuple of list of str and torch.Tensor
+        The C speakers in order of first appearance, and the scores, (Q, C).
 
     Example
     -------
@@ -139,7 +143,7 @@ class MatryoshkaIndex:
         check_range("prefix_dim", prefix_dim, 1, dim)
         if codes not in CODES or storage not in STORAGE:
             raise ValueError(f"codes {[*CODES]}, storage {[*STORAGE]}; got {codes!r}, {storage!r}")
-        self._faiss = require("faiss", extra="search")
+        self._faiss = require("faiss", "search", "a search index")
         self.dim, self.prefix_dim, self.codes, self.storage = dim, prefix_dim, codes, storage
         self._full = _Rows(np.empty((0, dim), storage))
         self._names: list[str] = []  # by row of _full, the removed ones too
@@ -343,16 +347,6 @@ class _Rows:
         taken = np.empty((len(rows), self.new.shape[1]), self.new.dtype)
         taken[old], taken[~old] = self.mapped[rows[old]], self.new[rows[~old] - len(self.mapped)]
         return taken
-
-
-def require(module: str, extra: str) -> Any:
-    """An optional dependency, or an ImportError that names the extra which brings it."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(
-            f"{module} is not installed; get it with pip install 'speechbrain_mrl[{extra}]'"
-        ) from error
 
 
 def check_range(name: str, value: int, low: int, high: int | None = None) -> None:

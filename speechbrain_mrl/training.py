@@ -676,8 +676,11 @@ def train_distilled_mrl(
         "valid_loader": {"batch_size": 16, "num_workers": num_workers},
     }
     run_opts = {"device": device}
-    embed_options: dict[str, Any] = {"device": device, "max_seconds": max_seconds}
-    embed_options["num_workers"] = num_workers
+    embed_options: dict[str, Any] = {
+        "device": device,
+        "max_seconds": max_seconds,
+        "num_workers": num_workers,
+    }
     fresh = hparams["checkpointer"].find_checkpoint() is None
     if isinstance(backbone, ReDimNet) and valid_set is not None and fresh:
         student.to(device)

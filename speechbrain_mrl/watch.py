@@ -1,7 +1,6 @@
 """What a training shows and keeps of each epoch: a line, a text log, a table, TensorBoard's curves."""
 
 import csv
-import importlib.util
 import logging
 import os
 from collections.abc import Mapping
@@ -9,10 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from speechbrain.utils.distributed import main_process_only
-from speechbrain.utils.train_logger import FileTrainLogger, TensorboardLogger
 
+from speechbrain_mrl.extras import require
 from speechbrain_mrl.files import replacing
 
+_theirs = logging.getLogger("speechbrain.utils.train_logger")
+_theirs.disabled = True  # being imported, it warns of a missing torchvision: for figures
+from speechbrain.utils.train_logger import FileTrainLogger, TensorboardLogger  # noqa: E402
+
+_theirs.disabled = False
 logger = logging.getLogger(__name__)
 
 
@@ -42,10 +46,8 @@ class TrainingLog(FileTrainLogger):
     def __init__(self, save_file: str | os.PathLike[str], tensorboard: bool = False) -> None:
         super().__init__(save_file)
         self.table = Path(save_file).with_suffix(".csv")
-        if tensorboard and importlib.util.find_spec("tensorboard") is None:
-            raise ImportError(
-                "the key tensorboard needs TensorBoard: pip install 'speechbrain_mrl[tensorboard]'"
-            )
+        if tensorboard:
+            require("tensorboard", "tensorboard", "the key tensorboard")
         self.wants_curves = tensorboard
         self.curves: Any = None
 

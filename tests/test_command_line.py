@@ -1,5 +1,6 @@
 """The command line, in process; and once as a user types it."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub import ModelCard
 
+from speechbrain_mrl import __main__ as command_line
 from speechbrain_mrl.__main__ import main
 from speechbrain_mrl.arguments import parser
 from speechbrain_mrl.card import Provenance
@@ -183,6 +185,24 @@ def test_publish_lists_what_would_be_uploaded(folder, capsys):
     assert "embedding_model.ckpt" in text and "would be uploaded to" in text
 
 
+def test_publish_pushes_the_model_then_the_space_that_shows_it(folder, capsys, monkeypatch):
+    pushed = []
+
+    def push(name, *given, **options):
+        pushed.append((name, *given, options["private"], options["revision"]))
+        print("for people")
+        return f"hub/{given[0]}"
+
+    monkeypatch.setattr(command_line, "push_to_hub", functools.partial(push, "model"))
+    monkeypatch.setattr(command_line, "push_space", functools.partial(push, "space"))
+    found = as_json(capsys, "publish", folder, "org/tiny", "--space=org/show", "--revision=next")
+    assert pushed == [
+        ("model", str(folder), "org/tiny", False, "next"),
+        ("space", "org/show", "org/tiny", False, "next"),
+    ]
+    assert found["uploaded"] and found["space"] == "hub/org/show"
+
+
 @pytest.mark.parametrize(
     "arguments, sentence",
     [
@@ -209,7 +229,8 @@ def test_a_users_error_is_one_sentence_and_exit_code_1(
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["fly"], ["verify", "model", "one.wav"], ["verify", "model", "--trials=list"]],
+    [[], ["fly"], ["verify", "model", "one.wav"], ["verify", "model", "--trials=list"]]
+    + [["publish", "model", "org/name", "--space=org/show", "--dry_run"]],
 )
 def test_wrong_usage_is_exit_code_2(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
@@ -232,5 +253,6 @@ def test_it_runs_as_a_user_types_it(folder):
     command = [sys.executable, "-m", "speechbrain_mrl", "info", str(folder), "--json"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and json.loads(done.stdout)["title"] == "Tiny ReDimNet"
+    assert not done.stderr
     failed = subprocess.run([*command[:-2], "/nowhere"], capture_output=True, text=True)
     assert failed.returncode == 1 and "error:" in failed.stderr and "Traceback" not in failed.stderr

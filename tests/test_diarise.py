@@ -59,12 +59,25 @@ def test_the_example_prints_a_row_for_each_size(
 ):
     student = MatryoshkaReDimNet.from_redimnet(random_model(tiny_config), 32, (8, 32))
     folder = export_model(student, tmp_path / "model")
+    trials = tmp_path / "trials.txt"
+    trials.write_text("1 id00/s0/0.wav id00/s1/0.wav\n0 id00/s0/0.wav id01/s0/0.wav\n")
     rates = diarise.main(
-        [f"--model={folder}", f"--data_folder={small_corpus}", "--n_mixes=1", "--n_turns=12"]
-        + ["--n_speakers=2"]
+        [f"--model={folder}", f"--data_folder={small_corpus}", "--n_mixes=2", "--n_turns=12"]
+        + ["--n_speakers=2", f"--trials={trials}"]
     )
     assert set(rates) == {(d, kind) for d in (8, 32) for kind in ("given", "estimated")}
-    assert all(0 <= rate < 2 for rate in rates.values())
+    assert all(len(found) == 2 and 0 <= min(found) for found in rates.values())
     printed = capsys.readouterr().out
-    assert "1 conversations of 2 speakers, 0.2 minutes" in printed
-    assert f"| 32 | {100 * rates[32, 'given']:.2f} |" in printed
+    assert "2 conversations of 2 speakers, 2 in all; 0.5 minutes" in printed
+    assert f"| 32 | {50 * sum(rates[32, 'given']):.2f} (" in printed
+    mean = 50 * (sum(rates[8, "estimated"]) - sum(rates[32, "estimated"]))
+    assert f"| {mean:+.2f} (" in printed
+
+
+def test_an_interval_holds_the_mean_of_as_many_conversations():
+    rates = np.random.default_rng(1).normal(0.1, 0.02, 400)
+    mean, low, high = diarise.mean_and_interval(rates)
+    assert mean == pytest.approx(100 * rates.mean())
+    # of a normal mean: 1.96 standard errors to either side
+    half = 1.96 * 100 * rates.std() / 20
+    assert (low, high) == pytest.approx((mean - half, mean + half), abs=0.1 * half)

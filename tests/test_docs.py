@@ -105,9 +105,9 @@ def at_work(workplace, monkeypatch, tiny_config):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(workplace / "hub"))
     tiny = {name: tiny_config for name in redimnet.PRESETS}
     monkeypatch.setattr(redimnet, "PRESETS", tiny)
-    for module in (command_line, publish, sys.modules["speechbrain_mrl.hub"]):
+    for module in (command_line, sys.modules["speechbrain_mrl.hub"]):
         monkeypatch.setattr(module, "push_to_hub", lambda folder, repo_id, **_: str(repo_id))
-    monkeypatch.setattr(publish, "push_space", lambda space, model, **_: space)
+        monkeypatch.setattr(module, "push_space", lambda space, model, **_: space)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: MODEL)
     epochs = training.EpochCounter
     monkeypatch.setattr(training, "EpochCounter", lambda limit: epochs(1))
@@ -232,18 +232,13 @@ def test_links_of_pages_lead_somewhere():
 
 def test_the_site_builds_without_a_warning(tmp_path):
     pytest.importorskip("mkdocs")
-    command = [
-        sys.executable,
-        "-m",
-        "mkdocs",
-        "build",
-        "--strict",
-        "-q",
-        "-d",
-        str(tmp_path / "site"),
-    ]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict"]  # not -q: it hides warnings
+    command += ["-d", str(tmp_path / "site")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "<math" in (tmp_path / "site" / "objective" / "index.html").read_text(encoding="utf-8")
     api = (tmp_path / "site" / "reference" / "models" / "index.html").read_text(encoding="utf-8")
     assert "Parameters" in api and "Arguments\n" not in api
+    notebook = tmp_path / "site" / "notebook"
+    assert "<img" in (notebook / "index.html").read_text(encoding="utf-8")
+    assert (tmp_path / "site" / "examples" / "diarise.py").is_file()

@@ -260,7 +260,8 @@ def test_without_faiss_one_sentence_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(ImportError) as error:
         MatryoshkaIndex()
-    wanted = "faiss is not installed; get it with pip install 'speechbrain_mrl[search]'"
+    wanted = "a search index needs faiss, which is not installed: "
+    wanted += "pip install 'speechbrain_mrl[search]'"
     assert str(error.value) == wanted
 
 

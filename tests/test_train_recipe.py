@@ -133,10 +133,15 @@ def test_teachers_are_in_neither_optimizer_nor_checkpoint(run):
     }
 
 
-def test_debug_runs_two_batches_and_keeps_no_checkpoint(run):
-    _, folder = run("--debug")
-    assert not list((folder / "checkpoints").glob("CKPT*"))
+def test_debug_runs_two_batches_and_the_same_command_without_it_trains(run, monkeypatch):
+    pushed = []
+    monkeypatch.setattr(train, "push_to_hub", lambda *arguments: pushed.append(arguments))
+    _, folder = run("--debug", push_to_hub="org/tiny")
+    assert not list((folder / "checkpoints").glob("CKPT*")) and not pushed
     assert json.loads((folder / "report.json").read_text())["trials"]["target"] <= 8
+    run(number_of_epochs=1, push_to_hub="org/tiny")
+    assert list((folder / "checkpoints").glob("CKPT*")) and pushed
+    assert json.loads((folder / "report.json").read_text())["trials"]["target"] > 8
 
 
 def test_labels_train_without_any_teacher(run):

@@ -22,6 +22,7 @@ from scipy.fft import irfft, next_fast_len
 from scipy.signal import butter, fftconvolve, resample_poly, sosfilt
 from tqdm import tqdm
 
+from speechbrain_mrl.extras import require
 from speechbrain_mrl.files import replacing
 
 SAMPLE_RATE = 16000  # Hz
@@ -132,7 +133,7 @@ def make_demo_corpus(
     if marker.is_file() and json.loads(marker.read_text()) == contents:
         if len(list(folder.glob("wav/*/*/*.flac"))) == n_speakers * clips_per_speaker:
             return folder
-    _import_espeakng_loader()
+    _espeakng_loader()
     wav_folder = folder / "wav"
     wav_folder.mkdir(parents=True, exist_ok=True)
     present = list(wav_folder.iterdir())
@@ -162,14 +163,8 @@ def make_demo_corpus(
     return folder
 
 
-def _import_espeakng_loader():
-    try:
-        import espeakng_loader
-    except ImportError:
-        raise ImportError(
-            "demo voices need espeak-ng: pip install 'speechbrain_mrl[demo]'"
-        ) from None
-    return espeakng_loader
+def _espeakng_loader():
+    return require("espeakng_loader", "demo", "making demo voices")
 
 
 def _draw_voices(n_speakers: int, seed: int) -> list[_Voice]:
@@ -210,7 +205,7 @@ class _Synthesizer:
     """espeak-ng, once per process."""
 
     def __init__(self, seed: int):
-        loader = _import_espeakng_loader()
+        loader = _espeakng_loader()
         self.library = ctypes.CDLL(loader.get_library_path())
         self.library.espeak_ng_SetRandSeed.argtypes = [ctypes.c_long]
         self.library.espeak_Synth.argtypes = [

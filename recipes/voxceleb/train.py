@@ -263,7 +263,8 @@ def train_stage(previous, hparams, corpus, run_opts, teachers, **embed_options):
         for split, path in lists.items():
             if path is None:
                 continue
-            stores[split] = TeacherStore(Path(hparams["teacher_store"]) / split.name.lower())
+            # by the list's name: what --debug keeps of a few clips is apart from that of all
+            stores[split] = TeacherStore(Path(hparams["teacher_store"]) / Path(path).stem)
             stores[split].fill(teachers, read_clips(path), **embed_options)
     label_encoder, n_classes = None, None
     if hparams["labels"]:
@@ -352,7 +353,7 @@ def enrol(student, corpus, **embed_options):
 
 
 def export(student, speakers, teachers, report, corpus, hparams):
-    """Write the model folder, and publish it if the YAML says where."""
+    """Write the model folder."""
     released = RELEASES[hparams["teacher_dataset"]]
     licenses = {
         name: released["license"] if name in released["model_names"] else "not stated"
@@ -377,8 +378,6 @@ def export(student, speakers, teachers, report, corpus, hparams):
         speakers=speakers,
         examples=dict(list(first_clips.items())[: hparams["card_examples"]]),
     )
-    if hparams["push_to_hub"] is not None:
-        push_to_hub(folder / "model", hparams["push_to_hub"])
 
 
 def default_device():
@@ -413,7 +412,8 @@ def run(document, stages, run_opts):
         with replacing(resolved) as part:
             part.write_text(resolve(document))
     sb.create_experiment_directory(hparams["output_folder"], resolved)
-    corpus = prepare(hparams, run_opts.get("debug", False))
+    debug = run_opts.get("debug", False)
+    corpus = prepare(hparams, debug)
 
     embed_options = {
         "device": run_opts.get("device") or default_device(),
@@ -449,10 +449,12 @@ def run(document, stages, run_opts):
         else:
             report_agreement(student, teachers, corpus, hparams, **embed_options)
         export(student, speakers, teachers, report, corpus, hparams)
+        if hparams["push_to_hub"] is not None and not debug:
+            push_to_hub(Path(hparams["output_folder"]) / "model", hparams["push_to_hub"])
         print(f"Report, plots and model/: {hparams['output_folder']}")
         if report is not None:
             model = f"{hparams['output_folder']}/model"
-            print(f"Next: python recipes/voxceleb/publish.py {model} ORG/NAME --dry_run")
+            print(f"Next: python -m speechbrain_mrl publish {model} ORG/NAME --dry_run")
         if demo:
             print(DEMO)
     return student

@@ -1,0 +1,37 @@
+"""Imports what only some of the package needs, or says how to install it."""
+
+import importlib
+from typing import Any
+
+
+def require(module: str, extra: str, purpose: str) -> Any:
+    """An optional module.
+
+    Arguments
+    ---------
+    module : str
+        Its name, with dots if it is part of another.
+    extra : str
+        The extra of this package that brings it.
+    purpose : str
+        What the caller was asked to do, for the error message.
+
+    Raises
+    ------
+    ImportError
+        If it is not installed, naming the extra.
+
+    Example
+    -------
+    >>> require("parrot", "birds", "talking")
+    Traceback (most recent call last):
+    ...
+    ImportError: talking needs parrot, which is not installed: pip install 'speechbrain_mrl[birds]'
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(
+            f"{purpose} needs {module}, which is not installed: "
+            f"pip install 'speechbrain_mrl[{extra}]'"
+        ) from error
