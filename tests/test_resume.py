@@ -12,18 +12,17 @@ import time
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from pkgutil import resolve_name
 
 import pytest
 import torch
 import train
-from speechbrain.utils.checkpoints import Checkpointer
-from speechbrain.utils.train_logger import FileTrainLogger
 
-import speechbrain_mrl.teachers
 from speechbrain_mrl.checkpoints import AtomicCheckpointer
-from speechbrain_mrl.training import MRLBrain
 
-FORK = multiprocessing.get_context("fork")
+# Not forks of this process: torch refuses to train in one if another test's backward had threads.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["speechbrain_mrl.training"])
 STAGES = [
     {"stage": "small", "embed_dim": 16, "mrl_dims": [8, 16]},
     {"stage": "full", "embed_dim": 32, "mrl_dims": [8, 16, 32], "taught_by": [-1]},
@@ -66,17 +65,18 @@ def argv(small_corpus, release_file, tiny_config):
 
 def _child(argv, prepare=None):
     """The command in a process of its own, after ``prepare()`` there."""
-
-    def run():
-        os.setsid()
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        if prepare is not None:
-            prepare()
-        train.main(argv)
-
-    process = FORK.Process(target=run)
+    process = PROCESSES.Process(target=_run, args=(argv, prepare))
     process.start()
     return process
+
+
+def _run(argv, prepare):
+    os.setsid()
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    torch.set_num_threads(1)
+    if prepare is not None:
+        prepare()
+    train.main(argv)
 
 
 def _result(folder):
@@ -100,19 +100,16 @@ def _die(*_, **__):
 
 def _at_call(owner, name, number, act):
     """Before the call of that number, ``act`` on its arguments."""
+    owner, calls = resolve_name(owner), []
+    real = getattr(owner, name)
 
-    def prepare():
-        real, calls = getattr(owner, name), []
+    def counted(*arguments, **options):
+        calls.append(None)
+        if len(calls) == number:
+            act(*arguments, **options)
+        return real(*arguments, **options)
 
-        def counted(*arguments, **options):
-            calls.append(None)
-            if len(calls) == number:
-                act(*arguments, **options)
-            return real(*arguments, **options)
-
-        setattr(owner, name, counted)
-
-    return prepare
+    setattr(owner, name, counted)
 
 
 def _write_half(tensors, path, **_):
@@ -124,26 +121,30 @@ def _no_room(*_, **__):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
+BRAIN = "speechbrain_mrl.training:MRLBrain"
+LOGGER = "speechbrain.utils.train_logger:FileTrainLogger"
+CHECKPOINTER = "speechbrain.utils.checkpoints:Checkpointer"
 MOMENTS = {
-    "the store's second shard": (speechbrain_mrl.teachers, "save_file", 2, _write_half),
-    "the first step": (MRLBrain, "optimizers_step", 1, _die),
-    "a step after a checkpoint": (MRLBrain, "optimizers_step", 5, _die),
-    "the first file of a checkpoint": (torch, "save", 1, _write_half),
-    "the last file of a checkpoint": (torch, "save", 3, _write_half),
-    "a full disk": (torch, "save", 2, _no_room),
-    "the end of an epoch, unsaved": (FileTrainLogger, "log_stats", 1, _die),
-    "the end of an epoch, saved": (Checkpointer, "delete_checkpoints", 2, _die),
-    "the second stage": (MRLBrain, "optimizers_step", 11, _die),
-    "its validation": (MRLBrain, "evaluate_batch", 1, _die),
-    "the plots": (train, "write_plots", 1, _die),
-    "the export": (train, "export_model", 1, _die),
+    "the store's second shard": ("speechbrain_mrl.teachers", "save_file", 2, _write_half),
+    "the first step": (BRAIN, "optimizers_step", 1, _die),
+    "a step after a checkpoint": (BRAIN, "optimizers_step", 5, _die),
+    "the first file of a checkpoint": ("torch", "save", 1, _write_half),
+    "the last file of a checkpoint": ("torch", "save", 3, _write_half),
+    "a full disk": ("torch", "save", 2, _no_room),
+    "the end of an epoch, unsaved": (LOGGER, "log_stats", 1, _die),
+    "the end of an epoch, saved": (CHECKPOINTER, "delete_checkpoints", 2, _die),
+    "the second stage": (BRAIN, "optimizers_step", 11, _die),
+    "its validation": (BRAIN, "evaluate_batch", 1, _die),
+    "the plots": ("train", "write_plots", 1, _die),
+    "the export": ("train", "export_model", 1, _die),
 }
 
 
 def test_a_run_killed_at_every_kind_of_moment_ends_as_one_that_was_not(argv, tmp_path):
     train.main(argv(tmp_path / "whole"))
     for moment, (owner, name, number, act) in MOMENTS.items():
-        process = _child(argv(tmp_path / "killed"), _at_call(owner, name, number, act))
+        dies = partial(_at_call, owner, name, number, act)
+        process = _child(argv(tmp_path / "killed"), dies)
         process.join()
         assert process.exitcode == (1 if act is _no_room else -signal.SIGKILL), moment
     process = _child(argv(tmp_path / "killed", num_workers=1))  # whoever reads
@@ -157,18 +158,20 @@ def _two_processes(argv, prepare=None):
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-
-    def join(rank):
-        places = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": 2}
-        places |= {"RANK": rank, "LOCAL_RANK": rank}
-        os.environ.update({name: str(value) for name, value in places.items()})
-        if rank == 1 and prepare is not None:
-            prepare()
-
-    processes = [_child(argv, partial(join, rank)) for rank in (0, 1)]
+    processes = [
+        _child(argv, partial(_join, rank, port, prepare if rank == 1 else None)) for rank in (0, 1)
+    ]
     for process in processes:
         process.join()
     return [process.exitcode for process in processes]
+
+
+def _join(rank, port, prepare):
+    places = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": 2}
+    places |= {"RANK": rank, "LOCAL_RANK": rank}
+    os.environ.update({name: str(value) for name, value in places.items()})
+    if prepare is not None:
+        prepare()
 
 
 @pytest.mark.slow
@@ -177,7 +180,7 @@ def test_two_processes_of_which_one_is_killed_end_as_two_that_were_not(argv, tmp
     changes |= {"embed_dim": 16, "mrl_dims": [8, 16], "batch_size": 4}
     assert _two_processes(argv(tmp_path / "whole", **changes)) == [0, 0]
     killed = argv(tmp_path / "killed", **changes)
-    dies = _at_call(MRLBrain, "optimizers_step", 5, _die)
+    dies = partial(_at_call, BRAIN, "optimizers_step", 5, _die)
     assert _two_processes(killed, dies) == [1, -signal.SIGKILL]
     assert (
         list((tmp_path / "killed").glob("**/CKPT+*")) and not (tmp_path / "killed/model").exists()
@@ -198,7 +201,8 @@ def test_a_run_killed_at_twenty_random_moments_ends_as_one_that_was_not(argv, tm
         process = _child(argv(folder, num_workers=killed % 2))
         process.join(timeout=moments.uniform(0, seconds))
         if process.is_alive():
-            os.killpg(process.pid, signal.SIGKILL)
+            alone = os.getpgid(process.pid) != process.pid  # it has only just begun
+            (os.kill if alone else os.killpg)(process.pid, signal.SIGKILL)
             killed += 1
         process.join()
         if process.exitcode == 0:
@@ -228,23 +232,23 @@ def test_a_checkpoint_is_listed_when_it_is_complete(tmp_path, monkeypatch):
     assert sorted(found.meta["number"] for found in checkpointer.list_checkpoints()) == [1, 2]
 
 
-def test_two_processes_keep_the_same_checkpoints(tmp_path, monkeypatch):
+def test_two_processes_keep_the_same_checkpoints(tmp_path):
     """However long the first takes to give one its name; else they wait for each other for ever."""
-    replace = os.replace
-    monkeypatch.setattr(os, "replace", lambda *paths: (time.sleep(0.2), replace(*paths)))
-
-    def save(rank):
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
-        rendezvous, patience = f"file://{tmp_path}/rendezvous", timedelta(seconds=20)
-        torch.distributed.init_process_group("gloo", rendezvous, patience, 2, rank)
-        checkpointer = AtomicCheckpointer(tmp_path / "saved", {"layer": torch.nn.Linear(2, 2)})
-        for number in range(3):
-            checkpointer.save_and_keep_only(meta={"number": number})
-        assert [found.meta["number"] for found in checkpointer.list_checkpoints()] == [2]
-
-    processes = [FORK.Process(target=save, args=(rank,)) for rank in (0, 1)]
+    processes = [PROCESSES.Process(target=_save, args=(tmp_path, rank)) for rank in (0, 1)]
     for process in processes:
         process.start()
     for process in processes:
         process.join()
     assert [process.exitcode for process in processes] == [0, 0]
+
+
+def _save(folder, rank):
+    replace = os.replace
+    os.replace = lambda *paths: (time.sleep(0.2), replace(*paths))
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+    rendezvous, patience = f"file://{folder}/rendezvous", timedelta(seconds=20)
+    torch.distributed.init_process_group("gloo", rendezvous, patience, 2, rank)
+    checkpointer = AtomicCheckpointer(folder / "saved", {"layer": torch.nn.Linear(2, 2)})
+    for number in range(3):
+        checkpointer.save_and_keep_only(meta={"number": number})
+    assert [found.meta["number"] for found in checkpointer.list_checkpoints()] == [2]
