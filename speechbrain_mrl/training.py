@@ -21,6 +21,7 @@ from speechbrain.utils.checkpoints import (
     mark_as_saver,
     register_checkpoint_hooks,
 )
+from speechbrain.utils.data_pipeline import DynamicItem
 from speechbrain.utils.epoch_loop import EpochCounter
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -49,6 +50,7 @@ from speechbrain_mrl.watch import TrainingLog
 
 logger = logging.getLogger(__name__)
 
+AUDIO_KEYS = ["wav", "start", "stop"]  # of a row, for what reads its clip
 FIT_CLIPS = 50_000  # clips that rotations are fitted on, at most
 AGREEMENT_CLIPS = 1_000  # validation clips whose pairs are compared with the teachers', at most
 HEAD_CLIPS = 4_000  # training clips that a head is fitted on, at most
@@ -76,26 +78,10 @@ def train_dataset(
         Of the speakers. None: no label is read.
     """
     length = round(chunk_seconds * SAMPLE_RATE)
-    encoder: Any = label_encoder
-
-    @sb.utils.data_pipeline.takes("wav", "start", "stop")
-    @sb.utils.data_pipeline.provides("sig")
-    def chunk(wav: str, start: Any, stop: Any) -> Tensor:
-        start, stop = int(start), int(stop)
-        spare = stop - start - length
-        if spare > 0:
-            start += torch.randint(spare + 1, (1,)).item()
-        signal = read_audio(wav, start, min(length, stop - start))
-        return signal.repeat(-(-length // len(signal)))[:length]
-
-    @sb.utils.data_pipeline.takes("spk_id")
-    @sb.utils.data_pipeline.provides("label")
-    def label(spk_id: str) -> Any:
-        return encoder.encode_label(spk_id)
-
-    items, keys = [chunk], ["id", "sig"]
+    items, keys = [DynamicItem(AUDIO_KEYS, partial(_chunk, length), ["sig"])], ["id", "sig"]
     if label_encoder is not None:
-        items, keys = [chunk, label], ["id", "sig", "label"]
+        items.append(DynamicItem(["spk_id"], label_encoder.encode_label, ["label"]))
+        keys.append("label")
     dataset = SeededClips(csv_path, items, keys)
     dataset.data_ids = np.tile(dataset.data_ids, chunks_per_clip)
     return dataset
@@ -103,15 +89,27 @@ def train_dataset(
 
 def valid_dataset(csv_path: str | os.PathLike[str], max_seconds: float) -> DynamicItemDataset:
     """Whole clips of a CSV, longest first; of each at most its first ``max_seconds``."""
-
-    @sb.utils.data_pipeline.takes("wav", "start", "stop")
-    @sb.utils.data_pipeline.provides("sig")
-    def clip(wav: str, start: Any, stop: Any) -> Tensor:
-        start, stop = int(start), int(stop)
-        return read_audio(wav, start, min(stop - start, round(max_seconds * SAMPLE_RATE)))
-
-    dataset = DynamicItemDataset.from_csv(csv_path, {}, [clip], ["id", "sig"])
+    beginning = partial(_beginning, round(max_seconds * SAMPLE_RATE))
+    items = [DynamicItem(AUDIO_KEYS, beginning, ["sig"])]
+    dataset = DynamicItemDataset.from_csv(csv_path, {}, items, ["id", "sig"])
     return dataset.filtered_sorted(sort_key="duration", reverse=True)
+
+
+# Functions of the module, so that workers can be sent them where they are not forks (macOS).
+def _chunk(length: int, wav: str, start: Any, stop: Any) -> Tensor:
+    """Somewhere in a clip, ``length`` samples."""
+    start, stop = int(start), int(stop)
+    spare = stop - start - length
+    if spare > 0:
+        start += torch.randint(spare + 1, (1,)).item()
+    signal = read_audio(wav, start, min(length, stop - start))
+    return signal.repeat(-(-length // len(signal)))[:length]
+
+
+def _beginning(length: int, wav: str, start: Any, stop: Any) -> Tensor:
+    """At most ``length`` samples of a clip, from its start."""
+    start, stop = int(start), int(stop)
+    return read_audio(wav, start, min(stop - start, length))
 
 
 @register_checkpoint_hooks

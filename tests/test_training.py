@@ -1,5 +1,6 @@
 import copy
 import itertools
+from functools import partial
 
 import numpy as np
 import pytest
@@ -49,6 +50,22 @@ def test_a_chunk_is_a_piece_of_its_clip(clips_csv, small_clips):
     for chunk in chunks:
         assert (windows == chunk).all(dim=1).any()
     assert len({tuple(chunk.tolist()) for chunk in chunks}) > 1
+
+
+@pytest.mark.parametrize(
+    "dataset", [partial(train_dataset, chunk_seconds=0.5), partial(valid_dataset, max_seconds=1)]
+)
+def test_workers_may_be_new_processes(dataset, clips_csv):
+    loader = DataLoader(
+        dataset(clips_csv),
+        4,
+        collate_fn=PaddedBatch,
+        num_workers=1,
+        multiprocessing_context="spawn",
+    )
+    for found, expected in zip(loader, DataLoader(dataset(clips_csv), 4, collate_fn=PaddedBatch)):
+        assert found.id == expected.id
+        assert torch.equal(found.sig.data, expected.sig.data)
 
 
 def test_a_clip_shorter_than_a_chunk_is_repeated(clips_csv, small_clips):
