@@ -23,22 +23,23 @@ from speechbrain_mrl.rotation import check_mrl_dims
 
 
 def changed(document: Mapping, changes: Mapping):
-    """A copy of a document with other values; mappings without a tag are merged into mappings."""
+    """A copy of a document with other values, by ``merge``; it must have their keys already."""
     round_trip = ruamel.yaml.YAML()
     # deepcopy would drop the tag of "!new:Name []"
     document = round_trip.load(dumped(document))
     if unknown := [key for key in changes if key not in document]:
         raise ValueError(unknown_key(unknown[0], unknown[0], document))
-    _merge(document, changes)
+    merge(document, changes)
     return document
 
 
-def _merge(document, changes):
+def merge(document, changes):
+    """Give a document other values in place; mappings without a tag are merged into mappings."""
     for key, value in changes.items():
         tag = getattr(value, "tag", None)
         untagged = tag is None or tag.value is None
         if isinstance(value, dict) and isinstance(document.get(key), dict) and untagged:
-            _merge(document[key], value)
+            merge(document[key], value)
         else:
             document[key] = value
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import speechbrain as sb
 import torch
-from check_yaml import changed, check_train, dumped
+from check_yaml import changed, check_train, dumped, merge
 from demo_voices import make_demo_corpus
 from folder_prepare import prepare_folder
 from hyperpyyaml import load_hyperpyyaml, resolve_references
@@ -73,8 +73,7 @@ def read_yaml(hparams_file, overrides):
     if "base" in document:
         changes = document
         document = yaml.load(Path(hparams_file).with_name(changes.pop("base")))
-        for key, value in changes.items():
-            document[key] = value
+        merge(document, changes)
     given = yaml.load(overrides) or {}
     if given.get("data_folder") is None:
         checkpoints = sorted(
