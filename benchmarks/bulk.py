@@ -27,7 +27,7 @@ from speechbrain_mrl.engines import ExportedEncoder
 from speechbrain_mrl.fast import batch_seconds_for, optimize_for_inference
 from speechbrain_mrl.redimnet import PRESETS
 
-ENGINES = ["plain", "fast", "openvino float32", "openvino bfloat16"]
+ENGINES = ["plain", "fast", "fast bfloat16", "openvino float32", "openvino bfloat16"]
 
 
 def make_recordings(folder, count):
@@ -72,6 +72,7 @@ def compare(name, folder, work, args):
     make = {
         "plain": lambda: model,
         "fast": lambda: optimize_for_inference(model),
+        "fast bfloat16": lambda: optimize_for_inference(model, "bfloat16"),
         "openvino float32": lambda: OpenVINO(exported_file(name, args.exported), "float32"),
         "openvino bfloat16": lambda: OpenVINO(exported_file(name, args.exported), "bfloat16"),
     }

@@ -18,7 +18,7 @@ import torch
 
 from speechbrain_mrl import ReDimNetMRL
 from speechbrain_mrl.engines import ExportedEncoder, export_onnx
-from speechbrain_mrl.fast import batch_seconds_for, optimize_for_inference
+from speechbrain_mrl.fast import PRECISIONS, batch_seconds_for, optimize_for_inference
 from speechbrain_mrl.redimnet import PRESETS
 
 EXPORTED = (("onnxruntime", "float32"), ("openvino", "float32"), ("openvino", "bfloat16"))
@@ -81,7 +81,7 @@ def _timed(function):
 def compare(backbone, folder, seconds, rounds, exported):
     """One row per engine for one model."""
     model = make_model(backbone)
-    fast = optimize_for_inference(model)
+    fast, rough = (optimize_for_inference(model, precision) for precision in PRECISIONS)
     wavs = 0.1 * torch.randn(1, int(seconds * 16000))
     eight = wavs.expand(8, -1).contiguous()
     array = wavs.numpy()
@@ -89,8 +89,10 @@ def compare(backbone, folder, seconds, rounds, exported):
         "plain": lambda: model(wavs),
         "plain, four sizes": lambda: model(wavs, return_all_dims=True),
         "optimize_for_inference": lambda: fast(wavs),
+        "optimize_for_inference bfloat16": lambda: rough(wavs),
         "plain, batch of 8": lambda: model(eight)[:1],
         "optimize_for_inference, batch of 8": lambda: fast(eight)[:1],
+        "... bfloat16, batch of 8": lambda: rough(eight)[:1],
     }
     if exported:
         path = exported_file(backbone, folder)

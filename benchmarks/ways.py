@@ -48,7 +48,7 @@ WAYS = {  # YAML and what it changes
     "distill": ("mrl_distill", {}),
     "amalgamate": ("mrl_amalgamate", {}),
     "progressive": ("mrl_progressive", {}),
-    "supervised": ("mrl_supervised", {"teachers": None, "stages": None}),
+    "supervised": ("mrl_supervised", {"teachers": None, "stages": None, "margin_epochs": 0}),
     "separate": ("mrl_distill", {}),  # one model for each size, each with the whole budget
     # Terms of mrl_distill
     "cosine+contrastive": ("mrl_distill", terms(cosine=1.0, contrastive=0.1)),
@@ -58,6 +58,8 @@ WAYS = {  # YAML and what it changes
     "contrastive": ("mrl_distill", terms(contrastive=1.0)),
     "mse": ("mrl_distill", terms(mse=1.0)),
     "map": ("mrl_distill", {}),  # small sizes follow the first teachers, large ones the last
+    # Supervised, and the last quarter of the steps is large-margin fine-tuning
+    "large_margin": ("mrl_supervised", {"teachers": None, "margin_epochs": 0}),
 }
 DEFAULT_WAYS = ["distill", "amalgamate", "progressive", "supervised", "separate"]
 
@@ -98,6 +100,8 @@ def options_of(way, corpus, steps, hparams):
         share = len(names) / len(mrl_dims)
         pairs = [f"{dim}: {names[int(i * share)]}" for i, dim in enumerate(mrl_dims)]
         changes |= {"objective": f"{{teacher_map: {{{', '.join(pairs)}}}}}"}
+    if way == "large_margin":
+        changes |= {"stages": large_margin_stages(steps, hparams)}
     if way == "progressive":
         stages = progressive_stages(mrl_dims, len(hparams["teachers"]))
         changes |= {"stages": stages, "optimizer_step_limit": steps // len(stages)}
@@ -124,6 +128,20 @@ def progressive_stages(mrl_dims, n_teachers):
             }
         )
     return stages
+
+
+def large_margin_stages(steps, hparams):
+    """The stages of mrl_supervised.yaml, with the second in proportion to the first."""
+    last = round(steps / 4)
+    fine_tuning = {
+        "stage": "large_margin",
+        "optimizer_step_limit": last,
+        "margins": 0.5,
+        "lr": hparams["lr"] / 10,
+        "chunk_seconds": 2 * hparams["chunk_seconds"],
+        "wav_augment": None,
+    }
+    return [{"stage": "train", "optimizer_step_limit": steps - last}, fine_tuning]
 
 
 def scores_of(way, seed, common, corpus, steps, hparams, device, trials, folder):

@@ -104,8 +104,12 @@ def test_the_command_takes_the_fast_form_of_a_redimnet_only(random_model, tiny_c
     folder = export_model(random_model(tiny_config), tmp_path / "model")
     encoder = teachers.load_teacher(folder)
     weights = teachers.fingerprint(encoder)
-    fast, batch_seconds = embed.fast_form(encoder)
+    fast, batch_seconds = embed.fast_form(encoder, "float32")
     assert type(encoder.encoder.mods.embedding_model.backbone).__module__ == "speechbrain_mrl.fast"
     assert teachers.fingerprint(fast) == weights and batch_seconds > 0
     other = torch.nn.Identity()
-    assert embed.fast_form(other)[0] is other
+    assert embed.fast_form(other, "float32")[0] is other
+    with pytest.raises(TypeError, match="must be a ReDimNet"):
+        embed.fast_form(other, "bfloat16")
+    rough, _ = embed.fast_form(teachers.load_teacher(folder), "bfloat16")
+    assert teachers.fingerprint(rough) != weights  # is no part of an interrupted float32 run

@@ -63,6 +63,23 @@ def test_the_copy_is_neither_trained_nor_saved(tiny_config, random_model):
     assert fast.eval() is fast
 
 
+@pytest.mark.parametrize("config", ["b0", "b1", "b5", "syn_conv_fwse"], indirect=True)
+def test_bfloat16_points_where_float32_does_alone_and_padded(config, random_model, voices):
+    model = _mixed(random_model(config))
+    rough = optimize_for_inference(model, "bfloat16")
+    wavs, wav_lens = torch.stack([voices(0, 0.9), voices(1, 0.9)]), torch.tensor([1.0, 0.55])
+    with torch.no_grad():
+        expected = model(wavs), model(wavs, wav_lens)
+    for one, found in zip(expected, (rough(wavs), rough(wavs, wav_lens))):
+        assert found.dtype == torch.float32 and not found.equal(one)
+        assert torch.cosine_similarity(found, one).min() > 0.999
+
+
+def test_another_precision_is_refused(tiny_config, random_model):
+    with pytest.raises(ValueError, match="precision must be one of .*, got 'int4'"):
+        optimize_for_inference(random_model(tiny_config), "int4")
+
+
 def test_what_is_no_redimnet_is_refused():
     with pytest.raises(TypeError, match="mods.embedding_model"):
         optimize_for_inference(torch.nn.Linear(1, 1))

@@ -8,17 +8,19 @@ import argparse
 import torch
 
 from speechbrain_mrl import embed_folder
-from speechbrain_mrl.fast import batch_seconds_for, optimize_for_inference
+from speechbrain_mrl.fast import PRECISIONS, batch_seconds_for, optimize_for_inference
 from speechbrain_mrl.teachers import EncoderClassifierTeacher, fingerprint, load_teacher
 
 
-def fast_form(encoder):
+def fast_form(encoder, precision):
     """A ReDimNet arranged for inference and its seconds of audio in a batch; others unchanged."""
     published = isinstance(encoder, EncoderClassifierTeacher)
     model = encoder.encoder.mods.embedding_model if published else encoder
     try:
-        fast = optimize_for_inference(model)
+        fast = optimize_for_inference(model, precision)
     except TypeError:  # no ReDimNet
+        if precision != "float32":
+            raise
         return encoder, 60.0
 
     weights = fingerprint(encoder)
@@ -30,7 +32,7 @@ def fast_form(encoder):
     def embed(wavs, wav_lens):
         return encoder(wavs, wav_lens)
 
-    embed.fingerprint = weights
+    embed.fingerprint = weights if precision == "float32" else f"{weights} {precision}"
     return embed, batch_seconds_for(model)
 
 
@@ -48,11 +50,17 @@ def main(argv=None):
     )
     parser.add_argument("--max_seconds", type=float, default=30.0, help="of a clip's beginning")
     parser.add_argument("--num_workers", type=int, default=2, help="processes that decode")
+    parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default="float32",
+        help="of a ReDimNet; bfloat16 is faster where the processor has such instructions",
+    )
     options = vars(parser.parse_args(argv))
     encoder = load_teacher(options.pop("model"), device=options["device"])
-    batch_seconds = 60.0
-    if options["device"] == "cpu":
-        encoder, batch_seconds = fast_form(encoder)
+    batch_seconds, precision = 60.0, options.pop("precision")
+    if options["device"] == "cpu" or precision != "float32":
+        encoder, batch_seconds = fast_form(encoder, precision)
     options["batch_seconds"] = options["batch_seconds"] or batch_seconds
     print(f"written to {embed_folder(encoder, **options)}")
 
