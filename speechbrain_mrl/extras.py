@@ -19,7 +19,7 @@ def require(module: str, extra: str, purpose: str) -> Any:
     Raises
     ------
     ImportError
-        If it is not installed, naming the extra.
+        If it is not installed, naming the extra, or is and cannot be imported, with the reason.
 
     Example
     -------
@@ -31,7 +31,10 @@ def require(module: str, extra: str, purpose: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
+        absent = isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(
+            f"{error.name}."
+        )
+        reason = "is not installed" if absent else f"cannot be imported ({error}); install it again"
         raise ImportError(
-            f"{purpose} needs {module}, which is not installed: "
-            f"pip install 'speechbrain_mrl[{extra}]'"
+            f"{purpose} needs {module}, which {reason}: pip install 'speechbrain_mrl[{extra}]'"
         ) from error
