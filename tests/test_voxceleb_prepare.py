@@ -6,7 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+from folder_prepare import prepare_folder
 from voxceleb_prepare import prepare_voxceleb
+
+from speechbrain_mrl.audio import audio_info
 
 
 def write_clip(path, seconds=1.5, sample_rate=16000):
@@ -154,6 +157,71 @@ def test_interrupted_preparation_is_done_again(corpus):
     Path(first.train_csv).write_text("half")
     (corpus / "lists/prepare.json").unlink()
     assert len(rows(prepare(corpus).train_csv)) == first.counts["train"]["clips"]
+
+
+@pytest.fixture
+def read_paths(monkeypatch):
+    """The files whose headers are read; after ``kill_at[0]`` of them reading breaks off."""
+    read, kill_at = [], [None]
+
+    def recording(path):
+        if len(read) == kill_at[0]:
+            raise LookupError
+        read.append(path)
+        return audio_info(path)
+
+    monkeypatch.setattr("voxceleb_prepare.audio_info", recording)
+    monkeypatch.setattr("voxceleb_prepare._THREADS", 1)
+    return read, kill_at
+
+
+def test_killed_preparation_goes_on_at_the_next_header(corpus, read_paths):
+    read, kill_at = read_paths
+    expected = prepare(corpus, "undisturbed")
+    everything = set(read)
+    read.clear()
+    kill_at[0] = 20
+    with pytest.raises(LookupError):
+        prepare(corpus)
+    journal = corpus / "lists/headers.tsv"
+    kept = [line.split("\t")[3] for line in journal.read_text().splitlines()]
+    assert kept == read[: len(kept)] and len(kept) >= 16
+    journal.write_text(journal.read_text()[:-9])  # as if killed in the middle of a line
+    write_clip(Path(kept[0]), seconds=1.75)  # changed in between
+    read.clear()
+    kill_at[0] = None
+    prepared = prepare(corpus)
+    assert set(read) == everything - set(kept[1:-1]) and len(read) == len(set(read))
+    assert not journal.exists()
+    write_clip(Path(kept[0]))
+    for found, one in zip(prepared[:4], expected[:4]):
+        assert rows_but(found, kept[0]) == rows_but(one, kept[0])
+    changed = [row["stop"] for path in prepared[:3] for row in rows(path) if row["wav"] == kept[0]]
+    assert changed in ([], ["28000"])
+
+
+def rows_but(path, wav):
+    return [line for line in Path(path).read_text().splitlines() if f",{wav}," not in line]
+
+
+def test_mended_files_alone_are_read_again(corpus, read_paths):
+    bad = [corpus / f"vox/wav/{speaker}/s0/0.flac" for speaker in ("id05", "id07")]
+    for path in bad:
+        path.write_bytes(b"broken")
+    with pytest.raises(ValueError, match="2 of 43 files are bad"):
+        prepare(corpus)
+    read_paths[0].clear()
+    for path in bad:
+        write_clip(path)
+    prepare(corpus)
+    assert sorted(read_paths[0]) == sorted(map(str, bad))
+
+
+def test_folder_of_any_structure_is_read_once(corpus, read_paths):
+    arguments = str(corpus / "vox"), str(corpus / "lists")
+    first = prepare_folder(*arguments)
+    assert len(read_paths[0]) == 48
+    assert prepare_folder(*arguments) == first and len(read_paths[0]) == 48
 
 
 def test_skip_prep_without_lists_is_refused(tmp_path):

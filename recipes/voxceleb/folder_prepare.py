@@ -26,6 +26,8 @@ def prepare_folder(
 ) -> PreparedCorpus:
     """Writes the CSV files that training reads; there are validation clips, but no such trials.
 
+    Headers of files that have not changed since the last call are not read again.
+
     Arguments
     ---------
     data_folder : str
@@ -70,14 +72,15 @@ def prepare_folder(
     folder = Path(save_folder).absolute()
     paths = {split: folder / f"{split}.csv" for split in ("train", "valid", "test")}
     if not skip_prep:
+        folder.mkdir(parents=True, exist_ok=True)
         test, bad = [], []
         if trials is not None:
-            found = _clips(test_folder or data_folder, skip_bad_files, bad)
+            found = _clips(test_folder or data_folder, folder, skip_bad_files, bad)
             test = _test_clips(read_trials(trials), found)
         tested = {os.path.realpath(clip.wav) for clip in test}
         clips = [
             clip
-            for clip in _clips(data_folder, skip_bad_files, bad)
+            for clip in _clips(data_folder, folder, skip_bad_files, bad)
             if clip.num_frames >= min_seconds * SAMPLE_RATE
             and os.path.realpath(clip.wav) not in tested
         ]
@@ -88,7 +91,6 @@ def prepare_folder(
             )
         n_valid = min(MAX_VALID_CLIPS, max(2, round(VALID_SHARE * len(clips))))
         held_out = set(random.Random(seed).sample(range(len(clips)), n_valid))
-        folder.mkdir(parents=True, exist_ok=True)
         write_clips([clip for i, clip in enumerate(clips) if i not in held_out], paths["train"])
         write_clips([clip for i, clip in enumerate(clips) if i in held_out], paths["valid"])
         write_clips(test, paths["test"])
@@ -104,7 +106,7 @@ def prepare_folder(
     )
 
 
-def _clips(source, skip_bad_files, bad) -> list[Clip]:
+def _clips(source, save_folder, skip_bad_files, bad) -> list[Clip]:
     """The clips of a CSV, or of a folder in the order of their paths; ``bad`` gets the reasons."""
     if os.path.isfile(source):
         return read_clips(source)
@@ -116,7 +118,7 @@ def _clips(source, skip_bad_files, bad) -> list[Clip]:
     }
     if not paths:
         raise ValueError(f"{source} holds no recording ({', '.join(AUDIO_SUFFIXES)})")
-    frames = read_headers(paths, decode=skip_bad_files)
+    frames = read_headers(paths, save_folder, decode=skip_bad_files)
     bad += [reason for reason in frames.values() if isinstance(reason, str)]
     if bad and not skip_bad_files:
         raise ValueError(

@@ -20,7 +20,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from speechbrain_mrl.audio import audio_info, check_audio
-from speechbrain_mrl.files import replacing
+from speechbrain_mrl.files import replacing, writing
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +31,7 @@ IMPOSTORS_PER_TARGET = 10  # in generated trials, as far as there are enough pai
 _SUFFIXES = (".wav", ".flac", ".ogg", ".m4a")  # of one utterance in several formats, the first
 _ROOTS = ("wav", "aac", "dev/wav", "dev/aac", "test/wav", "test/aac")
 _THREADS = 16  # header reading waits for the disk more than it computes
+_JOURNALS = ("headers.tsv", "decoded.tsv")  # length, size, time and path of what was read
 
 
 class PreparedCorpus(NamedTuple):
@@ -171,7 +172,8 @@ def prepare_voxceleb(
 
     needed = {stem for stem in paths if not trials or stem.split("/")[0] in speakers - tested}
     listed = {s: paths[s] for s in needed.union(test_ids.values())}
-    frames = read_headers(listed, decode=skip_bad_files)
+    save_folder.mkdir(parents=True, exist_ok=True)
+    frames = read_headers(listed, save_folder, decode=skip_bad_files)
     bad = {stem: reason for stem, reason in frames.items() if isinstance(reason, str)}
     _refuse_bad_files(bad, len(frames), set(test_ids.values()), skip_bad_files)
     short = {
@@ -218,7 +220,6 @@ def prepare_voxceleb(
     }
     logger.info("left out: %d bad clips, %d under %s s", len(bad), len(short), min_seconds)
 
-    save_folder.mkdir(parents=True, exist_ok=True)
     (save_folder / "prepare.json").unlink(missing_ok=True)
     for name, clips in (("train", train), ("valid", valid), ("test", test)):
         _write_csv(save_folder / f"{name}.csv", clips)
@@ -229,6 +230,8 @@ def prepare_voxceleb(
         file.writelines(f"{reason}\n" for _, reason in sorted((bad | short).items()))
     with _replacing(save_folder / "prepare.json") as file:
         json.dump(state, file, indent=2)
+    for journal in _JOURNALS:
+        (save_folder / journal).unlink(missing_ok=True)
     return _prepared(save_folder)
 
 
@@ -343,21 +346,69 @@ def _locate_trial_clips(path, trials, paths: dict[str, str]) -> dict[str, str]:
     return stems
 
 
-def read_headers(paths: dict[str, str], decode: bool = False) -> dict[str, int | str]:
+def read_headers(
+    paths: dict[str, str], save_folder: Path | None = None, decode: bool = False
+) -> dict[str, int | str]:
     """Length of each clip in samples at 16 kHz, or the reason why it cannot be used.
 
-    With ``decode`` the samples are looked at too, as ``check_audio`` does.
+    With ``decode`` the samples are looked at too, as ``check_audio`` does. Good files are kept in a
+    journal in ``save_folder``: the call after a killed one reads the others, and those whose size
+    or time has changed.
     """
-    read = functools.partial(_num_frames_or_reason, check_audio if decode else audio_info)
-    lengths = _in_threads(read, paths.values(), "decode" if decode else "read headers")
-    return dict(zip(paths, lengths, strict=True))
+    journal = Path(os.devnull) if save_folder is None else save_folder / _JOURNALS[decode]
+    lengths = dict.fromkeys(paths)
+    if journal.exists():
+        keys = {path: key for key, path in paths.items()}
+        for path, num_frames in _recall(journal):
+            if path in keys:
+                lengths[keys[path]] = num_frames
+        del keys
+    unread = [key for key, length in lengths.items() if length is None]
+    if len(unread) < len(paths):
+        logger.info("%s knows %d of %d files", journal, len(paths) - len(unread), len(paths))
+    read = functools.partial(_read_header, check_audio if decode else audio_info)
+    found = _in_threads(
+        read, [paths[key] for key in unread], "decode" if decode else "read headers"
+    )
+    with writing(journal), open(journal, "a", encoding="utf-8", errors="surrogateescape") as file:
+        if file.tell():
+            file.write("\n")  # the last line may be torn
+        for key, (length, size, mtime) in zip(unread, found, strict=True):
+            lengths[key] = length
+            if not isinstance(length, str):
+                file.write(f"{length}\t{size}\t{mtime}\t{paths[key]}\n")
+    return lengths
 
 
-def _num_frames_or_reason(read, path: str) -> int | str:
+def _recall(journal: Path):
+    """(path, length) of the files in a journal that are as they were."""
+    with open(journal, encoding="utf-8", errors="surrogateescape") as file:
+        with ThreadPool(_THREADS) as pool:
+            while lines := list(itertools.islice(file, 10_000)):
+                yield from filter(None, pool.map(_unchanged, lines))
+
+
+def _unchanged(line: str) -> tuple[str, int] | None:
+    """None for a torn line: the path, which comes last, is then of no file, or of another size."""
     try:
-        return read(path).num_frames
+        length, *before, path = line.removesuffix("\n").split("\t", 3)
+        return (path, int(length)) if [str(x) for x in _size_and_time(path)] == before else None
+    except (ValueError, OSError):
+        return None
+
+
+def _size_and_time(path: str) -> tuple[int, int]:
+    found = os.stat(path)
+    return found.st_size, found.st_mtime_ns
+
+
+def _read_header(read, path: str) -> tuple[int | str, int, int]:
+    """Length or the reason why there is none, size in bytes and time of the last change."""
+    try:
+        size_and_time = _size_and_time(path)  # before: what changes meanwhile is read again
+        return read(path).num_frames, *size_and_time
     except (ValueError, OSError) as error:
-        return str(error)
+        return str(error), 0, 0
 
 
 def _refuse_bad_files(bad: dict[str, str], total: int, test_stems: set[str], skip: bool):
