@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import soundfile
@@ -23,6 +23,7 @@ __all__ = ["AudioInfo", "audio_info", "check_audio", "read_audio"]
 
 _SOUNDFILE_SUFFIXES = {f".{name.lower()}" for name in soundfile.available_formats()} | {".opus"}
 
+Source = str | os.PathLike[str] | BinaryIO  # a path, or a file that is open and has a name
 CHECKED_SAMPLES = 60 * 16000  # of a long recording that are decoded at a time
 
 
@@ -47,7 +48,7 @@ class AudioInfo(NamedTuple):
 
 
 def read_audio(
-    path: str | os.PathLike[str], start: int = 0, num_frames: int = -1, sample_rate: int = 16000
+    path: Source, start: int = 0, num_frames: int = -1, sample_rate: int = 16000
 ) -> torch.Tensor:
     """One recording, or a segment of it, as mono at ``sample_rate``.
 
@@ -56,8 +57,9 @@ def read_audio(
 
     Arguments
     ---------
-    path : str | os.PathLike[str]
-        The file. Its suffix decides which library reads it.
+    path : str | os.PathLike[str] | BinaryIO
+        The file, or one that is open in binary and has a ``name``. The suffix decides which library
+        reads it.
     start : int
         First sample, counted at ``sample_rate``.
     num_frames : int
@@ -102,9 +104,9 @@ def read_audio(
         wav = resample(wav, native_rate, sample_rate)[first:]
         wav = wav if num_frames == -1 else wav[:num_frames]
     if not len(wav):
-        raise ValueError(f"{path} holds no audio from sample {start} on")
+        raise ValueError(f"{_name(path)} holds no audio from sample {start} on")
     if not wav.isfinite().all():
-        raise ValueError(f"{path} holds samples that are NaN or infinite")
+        raise ValueError(f"{_name(path)} holds samples that are NaN or infinite")
     return wav
 
 
@@ -204,20 +206,24 @@ def check_audio(path: str | os.PathLike[str]) -> AudioInfo:
     return info
 
 
-def _is_for_soundfile(path: str | os.PathLike[str]) -> bool:
-    return Path(path).suffix.lower() in _SOUNDFILE_SUFFIXES
+def _name(path: Source) -> str:
+    return os.fspath(path) if isinstance(path, (str, os.PathLike)) else path.name
+
+
+def _is_for_soundfile(path: Source) -> bool:
+    return Path(_name(path)).suffix.lower() in _SOUNDFILE_SUFFIXES
 
 
 @contextlib.contextmanager
-def _decoding(path: str | os.PathLike[str]) -> Iterator[None]:
+def _decoding(path: Source) -> Iterator[None]:
     """Errors of either library become one sentence with the path and the reason."""
     try:
         yield
     except (soundfile.SoundFileError, ValueError, OSError) as error:
-        if not os.path.isfile(path):
+        if isinstance(path, (str, os.PathLike)) and not os.path.isfile(path):
             raise FileNotFoundError(f"there is no file {path}") from error
         reason = getattr(error, "error_string", None) or getattr(error, "strerror", None) or error
-        raise ValueError(f"cannot decode {path}: {reason}") from error
+        raise ValueError(f"cannot decode {_name(path)}: {reason}") from error
 
 
 def _native_segment(
@@ -238,7 +244,7 @@ def _native_segment(
 
 
 def _read_soundfile(
-    path: str | os.PathLike[str], start: int, num_frames: int, sample_rate: int
+    path: Source, start: int, num_frames: int, sample_rate: int
 ) -> tuple[np.ndarray, int, int]:
     """Mono samples at the file's own rate, that rate, and how many seconds were skipped."""
     with soundfile.SoundFile(path) as file:
@@ -249,7 +255,7 @@ def _read_soundfile(
 
 
 def _read_av(
-    path: str | os.PathLike[str], start: int, num_frames: int, sample_rate: int
+    path: Source, start: int, num_frames: int, sample_rate: int
 ) -> tuple[np.ndarray, int, int]:
     """The same as ``_read_soundfile``, decoding from the beginning.
 
@@ -271,13 +277,13 @@ def _read_av(
     return np.concatenate(blocks)[first:last], native_rate, first // native_rate
 
 
-def _open_av(path: str | os.PathLike[str]) -> Any:
-    container = _av(path).open(os.fspath(path))
+def _open_av(path: Source) -> Any:
+    container = _av(path).open(os.fspath(path) if isinstance(path, os.PathLike) else path)
     if not container.streams.audio:
         container.close()
         raise ValueError("it holds no audio stream")
     return container
 
 
-def _av(path: str | os.PathLike[str]) -> Any:
-    return require("av", "m4a", f"reading {path}")
+def _av(path: Source) -> Any:
+    return require("av", "m4a", f"reading {_name(path)}")

@@ -15,7 +15,7 @@ from torch import nn
 from speechbrain_mrl.lists import ClipDataset
 
 
-def _draw_seed(*numbers: int) -> int:
+def draw_seed(*numbers: int) -> int:
     """32 bits of SpeechBrain's seed (``seed_everything``; its default without) and the numbers."""
     seed = int(os.environ.get("SB_GLOBAL_SEED", 563375142))
     return int(np.random.SeedSequence((seed, *numbers)).generate_state(1)[0])
@@ -32,7 +32,7 @@ def seed_draws(*numbers: int) -> None:
     >>> torch.equal(torch.rand(2), first)
     True
     """
-    seed = _draw_seed(int(os.environ.get("RANK", 0)), *numbers)
+    seed = draw_seed(int(os.environ.get("RANK", 0)), *numbers)
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
@@ -49,9 +49,13 @@ class SeededClips(ClipDataset):
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def __getitem__(self, index: Any) -> Any:
+        return self.draw(index, self.data[self.data_ids[index]])
+
+    def draw(self, index: int, row: dict[str, Any]) -> Any:
+        """The item of a row, drawn as that position's."""
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(_draw_seed(self.epoch.item(), index))
-            return super().__getitem__(index)
+            torch.default_generator.manual_seed(draw_seed(self.epoch.item(), index))
+            return self.pipeline.compute_outputs(row)
 
 
 class _RandomBatches:

@@ -44,6 +44,7 @@ from speechbrain_mrl.pretrained import ReDimNetMRL
 from speechbrain_mrl.redimnet import MatryoshkaReDimNet, ReDimNet
 from speechbrain_mrl.report import agreement
 from speechbrain_mrl.rotation import aligning_rotation, matryoshka_rotation
+from speechbrain_mrl.shards import ShardedClips
 from speechbrain_mrl.teachers import LiveTeachers, TeacherStore, load_teachers
 from speechbrain_mrl.verification import Trials, evaluate
 from speechbrain_mrl.watch import TrainingLog
@@ -300,8 +301,11 @@ class MRLBrain(sb.Brain):
 
     def _fit_train(self, train_set: Any, epoch: Any, enable: bool) -> None:
         seed_draws(epoch, 0)  # a DataLoader that shuffles by torch's generator begins here
-        if isinstance(getattr(train_set, "dataset", None), SeededClips):
-            train_set.dataset.epoch.fill_(epoch)
+        dataset = getattr(train_set, "dataset", None)
+        if isinstance(dataset, (SeededClips, ShardedClips)):
+            dataset.epoch.fill_(epoch)
+        if isinstance(dataset, ShardedClips):
+            dataset.done.fill_(self.step)
         super()._fit_train(train_set, epoch, enable)
 
     def _fit_valid(self, valid_set: Any, epoch: int | None, enable: bool) -> None:
@@ -391,7 +395,7 @@ def train_student(
     objective : torch.nn.Module
         Called as ``MatryoshkaDistillationLoss``; fitted on the training clips' embeddings.
     train_set : DynamicItemDataset or DataLoader
-        As from ``train_dataset``.
+        As from ``train_dataset`` or ``shard_loader``.
     valid_set : DynamicItemDataset or None
         As from ``valid_dataset``; each process takes its share of it.
     hparams : dict

@@ -58,6 +58,7 @@ OUT_OF_RANGE = {
     "mrl_dims": [0, 256],
     "n_bootstrap": -1,
     "noise_csv": "no/such.csv",
+    "shards": "pipe:cat /net/{000..511}.tar",
     "nonfinite_patience": -1,
     "num_workers": -1,
     "number_of_epochs": 0,

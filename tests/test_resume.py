@@ -17,6 +17,8 @@ from pkgutil import resolve_name
 import pytest
 import torch
 import train
+from shards import write_shards
+from voxceleb_prepare import prepare_voxceleb
 
 from speechbrain_mrl.checkpoints import AtomicCheckpointer
 
@@ -148,6 +150,23 @@ def test_a_run_killed_at_every_kind_of_moment_ends_as_one_that_was_not(argv, tmp
         process.join()
         assert process.exitcode == (1 if act is _no_room else -signal.SIGKILL), moment
     process = _child(argv(tmp_path / "killed", num_workers=1))  # whoever reads
+    process.join()
+    assert process.exitcode == 0
+    _assert_same(_result(tmp_path / "killed"), _result(tmp_path / "whole"))
+
+
+def test_a_training_from_shards_goes_on_with_the_clips_that_come_next(argv, small_corpus, tmp_path):
+    lists = prepare_voxceleb(
+        str(small_corpus), str(tmp_path / "lists"), valid_speakers=4, test_speakers=6, seed=1986
+    )
+    changes = {"shards": write_shards(lists.train_csv, tmp_path / "shards", 5), "num_workers": 2}
+    changes |= {"stages": "null", "embed_dim": 16, "mrl_dims": [8, 16]}
+    for folder, number in (("whole", None), ("killed", 6)):
+        dies = number and partial(_at_call, BRAIN, "optimizers_step", number, _die)
+        process = _child(argv(tmp_path / folder, **changes), dies)
+        process.join()
+        assert process.exitcode == (-signal.SIGKILL if number else 0)
+    process = _child(argv(tmp_path / "killed", **changes))
     process.join()
     assert process.exitcode == 0
     _assert_same(_result(tmp_path / "killed"), _result(tmp_path / "whole"))

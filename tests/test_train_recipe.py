@@ -13,9 +13,11 @@ import speechbrain as sb
 import torch
 import train
 from huggingface_hub import ModelCard
+from shards import write_shards
 from speechbrain.inference.classifiers import EncoderClassifier
 
 from speechbrain_mrl import MatryoshkaDistillationLoss, ReDimNetMRL, load_pretrained_redimnet
+from speechbrain_mrl.draws import SeededClips
 from speechbrain_mrl.embedding import embed_clips, read_clips, write_clips
 from speechbrain_mrl.teachers import TeacherStore
 
@@ -151,6 +153,24 @@ def test_labels_train_without_any_teacher(run):
     assert "train aam/8" in (folder / "train_log.txt").read_text()
     baselines = json.loads((folder / "report.json").read_text())["baselines"]
     assert baselines["teacher"] is None and baselines["teachers"] == {}
+
+
+def test_training_from_shards_ends_in_a_report(run, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="smaller batch_size"):  # the lists are made
+        run(batch_size=4000)
+    written = write_shards(tmp_path / "run" / "lists" / "train.csv", tmp_path / "shards", 4)
+    heard, drawn = [], SeededClips.draw
+
+    def draw(clips, position, row):
+        heard.append((row["id"], row["wav"].name))
+        return drawn(clips, position, row)
+
+    monkeypatch.setattr(SeededClips, "draw", draw)
+    _, folder = run(shards=written, number_of_epochs=1)
+    assert len(dict(heard)) == len(heard) == 56  # of 60 clips, seven batches of 8
+    assert all(".tar/" in name for _, name in heard)
+    report = json.loads((folder / "report.json").read_text())
+    assert sorted(report["dims"], key=int) == ["8", "16", "32", "48"]
 
 
 def test_bf16_trains_to_finite_weights(run):

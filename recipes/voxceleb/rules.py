@@ -107,6 +107,8 @@ CODE = Rule("an object, as in !new:any.Module", lambda x: isinstance(x, Code))
 SIZE = Rule("a size", lambda x: whole(1).holds(x) or isinstance(x, str) and x.isdecimal())
 MARGIN = number(0, 1.5)
 SECONDS = number(above=0)
+# WebDataset would run what comes after "pipe:"
+SHARDS = matching(r"(?!.*pipe:)\S+", "paths or URLs of tar shards, without spaces or 'pipe:'")
 HUB_ID = matching(r"[\w-][\w.-]*/[\w-][\w.-]*", "a Hub id, org/name")
 MODEL = Rule(
     "a released name, an existing file or folder or a Hub id",
@@ -136,6 +138,7 @@ TRAIN: dict[str, Any] = {
     "test_speakers": whole(2),
     "test_folder": maybe(PLACE),
     "split_seed": whole(0, 2**32 - 1),
+    "shards": maybe(SHARDS),
     "skip_bad_files": FLAG,
     "nonfinite_patience": whole(0),
     "ckpt_interval_minutes": number(0),

@@ -48,6 +48,7 @@ from speechbrain_mrl.report import (
     teacher_baselines,
     write_report,
 )
+from speechbrain_mrl.shards import shard_loader
 from speechbrain_mrl.teachers import TeacherStore, load_teachers
 from speechbrain_mrl.training import (
     align_head,
@@ -275,12 +276,15 @@ def train_stage(previous, hparams, corpus, run_opts, teachers, **embed_options):
     objective = hparams["objective"](n_classes=n_classes)
     start = make_student if previous is None else partial(go_on, *previous)
     student = start(hparams, corpus, objective, stores, **embed_options)
+    train_set = train_dataset(
+        corpus.train_csv, hparams["chunk_seconds"], hparams["chunks_per_clip"], label_encoder
+    )
+    if hparams["shards"] is not None and not run_opts.get("debug"):
+        train_set = shard_loader(train_set, hparams["shards"], **hparams["train_loader"])
     train_student(
         student,
         objective,
-        train_dataset(
-            corpus.train_csv, hparams["chunk_seconds"], hparams["chunks_per_clip"], label_encoder
-        ),
+        train_set,
         valid_dataset(corpus.valid_csv, hparams["max_seconds"]),
         hparams,
         run_opts,
