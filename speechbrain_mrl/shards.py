@@ -54,8 +54,8 @@ class ShardedClips(IterableDataset[Any]):
         for url in self.urls:
             if "://" not in url and not os.path.isfile(url):
                 raise ValueError(
-                    f"shards {shards} names {url}, which is not there; copy it there, or write it "
-                    "with recipes/voxceleb/shards.py"
+                    f"shards {shards} names {url}, which is not there; write it with "
+                    "recipes/voxceleb/shards.py"
                 )
         self.clips, self.epoch, self.batch_size = clips, clips.epoch, batch_size
         self.done = torch.zeros((), dtype=torch.int64).share_memory_()  # batches of this epoch
@@ -116,8 +116,8 @@ class ShardedClips(IterableDataset[Any]):
             except Exception as error:  # of tarfile, the network, whatever opens the URL
                 reason = getattr(error, "strerror", None) or error.args[0]
                 raise ValueError(
-                    f"cannot read shard {url}: {reason}. Copy it again, or delete it and write it "
-                    "again with recipes/voxceleb/shards.py"
+                    f"cannot read shard {url}: {reason}; see that it is there and whole, or delete "
+                    "it and write it again with recipes/voxceleb/shards.py"
                 ) from error
 
     def _row(self, sample: dict[str, Any]) -> tuple[int, dict[str, Any]]:

@@ -134,11 +134,16 @@ def test_killed_writing_goes_on_at_the_shard_where_it_was(csv_path, tmp_path, mo
         patch.setattr("shards._sample", read_50)
         shards.write_shards(csv_path, tmp_path / "shards", 6)
     folder = tmp_path / "shards"
-    assert {path.name for path in folder.iterdir()} - {".lock"} == {"shards.json", "0.tar", "1.tar"}
+    (folder / ".123.2.tar").write_bytes(b"half")  # as a killed process leaves it
+    assert {path.name for path in folder.iterdir()} - {".lock", ".123.2.tar"} == {
+        "shards.json",
+        "0.tar",
+        "1.tar",
+    }
     times = [(folder / name).stat().st_mtime_ns for name in ("0.tar", "1.tar")]
     found = shards.write_shards(csv_path, folder, 6)
     assert times == [(folder / name).stat().st_mtime_ns for name in ("0.tar", "1.tar")]
-    assert found == str(folder / "{0..5}.tar")
+    assert found == str(folder / "{0..5}.tar") and not list(folder.glob(".*.tar"))
     for number in range(6):
         name = f"{number}.tar"
         assert (folder / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
@@ -186,7 +191,9 @@ def _change_list(path, csv_path):
 )
 def test_a_harmed_shard_is_one_sentence(written, csv_path, harm, reason):
     harm(csv_path.with_name("shards") / "3.tar", csv_path)
-    with pytest.raises(ValueError, match=f"cannot read shard .*tar: .*({reason}).*Copy it again"):
+    with pytest.raises(
+        ValueError, match=f"cannot read shard .*tar: .*({reason}).*; see that it is"
+    ):
         read(shard_loader(dataset(csv_path), written, 8))
 
 

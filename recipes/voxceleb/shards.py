@@ -58,6 +58,8 @@ def write_shards(csv_path, folder, n_shards=512):
     names = [f"{number:0{len(str(n_shards - 1))}d}" for number in range(n_shards)]
     with only_run(folder), tqdm(total=len(rows), unit="clip", disable=None) as bar:
         _claim(folder / "shards.json", csv_path, n_shards)
+        for part in folder.glob(".*.tar"):  # of a killed run
+            part.unlink()
         for number, name in enumerate(names):
             path = folder / f"{name}.tar"
             own = order[number * len(rows) // n_shards : (number + 1) * len(rows) // n_shards]
