@@ -22,6 +22,7 @@ RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "voxceleb"
 sys.path.insert(0, str(RECIPE))
 
 import train  # noqa: E402
+from corpus import prepare  # noqa: E402
 
 from speechbrain_mrl.embedding import embed_clips, read_clips  # noqa: E402
 from speechbrain_mrl.report import truncation_baselines  # noqa: E402
@@ -58,7 +59,7 @@ WAYS = {  # YAML and what it changes
     "contrastive": ("mrl_distill", terms(contrastive=1.0)),
     "mse": ("mrl_distill", terms(mse=1.0)),
     "map": ("mrl_distill", {}),  # small sizes follow the first teachers, large ones the last
-    # Supervised, and the last quarter of the steps is large-margin fine-tuning
+    # Supervised, and the second half of the steps is large-margin fine-tuning
     "large_margin": ("mrl_supervised", {"teachers": None, "margin_epochs": 0}),
 }
 DEFAULT_WAYS = ["distill", "amalgamate", "progressive", "supervised", "separate"]
@@ -71,7 +72,7 @@ def common_options(given, folder):
     demo = document["data_folder"] is None
     document["output_folder"] = str(folder)
     hparams = load_hyperpyyaml(train.resolve(document))
-    corpus = train.prepare(hparams, debug=False)
+    corpus = prepare(hparams, debug=False)
     if demo:
         keys = [*YAML().load(RECIPE / "demo.yaml"), "backbone", "teachers"]
         given = {**{key: dump(document[key]) for key in keys}, **given}
@@ -80,7 +81,7 @@ def common_options(given, folder):
         given["trials"] = str(folder / "trials.txt")
         Path(given["trials"]).write_text(Path(corpus.test_trials).read_text())
         hparams |= {"data_folder": given["data_folder"], "trials": given["trials"]}
-        corpus = train.prepare(hparams, debug=False)
+        corpus = prepare(hparams, debug=False)
     given["teacher_store"] = str(folder / "teachers")
     given["split_seed"] = hparams["split_seed"]
     return given, corpus, hparams
@@ -101,7 +102,7 @@ def options_of(way, corpus, steps, hparams):
         pairs = [f"{dim}: {names[int(i * share)]}" for i, dim in enumerate(mrl_dims)]
         changes |= {"objective": f"{{teacher_map: {{{', '.join(pairs)}}}}}"}
     if way == "large_margin":
-        changes |= {"stages": large_margin_stages(steps, hparams)}
+        changes |= {"stages": large_margin_stages(hparams), "optimizer_step_limit": steps // 2}
     if way == "progressive":
         stages = progressive_stages(mrl_dims, len(hparams["teachers"]))
         changes |= {"stages": stages, "optimizer_step_limit": steps // len(stages)}
@@ -130,18 +131,16 @@ def progressive_stages(mrl_dims, n_teachers):
     return stages
 
 
-def large_margin_stages(steps, hparams):
+def large_margin_stages(hparams):
     """The stages of mrl_supervised.yaml, with the second in proportion to the first."""
-    last = round(steps / 4)
     fine_tuning = {
         "stage": "large_margin",
-        "optimizer_step_limit": last,
         "margins": 0.5,
         "lr": hparams["lr"] / 10,
         "chunk_seconds": 2 * hparams["chunk_seconds"],
         "wav_augment": None,
     }
-    return [{"stage": "train", "optimizer_step_limit": steps - last}, fine_tuning]
+    return [{"stage": "train"}, fine_tuning]
 
 
 def scores_of(way, seed, common, corpus, steps, hparams, device, trials, folder):

@@ -143,6 +143,7 @@ def test_debug_runs_two_batches_and_the_same_command_without_it_trains(run, monk
     assert json.loads((folder / "report.json").read_text())["trials"]["target"] <= 8
     run(number_of_epochs=1, push_to_hub="org/tiny")
     assert list((folder / "checkpoints").glob("CKPT*")) and pushed
+    assert len((folder / "train_log.csv").read_text().splitlines()) == 2  # heads, one epoch
     assert json.loads((folder / "report.json").read_text())["trials"]["target"] > 8
 
 

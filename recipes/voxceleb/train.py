@@ -17,15 +17,12 @@ from pathlib import Path
 import speechbrain as sb
 import torch
 from check_yaml import changed, check_train, dumped, merge
-from demo_voices import make_demo_corpus
-from folder_prepare import prepare_folder
+from corpus import prepare
 from hyperpyyaml import load_hyperpyyaml, resolve_references
-from rirs import prepare_rirs
 from ruamel.yaml import YAML
 from rules import TRAIN
 from speechbrain.dataio.encoder import CategoricalEncoder
-from speechbrain.utils.distributed import ddp_init_group, if_main_process, run_on_main
-from voxceleb_prepare import prepare_voxceleb
+from speechbrain.utils.distributed import ddp_init_group, if_main_process
 
 from speechbrain_mrl import (
     ReDimNetMRL,
@@ -39,6 +36,7 @@ from speechbrain_mrl.draws import seed_draws
 from speechbrain_mrl.embedding import embed_clips, iter_clips, read_clips
 from speechbrain_mrl.expansion import carry_over, resize_model, start_new_coordinates
 from speechbrain_mrl.files import only_run, replacing
+from speechbrain_mrl.head import align_head, finish_head, fit_objective, spread
 from speechbrain_mrl.plots import write_plots
 from speechbrain_mrl.pretrained import RELEASES
 from speechbrain_mrl.report import (
@@ -50,16 +48,9 @@ from speechbrain_mrl.report import (
 )
 from speechbrain_mrl.shards import shard_loader
 from speechbrain_mrl.teachers import TeacherStore, load_teachers
-from speechbrain_mrl.training import (
-    align_head,
-    finish_head,
-    fit_objective,
-    spread,
-    train_dataset,
-    train_student,
-    valid_dataset,
-)
+from speechbrain_mrl.training import train_dataset, train_student, valid_dataset
 from speechbrain_mrl.verification import evaluate, read_trials, score_trials
+from speechbrain_mrl.watch import TrainingLog
 
 ENROLMENT_CLIPS = 5  # a training speaker's, for the exported classifier
 RECIPE = Path(__file__).resolve().parent
@@ -107,86 +98,6 @@ def resolve_stages(document):
 def resolve(document):
     """The document's text, without references."""
     return resolve_references(dumped(document)).getvalue()
-
-
-def prepare(hparams, debug):
-    """The corpus' lists; on the main process first."""
-    data_folder = hparams["data_folder"]
-    if hparams["labels"] and not hparams["speaker_folders"]:
-        raise ValueError(
-            "labels need speaker_folders; set labels to False or speaker_folders to True"
-        )
-    if data_folder is None:
-        data_folder = str(Path(hparams["output_folder"]) / "voices")
-        run_on_main(make_demo_corpus, kwargs={"folder": data_folder})
-    arguments = {
-        "data_folder": data_folder,
-        "save_folder": str(Path(hparams["output_folder"]) / "lists"),
-        "trials": hparams["trials"],
-        "seed": hparams["split_seed"],
-        "skip_bad_files": hparams["skip_bad_files"],
-    }
-    if hparams["speaker_folders"]:
-        make_lists = prepare_voxceleb
-        for key in ("train_speakers", "valid_speakers", "test_speakers"):
-            arguments[key] = hparams[key]
-    else:
-        make_lists = prepare_folder
-        arguments["test_folder"] = hparams["test_folder"]
-    run_on_main(make_lists, kwargs=arguments)
-    run_on_main(prepare_rirs, kwargs={"csv_path": hparams["rir_csv"]})
-    corpus = make_lists(**arguments, skip_prep=True)
-    if hparams["speaker_folders"]:
-        refuse_shared_speakers(corpus)
-    return shrink(corpus, 2 * hparams["batch_size"]) if debug else corpus
-
-
-def refuse_shared_speakers(corpus):
-    """Raise ValueError if a speaker is in two lists: prepared ones never are, edited ones may be."""
-    speakers = {}
-    for path in (corpus.train_csv, corpus.valid_csv, corpus.test_csv):
-        for clip in iter_clips(path):
-            speaker = clip.id.split("/")[0]
-            if speakers.setdefault(speaker, path) != path:
-                raise ValueError(
-                    f"speaker {speaker!r} is in {speakers[speaker]} and in {path}, and would be "
-                    "tested on what it was trained on; delete that folder, it is made anew"
-                )
-
-
-def shrink(corpus, n_clips):
-    """The first training clips and a few trials of a corpus, for ``--debug``."""
-    paths = {"train_csv": _copy_rows(corpus.train_csv, lambda row: True, n_clips)}
-    if corpus.valid_trials is None:
-        paths["valid_csv"] = _copy_rows(corpus.valid_csv, lambda row: True, n_clips)
-    for split in ("valid", "test"):
-        if getattr(corpus, f"{split}_trials") is None:
-            continue
-        trials = Path(getattr(corpus, f"{split}_trials"))
-        lines = trials.read_text().splitlines()
-        few = [line for label in "10" for line in [x for x in lines if x[0] == label][:8]]
-        paths[f"{split}_trials"] = str(
-            Path(corpus.train_csv).with_name(f"debug_{split}_{trials.name}")
-        )
-        Path(paths[f"{split}_trials"]).write_text("\n".join(few) + "\n")
-        ids = {clip for line in few for clip in line.split()[1:]}
-        paths[f"{split}_csv"] = _copy_rows(
-            getattr(corpus, f"{split}_csv"), lambda row, ids=ids: row["ID"] in ids
-        )
-    return corpus._replace(**paths)
-
-
-def _copy_rows(path, wanted, limit=None):
-    path = Path(path)
-    with open(path, newline="") as file:
-        reader = csv.DictReader(file)
-        rows = [row for row in reader if wanted(row)][:limit]
-    copy = path.with_name(f"debug_{path.name}")
-    with open(copy, "w", newline="") as file:
-        writer = csv.DictWriter(file, reader.fieldnames)
-        writer.writeheader()
-        writer.writerows(rows)
-    return str(copy)
 
 
 def make_student(hparams, corpus, objective, stores, **embed_options):
@@ -427,6 +338,8 @@ def run(document, stages, run_opts):
     trained, teachers = None, {}
     fit_embeddings, test_embeddings = {}, {}
     for stage in stages:
+        if debug:  # its rows would stay in the table of the training after it
+            stage["train_logger"] = TrainingLog(Path(stage["output_folder"]) / "debug_log.txt")
         taught = load_stage_teachers(stage, embed_options["device"])
         trained, stores = train_stage(trained, stage, corpus, run_opts, taught, **embed_options)
         teachers |= taught

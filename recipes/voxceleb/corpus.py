@@ -1,0 +1,92 @@
+"""The lists that a training reads, as its YAML asks for them."""
+
+import csv
+from pathlib import Path
+
+from demo_voices import make_demo_corpus
+from folder_prepare import prepare_folder
+from rirs import prepare_rirs
+from speechbrain.utils.distributed import run_on_main
+from voxceleb_prepare import prepare_voxceleb
+
+from speechbrain_mrl.embedding import iter_clips
+
+
+def prepare(hparams, debug):
+    """The corpus' lists; on the main process first."""
+    data_folder = hparams["data_folder"]
+    if hparams["labels"] and not hparams["speaker_folders"]:
+        raise ValueError(
+            "labels need speaker_folders; set labels to False or speaker_folders to True"
+        )
+    if data_folder is None:
+        data_folder = str(Path(hparams["output_folder"]) / "voices")
+        run_on_main(make_demo_corpus, kwargs={"folder": data_folder})
+    arguments = {
+        "data_folder": data_folder,
+        "save_folder": str(Path(hparams["output_folder"]) / "lists"),
+        "trials": hparams["trials"],
+        "seed": hparams["split_seed"],
+        "skip_bad_files": hparams["skip_bad_files"],
+    }
+    if hparams["speaker_folders"]:
+        make_lists = prepare_voxceleb
+        for key in ("train_speakers", "valid_speakers", "test_speakers"):
+            arguments[key] = hparams[key]
+    else:
+        make_lists = prepare_folder
+        arguments["test_folder"] = hparams["test_folder"]
+    run_on_main(make_lists, kwargs=arguments)
+    run_on_main(prepare_rirs, kwargs={"csv_path": hparams["rir_csv"]})
+    corpus = make_lists(**arguments, skip_prep=True)
+    if hparams["speaker_folders"]:
+        refuse_shared_speakers(corpus)
+    return shrink(corpus, 2 * hparams["batch_size"]) if debug else corpus
+
+
+def refuse_shared_speakers(corpus):
+    """Raise ValueError if a speaker is in two lists: prepared ones never are, edited ones may be."""
+    speakers = {}
+    for path in (corpus.train_csv, corpus.valid_csv, corpus.test_csv):
+        for clip in iter_clips(path):
+            speaker = clip.id.split("/")[0]
+            if speakers.setdefault(speaker, path) != path:
+                raise ValueError(
+                    f"speaker {speaker!r} is in {speakers[speaker]} and in {path}, and would be "
+                    "tested on what it was trained on; delete that folder, it is made anew"
+                )
+
+
+def shrink(corpus, n_clips):
+    """The first training clips and a few trials of a corpus, for ``--debug``."""
+    paths = {"train_csv": _copy_rows(corpus.train_csv, lambda row: True, n_clips)}
+    if corpus.valid_trials is None:
+        paths["valid_csv"] = _copy_rows(corpus.valid_csv, lambda row: True, n_clips)
+    for split in ("valid", "test"):
+        if getattr(corpus, f"{split}_trials") is None:
+            continue
+        trials = Path(getattr(corpus, f"{split}_trials"))
+        lines = trials.read_text().splitlines()
+        few = [line for label in "10" for line in [x for x in lines if x[0] == label][:8]]
+        paths[f"{split}_trials"] = str(
+            Path(corpus.train_csv).with_name(f"debug_{split}_{trials.name}")
+        )
+        Path(paths[f"{split}_trials"]).write_text("\n".join(few) + "\n")
+        ids = {clip for line in few for clip in line.split()[1:]}
+        paths[f"{split}_csv"] = _copy_rows(
+            getattr(corpus, f"{split}_csv"), lambda row, ids=ids: row["ID"] in ids
+        )
+    return corpus._replace(**paths)
+
+
+def _copy_rows(path, wanted, limit=None):
+    path = Path(path)
+    with open(path, newline="") as file:
+        reader = csv.DictReader(file)
+        rows = [row for row in reader if wanted(row)][:limit]
+    copy = path.with_name(f"debug_{path.name}")
+    with open(copy, "w", newline="") as file:
+        writer = csv.DictWriter(file, reader.fieldnames)
+        writer.writeheader()
+        writer.writerows(rows)
+    return str(copy)
