@@ -51,6 +51,7 @@ WAYS = {  # YAML and what it changes
     "progressive": ("mrl_progressive", {}),
     "supervised": ("mrl_supervised", {"teachers": None, "stages": None, "margin_epochs": 0}),
     "separate": ("mrl_distill", {}),  # one model for each size, each with the whole budget
+    "best_teacher": ("mrl_distill", {}),  # the one with the lowest EER, alone
     # Terms of mrl_distill
     "cosine+contrastive": ("mrl_distill", terms(cosine=1.0, contrastive=0.1)),
     "cosine": ("mrl_distill", terms(cosine=1.0)),
@@ -101,6 +102,8 @@ def options_of(way, corpus, steps, hparams):
         share = len(names) / len(mrl_dims)
         pairs = [f"{dim}: {names[int(i * share)]}" for i, dim in enumerate(mrl_dims)]
         changes |= {"objective": f"{{teacher_map: {{{', '.join(pairs)}}}}}"}
+    if way == "best_teacher":
+        changes |= {"taught_by": [hparams["best_teacher"]]}
     if way == "large_margin":
         changes |= {"stages": large_margin_stages(hparams), "optimizer_step_limit": steps // 2}
     if way == "progressive":
@@ -285,6 +288,10 @@ def main(argv=None):
     results["baselines"] = baselines(
         teachers, corpus, trials, hparams, args.device, args.n_bootstrap, folder / "common"
     )
+    errors = [
+        one["eer"] for found in results["baselines"].values() for one in found["whole"].values()
+    ]
+    hparams["best_teacher"] = errors.index(min(errors))
     for way in args.ways:
         runs = [
             scores_of(way, 1986 + i, common, corpus, steps, hparams, args.device, trials, folder)

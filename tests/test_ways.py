@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 import train
 from folder_prepare import prepare_folder
+from ruamel.yaml import YAML
 from speechbrain import Stage
 from speechbrain.inference.classifiers import EncoderClassifier
 from speechbrain.utils.checkpoints import Checkpointer
@@ -482,6 +483,8 @@ def test_one_command_compares_the_ways(small_corpus, release_file, tiny_config, 
         "--ways",
         "progressive",
         "separate",
+        "large_margin",
+        "best_teacher",
         "--seeds=1",
         "--steps=3",
         "--n_bootstrap=10",
@@ -499,14 +502,15 @@ def test_one_command_compares_the_ways(small_corpus, release_file, tiny_config, 
     results = ways.main(arguments)
     written = json.loads((tmp_path / "ways" / "ways.json").read_text())
     assert written == results
-    assert results["ways"].keys() == {"progressive", "separate"}
+    assert results["ways"].keys() == {"progressive", "separate", "large_margin", "best_teacher"}
     for found in results["ways"].values():
         assert found.keys() == {"8", "16"}
         for size in found.values():
             assert size["eer_ci"][0] <= size["eer"] <= size["eer_ci"][1]
             assert 0 <= size["min_dcf"] <= 1 and len(size["eer_runs"]) == 1
     assert results["baselines"].keys() == {"first", "second"}
-    for name, dim in (("first", "32"), ("second", "24")):
+    widths = (("first", "32"), ("second", "24"))
+    for name, dim in widths:
         cuts = results["baselines"][name]
         assert cuts["whole"].keys() == {dim}
         for cut in ("naive cut", "PCA cut", "LDA cut"):
@@ -514,7 +518,7 @@ def test_one_command_compares_the_ways(small_corpus, release_file, tiny_config, 
     text = (tmp_path / "ways" / "ways.md").read_text()
     assert text.count("| progressive |") == text.count("| second, LDA cut |") == 2
     # Every training takes four steps, three rounded up for two stages of two.
-    runs = {"progressive": ["0"], "separate": ["0", "1"]}
+    runs = dict.fromkeys(results["ways"], ["0"]) | {"separate": ["0", "1"]}
     steps = {}
     for way, numbers in runs.items():
         steps[way] = []
@@ -525,7 +529,10 @@ def test_one_command_compares_the_ways(small_corpus, release_file, tiny_config, 
                 stage = path.parents[1]
                 last[stage] = max(last[stage], step)
             steps[way].append(sum(last.values()))
-    assert steps == {"progressive": [4], "separate": [4, 4]}
+    assert steps == dict.fromkeys(runs, [4]) | {"separate": [4, 4]}
+    whole = [results["baselines"][name]["whole"][d]["eer"] for name, d in widths]
+    resolved = (tmp_path / "ways" / "best_teacher" / "1986" / "0" / "resolved.yaml").read_text()
+    assert YAML().load(resolved)["taught_by"] == [whole.index(min(whole))]
     before = text
     ways.main(arguments)  # nothing is trained again
     assert (tmp_path / "ways" / "ways.md").read_text() == before
