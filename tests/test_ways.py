@@ -97,7 +97,8 @@ def poison(monkeypatch):
     def refuse(*arguments, **options):
         raise AssertionError("a label was asked for")
 
-    for name in ("CategoricalEncoder", "prepare_voxceleb", "enrol"):
+    monkeypatch.setattr("corpus.prepare_voxceleb", refuse)
+    for name in ("CategoricalEncoder", "enrol"):
         monkeypatch.setattr(train, name, refuse)
 
 
