@@ -105,7 +105,10 @@ def options_of(way, corpus, steps, hparams):
     if way == "best_teacher":
         changes |= {"taught_by": [hparams["best_teacher"]]}
     if way == "large_margin":
-        changes |= {"stages": large_margin_stages(hparams), "optimizer_step_limit": steps // 2}
+        changes |= {"optimizer_step_limit": steps // 2}  # of each stage
+        changes |= {"large_margin_epochs": steps}  # the limit comes first
+        changes |= {"large_margin_seconds": 2 * hparams["chunk_seconds"]}
+        changes |= {"large_margin_lr": hparams["lr"] / 10}
     if way == "progressive":
         stages = progressive_stages(mrl_dims, len(hparams["teachers"]))
         changes |= {"stages": stages, "optimizer_step_limit": steps // len(stages)}
@@ -132,18 +135,6 @@ def progressive_stages(mrl_dims, n_teachers):
             }
         )
     return stages
-
-
-def large_margin_stages(hparams):
-    """The stages of mrl_supervised.yaml, with the second in proportion to the first."""
-    fine_tuning = {
-        "stage": "large_margin",
-        "margins": 0.5,
-        "lr": hparams["lr"] / 10,
-        "chunk_seconds": 2 * hparams["chunk_seconds"],
-        "wav_augment": None,
-    }
-    return [{"stage": "train"}, fine_tuning]
 
 
 def scores_of(way, seed, common, corpus, steps, hparams, device, trials, folder):

@@ -15,11 +15,11 @@ import soundfile
 from tqdm import tqdm
 
 from speechbrain_mrl.audio import audio_info, read_audio
+from speechbrain_mrl.embedding import SAMPLE_RATE
 from speechbrain_mrl.extras import require
 from speechbrain_mrl.files import only_run, replacing
 from speechbrain_mrl.lists import ClipDataset
 
-SAMPLE_RATE = 16000
 THREADS = 16  # that wait for the disk
 READ_AHEAD = 64  # clips in memory
 
