@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BLOCK = 1024  # speakers at a time
+BLOCK = 4096  # speakers at a time
 SMALLEST_NORM = 1e-6  # keeps cosines of zero vectors, and their gradients, finite
 NEVER = -1e4  # a logit whose exponential is zero
 
@@ -82,44 +82,48 @@ class _LogSumOfOthers(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, dims: tuple[int, ...], scale: float
     ) -> Tensor:
         x_norms, w_norms = _prefix_norms(x, dims), _prefix_norms(weight, dims)
-        logits = x.new_empty(len(dims), len(x), len(weight))
+        factors, divisors = (scale / x_norms).unsqueeze(2), w_norms.reciprocal()
+        logits, sums = x.new_empty(len(dims), len(x), len(weight)), torch.zeros_like(x_norms)
         for speakers in _blocks(len(weight)):
             w = weight[speakers]
             product = x.new_zeros(len(x), len(w))
+            inside = (labels >= speakers.start) & (labels < speakers.stop)
+            clips, own = inside.nonzero(as_tuple=True)[0], labels[inside]
             for k, block in enumerate(_coordinates(dims)):
                 product.addmm_(x[:, block], w[:, block].T)
-                torch.mul(product, 1 / w_norms[k, speakers], out=logits[k, :, speakers])
-                logits[k, :, speakers].mul_((scale / x_norms[k])[:, None])
-        logits.scatter_(2, labels.view(1, -1, 1).expand(len(dims), -1, 1), NEVER)
-        log_sums = torch.stack([one.logsumexp(dim=1) for one in logits])
-        ctx.save_for_backward(x, weight, x_norms, w_norms, log_sums, logits)
+                one = torch.mul(product, divisors[k, speakers], out=logits[k, :, speakers])
+                one.mul_(factors[k])[clips, own - speakers.start] = NEVER
+                sums[k] += one.exp().sum(dim=1)
+        ctx.save_for_backward(x, weight, factors, divisors, sums, logits)
         ctx.dims, ctx.scale = dims, scale
-        return log_sums
+        return sums.log()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, x_norms, w_norms, log_sums, logits = ctx.saved_tensors
+        x, weight, factors, divisors, sums, logits = ctx.saved_tensors
         x_gradient, w_gradient = torch.zeros_like(x), torch.zeros_like(weight)
+        shares = (gradient / sums).unsqueeze(2) * factors
         # A cosine also falls as its vectors grow: sums of (gradient * logit) by clip and speaker.
-        by_clip, by_speaker = torch.zeros_like(x_norms), torch.zeros_like(w_norms)
+        by_clip, unscaled = torch.zeros_like(sums), 1 / factors.squeeze(2)
+        blocks = list(enumerate(_coordinates(ctx.dims)))
         for speakers in _blocks(len(weight)):
             w = weight[speakers]
             to_product = x.new_zeros(len(x), len(w))  # gradient of the sum over coordinates
-            for k, block in reversed(list(enumerate(_coordinates(ctx.dims)))):
+            shrink = x.new_zeros(len(w))
+            for k, block in reversed(blocks):
                 logit = logits[k, :, speakers]
-                to_logit = (logit - log_sums[k][:, None]).exp_().mul_(gradient[k][:, None])
-                weighted = logit * to_logit
-                by_clip[k] += weighted.sum(dim=1)
-                by_speaker[k, speakers] = weighted.sum(dim=0)
-                to_logit.mul_((ctx.scale / x_norms[k])[:, None])
-                to_product.addcmul_(to_logit, 1 / w_norms[k, speakers])
+                share = logit.exp().mul_(shares[k])
+                to_product.addcmul_(share, divisors[k, speakers])
+                share.mul_(logit)
+                by_clip[k] += share.sum(dim=1)
+                shrink += (unscaled[k] @ share) * divisors[k, speakers] ** 2
                 x_gradient[:, block].addmm_(to_product, w[:, block])
-                w_gradient[speakers, block] = to_product.T @ x[:, block]
-        for k, block in enumerate(_coordinates(ctx.dims)):
-            shrink = (by_clip[k:] / x_norms[k:] ** 2).sum(dim=0)
+                w_gradient[speakers, block].addmm_(to_product.T, x[:, block])
+                w_gradient[speakers, block].addcmul_(w[:, block], shrink[:, None], value=-1)
+        shrink = torch.zeros_like(by_clip[0])
+        for k, block in reversed(blocks):
+            shrink += by_clip[k] * factors[k, :, 0] / ctx.scale**2
             x_gradient[:, block] -= x[:, block] * shrink[:, None]
-            shrink = (by_speaker[k:] / w_norms[k:] ** 2).sum(dim=0)
-            w_gradient[:, block] -= weight[:, block] * shrink[:, None]
         return x_gradient, w_gradient, None, None, None
 
 
@@ -133,4 +137,5 @@ def _coordinates(dims: Iterable[int]) -> list[slice]:
 
 
 def _prefix_norms(x: Tensor, dims: tuple[int, ...]) -> Tensor:
-    return torch.stack([x[:, :dim].norm(dim=1) for dim in dims]).clamp_min(SMALLEST_NORM)
+    squares = [x[:, block].square().sum(dim=1) for block in _coordinates(dims)]
+    return torch.stack(squares).cumsum(dim=0).sqrt().clamp_min(SMALLEST_NORM)
