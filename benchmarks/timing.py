@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from speechbrain_mrl.cpu import prepare_cpu
+
 
 def arguments(description: str, name: str) -> argparse.ArgumentParser:
     """A parser with what every benchmark has."""
@@ -22,10 +24,10 @@ def arguments(description: str, name: str) -> argparse.ArgumentParser:
 
 
 def start(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """The parsed arguments, with torch set up by them: threads, subnormal numbers, seed."""
+    """The parsed arguments, with torch set up by them: threads, memory, subnormal numbers, seed."""
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    torch.set_flush_denormal(True)
+    prepare_cpu()
     torch.manual_seed(0)
     return args
 

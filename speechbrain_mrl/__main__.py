@@ -18,6 +18,7 @@ from tqdm import tqdm
 from speechbrain_mrl.arguments import PROGRAM, parser
 from speechbrain_mrl.audio import audio_info
 from speechbrain_mrl.convert import convert_release
+from speechbrain_mrl.cpu import prepare_cpu
 from speechbrain_mrl.embedding import SAMPLE_RATE, Clip, embed_clips, find_clips
 from speechbrain_mrl.export import export_model
 from speechbrain_mrl.hub import add_calibration, push_space, push_to_hub
@@ -270,5 +271,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    torch.set_flush_denormal(True)
+    prepare_cpu()
     sys.exit(main())

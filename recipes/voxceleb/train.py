@@ -32,6 +32,7 @@ from speechbrain_mrl import (
     push_to_hub,
 )
 from speechbrain_mrl.card import Provenance
+from speechbrain_mrl.cpu import prepare_cpu
 from speechbrain_mrl.draws import seed_draws
 from speechbrain_mrl.embedding import embed_clips, iter_clips, read_clips
 from speechbrain_mrl.expansion import carry_over, resize_model, start_new_coordinates
@@ -377,5 +378,5 @@ def run(document, stages, run_opts):
 
 
 if __name__ == "__main__":
-    torch.set_flush_denormal(True)
+    prepare_cpu()
     main(sys.argv[1:])

@@ -28,6 +28,7 @@ from speechbrain_mrl.calibration import (
     s_norm,
     write_calibrations,
 )
+from speechbrain_mrl.cpu import prepare_cpu
 from speechbrain_mrl.embedding import Clip
 from speechbrain_mrl.files import only_run
 from speechbrain_mrl.plda import plda_scores
@@ -303,5 +304,5 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    torch.set_flush_denormal(True)
+    prepare_cpu()
     main(sys.argv[1:])
