@@ -4,9 +4,13 @@ Needs the extra ``onnx`` or ``openvino``.
 """
 
 import copy
+import hashlib
 import json
 import os
+import queue
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,10 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from speechbrain_mrl.extras import require
-from speechbrain_mrl.fast import packaged
+from speechbrain_mrl.fast import FastASTP, packaged
 from speechbrain_mrl.redimnet import (
+    ASTP,
     N_FFT,
     SAMPLE_RATE,
+    Conv2d,
     ReDimNet,
     check_wavs,
     sample_counts,
@@ -25,6 +31,7 @@ from speechbrain_mrl.redimnet import (
 
 METADATA_KEY = "speechbrain_mrl"
 ENGINES = ("onnxruntime", "openvino")
+GROUP_WIDTH = 16  # channels per group for which the engines have fast kernels on AVX-512
 
 _Run = Callable[[np.ndarray], np.ndarray]  # waveforms (B, T) to embeddings (B, embed_dim)
 
@@ -99,10 +106,29 @@ class _Mel(nn.Module):
         return nn.functional.conv1d(real.square() + imaginary.square(), self.filters)
 
 
+def _join_groups(conv: Conv2d) -> None:
+    """Make a grouped convolution one of fewer, wider groups, whose further weights are zero."""
+    inputs = conv.weight.shape[1]  # of a group
+    joined = 1 if inputs == 1 else max(GROUP_WIDTH // inputs, 1)  # depthwise ones are fast
+    while conv.groups % joined:
+        joined -= 1
+    weight = conv.weight.detach().unflatten(0, (conv.groups // joined, joined, -1))
+    wide = torch.einsum("gjoixy,jk->gjokixy", weight, torch.eye(joined))
+    conv.weight = nn.Parameter(wide.flatten(3, 4).flatten(0, 2))
+    conv.groups //= joined
+
+
 class _Graph(nn.Module):
+    """The model as the engines run it best; ``model`` itself becomes that."""
+
     def __init__(self, model: ReDimNet) -> None:
         super().__init__()
         model.spec.torchfbank[2] = _Mel(model.spec.torchfbank[2])
+        if isinstance(model.pool, ASTP):
+            model.pool = FastASTP(model.pool)  # type: ignore[assignment]
+        for module in model.modules():
+            if isinstance(module, Conv2d):
+                _join_groups(module)
         self.model = model
 
     def forward(self, wavs: Tensor) -> tuple[Tensor, Tensor]:
@@ -127,13 +153,16 @@ class ExportedEncoder:
         bfloat16 instructions).
     threads : int, optional
         Threads of the engine. None: its own choice.
+    streams : int
+        Clips that run at the same time, each on its share of the threads: more clips a second, and
+        more time for one.
 
     Raises
     ------
     ImportError
         If the engine is not installed.
     ValueError
-        For another engine or precision, or a file of another origin.
+        For another engine, precision or number of streams, or a file of another origin.
     """
 
     def __init__(
@@ -142,42 +171,49 @@ class ExportedEncoder:
         engine: str = "onnxruntime",
         precision: str = "float32",
         threads: int | None = None,
+        streams: int = 1,
     ) -> None:
         if engine not in ENGINES:
             raise ValueError(f"engine must be one of {ENGINES}, got {engine!r}")
         allowed = ("float32", "bfloat16") if engine == "openvino" else ("float32",)
         if precision not in allowed:
             raise ValueError(f"precision must be one of {allowed} with {engine}, got {precision!r}")
+        if streams < 1:
+            raise ValueError(f"streams must be at least 1, got {streams}")
         start = _openvino if engine == "openvino" else _onnxruntime
-        self._run, facts = start(os.fspath(path), precision, threads)
+        self._run, facts = start(os.fspath(path), precision, threads, streams)
+        self._map: Any = map if streams == 1 else ThreadPoolExecutor(streams).map
+        self.streams = streams
         if facts is None:
             raise ValueError(f"{path} was not written by export_onnx")
         facts = json.loads(facts)
         self.embed_dim, self.mrl_dims = facts["embed_dim"], tuple(facts["mrl_dims"])
+        digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        self.fingerprint = f"{digest} {engine} {precision}"
 
     def __call__(
         self,
-        wavs: np.ndarray,
-        wav_lens: Sequence[float] | None = None,
+        wavs: np.ndarray | Tensor,
+        wav_lens: Sequence[float] | Tensor | None = None,
         target_dim: int | None = None,
-    ) -> np.ndarray:
+    ) -> Any:
         """Embeddings of waveforms, or their prefixes; not length-normalised.
 
-        Padded clips are cut to their lengths and run one by one, which is exact, and on a CPU as
-        fast as a batch.
+        Padded clips are cut to their lengths and run each by itself, which is exact, and on a CPU
+        as fast as a batch. An object of this class can be given to ``embed_folder``.
 
         Arguments
         ---------
-        wavs : numpy.ndarray
+        wavs : numpy.ndarray or torch.Tensor
             Float, 16 kHz, in [-1, 1]; (T,) or (B, T), T at least 257.
-        wav_lens : sequence of float, optional
+        wav_lens : sequence of float or torch.Tensor, optional
             Lengths relative to T, in (0, 1], (B,). None: no clip is padded.
         target_dim : int, optional
             One of ``mrl_dims``: coordinates to return. None: all.
 
         Returns
         -------
-        numpy.ndarray
+        numpy.ndarray or torch.Tensor, as ``wavs``
             (B, target_dim), float32.
 
         Raises
@@ -193,16 +229,22 @@ class ExportedEncoder:
         counts = sample_counts(
             signals, None if wav_lens is None else torch.as_tensor(wav_lens, dtype=torch.float64)
         )
-        wavs = np.ascontiguousarray(signals.numpy(), dtype=np.float32)
-        if counts is None:
-            return self._run(wavs)[:, :target_dim]
-        clips = [self._run(wav[None, :count]) for wav, count in zip(wavs, counts.tolist())]
-        return np.concatenate(clips)[:, :target_dim]
+        batch = np.ascontiguousarray(signals.numpy(), dtype=np.float32)
+        if counts is None and (self.streams == 1 or len(batch) == 1):
+            found = self._run(batch)
+        else:
+            lengths = [batch.shape[1]] * len(batch) if counts is None else counts.tolist()
+            clips = [wav[None, :length] for wav, length in zip(batch, lengths)]
+            found = np.concatenate(list(self._map(self._run, clips)))
+        found = found[:, :target_dim]
+        return torch.from_numpy(found) if isinstance(wavs, Tensor) else found
 
 
-def _onnxruntime(path: str, precision: str, threads: int | None) -> tuple[_Run, Any]:
+def _onnxruntime(path: str, precision: str, threads: int | None, streams: int) -> tuple[_Run, Any]:
     onnxruntime = require("onnxruntime", "onnx", "engine 'onnxruntime'")
     options = onnxruntime.SessionOptions()
+    if streams > 1:
+        threads = max(1, (threads or os.cpu_count() or 1) // streams)
     options.intra_op_num_threads = threads or 0
     options.add_session_config_entry("session.set_denormal_as_zero", "1")
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
@@ -213,7 +255,7 @@ def _onnxruntime(path: str, precision: str, threads: int | None) -> tuple[_Run, 
     return run, session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
 
 
-def _openvino(path: str, precision: str, threads: int | None) -> tuple[_Run, Any]:
+def _openvino(path: str, precision: str, threads: int | None, streams: int) -> tuple[_Run, Any]:
     openvino = require("openvino", "openvino", "engine 'openvino'")
     opset13 = openvino.opset13
 
@@ -221,7 +263,7 @@ def _openvino(path: str, precision: str, threads: int | None) -> tuple[_Run, Any
     model = core.read_model(path)
     where = ["framework", METADATA_KEY]
     facts = model.get_rt_info(where).astype(str) if model.has_rt_info(where) else None
-    settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "CPU_DENORMALS_OPTIMIZATION": True}
+    settings: dict[str, Any] = {"NUM_STREAMS": streams, "CPU_DENORMALS_OPTIMIZATION": True}
     if threads:
         settings["INFERENCE_NUM_THREADS"] = threads
     exact = {**settings, "INFERENCE_PRECISION_HINT": "f32"}
@@ -229,7 +271,7 @@ def _openvino(path: str, precision: str, threads: int | None) -> tuple[_Run, Any
     embeddings, feats = (results[name].get_node() for name in ("embeddings", "feats"))
     if precision == "float32":
         whole = core.compile_model(openvino.Model([embeddings], [wavs_in]), "CPU", exact)
-        return lambda wavs: whole({"wavs": wavs})[0], facts
+        return _shared([whole.create_infer_request() for _ in range(streams)]), facts
     # Features stay float32, in a graph of their own: bfloat16 has 8 bits for a Fourier transform.
     front = core.compile_model(openvino.Model([feats], [wavs_in]), "CPU", exact)
     source = feats.input_value(0)
@@ -238,8 +280,22 @@ def _openvino(path: str, precision: str, threads: int | None) -> tuple[_Run, Any
         target.replace_source_output(feats_in.output(0))
     rough = {**settings, "INFERENCE_PRECISION_HINT": "bf16"}
     network = core.compile_model(openvino.Model([embeddings], [wavs_in, feats_in]), "CPU", rough)
+    features = _shared([front.create_infer_request() for _ in range(streams)])
+    embedded = _shared([network.create_infer_request() for _ in range(streams)])
+    return lambda wavs: embedded(wavs, features(wavs)), facts
 
-    def run(wavs: np.ndarray) -> Any:
-        return network([wavs, front({"wavs": wavs})[0]])[0]
 
-    return run, facts
+def _shared(requests: list[Any]) -> Callable[..., np.ndarray]:
+    """A function that several threads may call; each call uses a request that no other does."""
+    idle: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    for request in requests:
+        idle.put(request)
+
+    def run(*inputs: np.ndarray) -> np.ndarray:
+        request = idle.get()
+        try:
+            return request.infer(list(inputs))[0]
+        finally:
+            idle.put(request)
+
+    return run

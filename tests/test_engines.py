@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from speechbrain_mrl import engines, redimnet
 from speechbrain_mrl.engines import ExportedEncoder, export_onnx
 from speechbrain_mrl.redimnet import MatryoshkaReDimNet
 
@@ -45,6 +46,31 @@ def test_padded_clips_are_embedded_as_alone(exported, engine, voices):
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_clips_side_by_side_are_embedded_as_alone(exported, engine, voices):
+    model, path = exported
+    encoder = ExportedEncoder(path, engine, threads=2, streams=2)
+    wavs = torch.stack([voices(i, 0.8) for i in range(7)])
+    wav_lens = torch.linspace(0.3, 1.0, 7)
+    with torch.no_grad():
+        whole, padded = model(wavs), model(wavs, wav_lens)
+    torch.testing.assert_close(encoder(wavs), whole, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(encoder(wavs, wav_lens), padded, rtol=1e-4, atol=1e-4)
+    assert encoder(wavs[:1].numpy(), target_dim=8).shape == (1, 8)
+
+
+@pytest.mark.parametrize(
+    "groups, inputs, outputs, left",
+    [(8, 4, 4, 2), (6, 4, 2, 2), (3, 8, 8, 3), (5, 1, 1, 5), (1, 6, 4, 1), (2, 24, 24, 2)],
+)
+def test_joined_groups_give_the_same_convolution(groups, inputs, outputs, left):
+    conv = redimnet.Conv2d(groups * inputs, groups * outputs, 3, groups=groups)
+    x = torch.randn(2, groups * inputs, 5, 6)
+    expected = conv(x)
+    engines._join_groups(conv)
+    assert conv.groups == left and conv.weight.shape[1] <= max(inputs, 16)
+    torch.testing.assert_close(conv(x), expected)
+
+
 def test_bfloat16_comes_close(exported, voices):
     pytest.importorskip("openvino")
     model, path = exported
@@ -65,5 +91,7 @@ def test_what_an_exported_model_cannot_do_is_refused(exported, engine):
         ExportedEncoder(exported[1], "tensorrt")
     with pytest.raises(ValueError, match="precision must be one of"):
         ExportedEncoder(exported[1], engine, "int4")
+    with pytest.raises(ValueError, match="streams must be at least 1, got 0"):
+        ExportedEncoder(exported[1], engine, streams=0)
     with pytest.raises(TypeError, match="must be a ReDimNet"):
         export_onnx(torch.nn.Linear(1, 1), "x.onnx")
