@@ -6,11 +6,10 @@ python benchmarks/precision.py --source=results/mrl_distill/1986/model --data_fo
 from pathlib import Path
 
 import torch
-from bulk import OpenVINO
 from timing import arguments, start, write
 
 from speechbrain_mrl.embedding import embed_clips, find_clips, read_clips
-from speechbrain_mrl.engines import export_onnx
+from speechbrain_mrl.engines import ExportedEncoder, export_onnx
 from speechbrain_mrl.fast import batch_seconds_for, optimize_for_inference
 from speechbrain_mrl.published import load_published
 from speechbrain_mrl.verification import evaluate, read_trials
@@ -29,10 +28,10 @@ def main():
     args.exported.parent.mkdir(parents=True, exist_ok=True)
     export_onnx(model, args.exported)
     encoders = {
-        "plain": model,
+        "plain": lambda wavs, wav_lens: model(wavs, wav_lens),  # itself would be arranged
         "fast": optimize_for_inference(model),
         "fast bfloat16": optimize_for_inference(model, "bfloat16"),
-        "openvino bfloat16": OpenVINO(args.exported, "bfloat16"),
+        "openvino bfloat16": ExportedEncoder(args.exported, "openvino", "bfloat16", args.threads),
     }
     trials = read_trials(args.trials)
     wanted = set(trials.clip_ids)

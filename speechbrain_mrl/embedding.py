@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from speechbrain_mrl.audio import audio_info, read_audio
+from speechbrain_mrl.fast import for_inference
 from speechbrain_mrl.files import replacing
 
 SAMPLE_RATE = 16000  # Hz
@@ -125,7 +126,8 @@ def embed_clips(
     ---------
     encoders : dict of str to torch.nn.Module or callable
         Called as ``encoder(wavs (B, T), wav_lens (B,))``, to give (B, D). A module is put into
-        eval mode for the time of the call.
+        eval mode for the time of the call. On a CPU a ReDimNet runs as ``optimize_for_inference``
+        arranges it.
     clips : sequence of Clip
         N clips.
     device : str
@@ -160,6 +162,8 @@ def embed_clips(
     training = [module.training for module in modules]
     for module in modules:
         module.eval()
+    if torch.device(device).type == "cpu":
+        encoders = {name: for_inference(encoder) for name, encoder in encoders.items()}
     results: dict[str, Tensor] = {}
     with torch.inference_mode():
         for wavs, wav_lens, indices in loader:

@@ -36,7 +36,6 @@ from speechbrain_mrl.redimnet import (
 )
 
 MAP_BYTES = 16 * 2**20  # half of the largest block that glibc's malloc keeps: two are alive at once
-FRAME_BYTES = 4  # float32
 PRECISIONS = ("float32", "bfloat16")
 
 
@@ -76,9 +75,9 @@ def optimize_for_inference(model: ReDimNet, precision: str = "float32") -> ReDim
     >>> bool((fast(wavs, target_dim=64) - model(wavs, target_dim=64)).abs().max() < 1e-4)
     True
     """
-    model = packaged(model)
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {PRECISIONS}, got {precision!r}")
+    model = packaged(model)
     fast: Any = copy.deepcopy(model)  # its layers become others
     fast.eval().float().requires_grad_(False)
     with torch.no_grad():
@@ -98,6 +97,18 @@ def optimize_for_inference(model: ReDimNet, precision: str = "float32") -> ReDim
     fast.backbone.to(getattr(torch, precision))
     fast.__class__ = _inference_class(type(model))
     return fast
+
+
+def for_inference(encoder: Any, precision: str = "float32") -> Any:
+    """``encoder`` arranged by ``optimize_for_inference`` if it is a ReDimNet; else itself.
+
+    What holds a ReDimNet is asked by its method ``for_inference(precision)``, if it has one.
+    """
+    if isinstance(encoder, ReDimNet):
+        arranged = isinstance(encoder.backbone, _Backbone)
+        return encoder if arranged else optimize_for_inference(encoder, precision)
+    own = getattr(encoder, "for_inference", None)
+    return encoder if own is None else own(precision)
 
 
 def packaged(model: nn.Module) -> ReDimNet:
@@ -124,9 +135,10 @@ def packaged(model: nn.Module) -> ReDimNet:
 def batch_seconds_for(model: ReDimNet) -> float:
     """Seconds of audio, over all clips of a batch, up to which batches of ``model`` pay on a CPU.
 
-    Beyond them the largest map passes 16 MB, and glibc's malloc begins to ask the system for new memory at
-    each operation, whose pages are cleared again every time, and a clip costs more than alone. A
-    single longer clip is right nevertheless.
+    Beyond them the largest map passes 16 MB and leaves the processor's cache, and unless
+    ``prepare_cpu`` was called, glibc's malloc asks the system for new memory at each operation,
+    whose pages are cleared every time: a clip then costs more than alone. A single longer clip is
+    right nevertheless. Of a copy in bfloat16, whose maps are half as large, twice as many.
 
     Example
     -------
@@ -137,7 +149,8 @@ def batch_seconds_for(model: ReDimNet) -> float:
     config = model.model_config
     size = config["F"] * config["C"]  # of a stage's input; channels grow as frequencies shrink
     expansion = max(stage[2] for stage in config["stages_setup"])
-    frames = MAP_BYTES / (size * expansion * FRAME_BYTES)
+    frame_bytes = next(model.backbone.parameters()).element_size()
+    frames = MAP_BYTES / (size * expansion * frame_bytes)
     return frames * config["hop_length"] / 16000
 
 

@@ -1,5 +1,6 @@
 """Frozen teachers, and a store of their embeddings so that training runs no teacher."""
 
+import copy
 import hashlib
 import json
 import os
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from speechbrain_mrl.embedding import Clip, Encoder, embed_clips
+from speechbrain_mrl.fast import optimize_for_inference
 from speechbrain_mrl.files import only_run, replacing
 from speechbrain_mrl.pretrained import RELEASES, load_pretrained_redimnet
 
@@ -43,6 +45,18 @@ class EncoderClassifierTeacher(nn.Module):
     def forward(self, wavs: Tensor, wav_lens: Tensor | None = None) -> Tensor:
         """Waveforms (B, T) to embeddings (B, D)."""
         return self.encoder.encode_batch(wavs, wav_lens).squeeze(1)
+
+    def for_inference(self, precision: str = "float32") -> "EncoderClassifierTeacher":
+        """The same with its ReDimNet as ``optimize_for_inference`` arranges it; itself without one."""
+        try:
+            fast = optimize_for_inference(self.encoder.mods.embedding_model, precision)
+        except TypeError:  # another network
+            return self
+        arranged, encoder = copy.copy(self), copy.copy(self.encoder)
+        arranged._modules = {"encoder": encoder}
+        mods = nn.ModuleDict({**self.encoder.mods, "embedding_model": fast})
+        encoder._modules = {**self.encoder._modules, "mods": mods}
+        return arranged
 
 
 def load_teacher(

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from speechbrain_mrl import bulk, embed_folder, export_model, read_embeddings, teachers
+from speechbrain_mrl.audio import read_audio
 from speechbrain_mrl.embedding import embed_clips, find_clips
 from speechbrain_mrl.fast import optimize_for_inference
 
@@ -76,40 +77,59 @@ def test_embeddings_of_another_encoder_are_not_mixed_in(small_corpus, tmp_path):
         embed_folder(lambda wavs, wav_lens: wavs, small_corpus, tmp_path)
 
 
-def test_a_copy_made_for_inference_embeds_a_folder(
-    small_corpus, random_model, tiny_config, tmp_path
-):
-    model = random_model(tiny_config)
+@pytest.fixture(scope="module")
+def model(random_model, tiny_config):
+    return random_model(tiny_config)
+
+
+@pytest.fixture(scope="module")
+def published(model, tmp_path_factory):
+    """The folder of ``model`` as an EncoderClassifier."""
+    return export_model(model, tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def expected(model, small_corpus):
+    """{id: embedding} of the first clips, each alone through the plain forward."""
+    clips = find_clips(small_corpus)[:3]
+    with torch.no_grad():
+        return {clip.id: model(read_audio(clip.wav))[0] for clip in clips}
+
+
+def test_a_copy_made_for_inference_embeds_a_folder(model, expected, small_corpus, tmp_path):
     found = as_dict(embed_folder(optimize_for_inference(model), small_corpus, tmp_path))
-    clips = find_clips(small_corpus)[:3]
-    expected = embed_clips({"model": model}, clips)["model"]
-    for clip, embedding in zip(clips, expected):
-        torch.testing.assert_close(found[clip.id], embedding, atol=1e-4, rtol=0)
+    for clip_id, embedding in expected.items():
+        torch.testing.assert_close(found[clip_id], embedding, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("engine", ["torch", "openvino"])
 def test_the_command_embeds_with_a_model_folder(
-    small_corpus, random_model, tiny_config, tmp_path, capsys
+    engine, published, expected, small_corpus, tmp_path
 ):
-    model = random_model(tiny_config)
-    folder = export_model(model, tmp_path / "model")
-    embed.main([str(folder), str(small_corpus), str(tmp_path / "out"), "--num_workers=0"])
-    found = as_dict(tmp_path / "out")
-    clips = find_clips(small_corpus)[:3]
-    expected = embed_clips({"model": model}, clips)["model"]
-    for clip, embedding in zip(clips, expected):
-        assert torch.cosine_similarity(found[clip.id], embedding, dim=0) > 0.9999
+    if engine == "openvino":
+        pytest.importorskip("openvino")
+        pytest.importorskip("onnxscript")
+    arguments = [str(published), str(small_corpus), str(tmp_path), f"--engine={engine}"]
+    embed.main([*arguments, "--num_workers=0"])
+    found = as_dict(tmp_path)
+    assert len(found) == len(find_clips(small_corpus))
+    for clip_id, embedding in expected.items():
+        torch.testing.assert_close(found[clip_id], embedding, atol=1e-4, rtol=1e-4)
 
 
-def test_the_command_takes_the_fast_form_of_a_redimnet_only(random_model, tiny_config, tmp_path):
-    folder = export_model(random_model(tiny_config), tmp_path / "model")
-    encoder = teachers.load_teacher(folder)
-    weights = teachers.fingerprint(encoder)
-    fast, batch_seconds = embed.fast_form(encoder, "float32")
-    assert type(encoder.encoder.mods.embedding_model.backbone).__module__ == "speechbrain_mrl.fast"
-    assert teachers.fingerprint(fast) == weights and batch_seconds > 0
+def test_what_embeds_in_another_precision_is_no_part_of_an_interrupted_run(model, published):
+    for encoder in (model.eval(), teachers.load_teacher(published)):
+        weights = teachers.fingerprint(encoder)
+        exact, seconds = embed.choose_engine(encoder, "torch", "float32", "cpu")
+        rough, more = embed.choose_engine(encoder, "torch", "bfloat16", "cpu")
+        assert exact.fingerprint == weights != rough.fingerprint
+        assert more == 2 * seconds  # maps of half the size
+
+
+def test_engines_that_cannot_run_an_encoder_are_refused(model):
     other = torch.nn.Identity()
-    assert embed.fast_form(other, "float32")[0] is other
-    with pytest.raises(TypeError, match="must be a ReDimNet"):
-        embed.fast_form(other, "bfloat16")
-    rough, _ = embed.fast_form(teachers.load_teacher(folder), "bfloat16")
-    assert teachers.fingerprint(rough) != weights  # is no part of an interrupted float32 run
+    assert embed.choose_engine(other, "torch", "float32", "cpu")[0] is other
+    with pytest.raises(TypeError, match="needs a ReDimNet, got Identity"):
+        embed.choose_engine(other, "torch", "bfloat16", "cpu")
+    with pytest.raises(ValueError, match="runs on the CPU, got --device=cuda"):
+        embed.choose_engine(model, "openvino", "float32", "cuda")

@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+from speechbrain_mrl import redimnet
 from speechbrain_mrl.audio import read_audio
 from speechbrain_mrl.embedding import Clip, embed_clips, read_clips
 
@@ -26,6 +27,15 @@ def test_every_clip_has_the_embedding_that_it_has_alone(small_clips, random_mode
     for clip, embedding in zip(small_clips, found, strict=False):
         alone = model(read_audio(clip.wav, clip.start, clip.num_frames))[0]
         assert torch.nn.functional.cosine_similarity(embedding, alone, dim=0) > 0.9999
+
+
+def test_on_a_cpu_a_redimnet_runs_in_its_fast_form(
+    small_clips, random_model, tiny_config, monkeypatch
+):
+    model = random_model(tiny_config).train()
+    monkeypatch.setattr(redimnet.Backbone, "forward", None)  # calling it would be an error
+    embed_clips({"model": model}, small_clips[:2])
+    assert model.training and next(model.parameters()).requires_grad
 
 
 def test_several_encoders_share_one_pass_in_the_order_of_the_clips(small_clips):

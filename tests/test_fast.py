@@ -108,4 +108,9 @@ def test_subnormal_weights_are_flushed(tiny_config, random_model):
 def test_the_largest_map_of_a_batch_stays_within_16_megabytes(tiny_config):
     # 24 · 4 numbers per frame, expanded by 2, 4 bytes each, 240 samples per frame
     expected = 16 * 2**20 / (24 * 4 * 2 * 4) * 240 / 16000
-    assert batch_seconds_for(ReDimNet.from_config(tiny_config)) == pytest.approx(expected)
+    model = ReDimNet.from_config(tiny_config)
+    assert batch_seconds_for(model) == pytest.approx(expected)
+    assert batch_seconds_for(optimize_for_inference(model)) == pytest.approx(expected)
+    assert batch_seconds_for(optimize_for_inference(model, "bfloat16")) == pytest.approx(
+        2 * expected
+    )

@@ -45,8 +45,15 @@ def test_any_speechbrain_encoder_is_a_teacher(tmp_path, random_model, tiny_confi
     teacher = load_teachers({"published": str(folder)})["published"]
     wavs, wav_lens = torch.randn(2, 8000), torch.tensor([1.0, 0.7])
     torch.testing.assert_close(teacher(wavs, wav_lens), model(wavs, wav_lens))
-    assert len(fingerprint(teacher)) == 64
+    weights = fingerprint(teacher)
+    assert len(weights) == 64
     assert not any(p.requires_grad for p in teacher.parameters())
+    arranged = teacher.for_inference()
+    network = arranged.encoder.mods.embedding_model
+    assert type(network.backbone).__module__ == "speechbrain_mrl.fast"
+    expected = model(wavs, wav_lens)
+    torch.testing.assert_close(arranged(wavs, wav_lens), expected, rtol=1e-4, atol=1e-4)
+    assert fingerprint(teacher) == weights  # is itself as it was
 
 
 def test_a_teacher_is_frozen_and_in_eval_mode():

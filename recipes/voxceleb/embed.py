@@ -4,36 +4,51 @@ python recipes/voxceleb/embed.py results/mrl_distill/1986/model /data/recordings
 """
 
 import argparse
+import tempfile
+from pathlib import Path
 
 import torch
 
 from speechbrain_mrl import embed_folder
-from speechbrain_mrl.fast import PRECISIONS, batch_seconds_for, optimize_for_inference
+from speechbrain_mrl.cpu import prepare_cpu
+from speechbrain_mrl.engines import ENGINES, ExportedEncoder, export_onnx
+from speechbrain_mrl.fast import PRECISIONS, batch_seconds_for, for_inference
 from speechbrain_mrl.teachers import EncoderClassifierTeacher, fingerprint, load_teacher
 
+BATCH_SECONDS = 60.0  # of an encoder that is no ReDimNet, or on a GPU
+SECONDS_PER_STREAM = 30.0  # clips of a batch run side by side
 
-def fast_form(encoder, precision):
-    """A ReDimNet arranged for inference and its seconds of audio in a batch; others unchanged."""
+
+def choose_engine(encoder, engine, precision, device):
+    """What embeds with the encoder's weights, and the seconds of audio that pay in a batch."""
     published = isinstance(encoder, EncoderClassifierTeacher)
-    model = encoder.encoder.mods.embedding_model if published else encoder
-    try:
-        fast = optimize_for_inference(model, precision)
-    except TypeError:  # no ReDimNet
+    network = encoder.encoder.mods.embedding_model if published else encoder
+    if engine != "torch":
+        if device != "cpu":
+            raise ValueError(f"--engine={engine} runs on the CPU, got --device={device}")
+        threads = torch.get_num_threads()
+        with tempfile.TemporaryDirectory() as folder:
+            export_onnx(network, path := Path(folder, "model.onnx"))
+            embed = ExportedEncoder(path, engine, precision, threads, streams=threads)
+        embed.fingerprint = f"{fingerprint(encoder)} {engine} {precision}"
+        return embed, SECONDS_PER_STREAM * threads
+    fast = (
+        encoder if device != "cpu" and precision == "float32" else for_inference(encoder, precision)
+    )
+    if fast is encoder:
         if precision != "float32":
-            raise
-        return encoder, 60.0
-
-    weights = fingerprint(encoder)
-    if published:
-        encoder.encoder.mods.embedding_model = fast
-    else:
-        encoder = fast
+            raise TypeError(
+                f"--precision={precision} needs a ReDimNet, got {type(network).__name__}"
+            )
+        return encoder, BATCH_SECONDS
 
     def embed(wavs, wav_lens):
-        return encoder(wavs, wav_lens)
+        return fast(wavs, wav_lens)
 
-    embed.fingerprint = weights if precision == "float32" else f"{weights} {precision}"
-    return embed, batch_seconds_for(model)
+    embed.fingerprint = fingerprint(encoder)
+    if precision != "float32":
+        embed.fingerprint += f" {precision}"
+    return embed, batch_seconds_for(fast.encoder.mods.embedding_model if published else fast)
 
 
 def main(argv=None):
@@ -51,6 +66,12 @@ def main(argv=None):
     parser.add_argument("--max_seconds", type=float, default=30.0, help="of a clip's beginning")
     parser.add_argument("--num_workers", type=int, default=2, help="processes that decode")
     parser.add_argument(
+        "--engine",
+        choices=["torch", *ENGINES],
+        default="torch",
+        help="of a ReDimNet on a CPU; the others need the extra onnx, and openvino for that one",
+    )
+    parser.add_argument(
         "--precision",
         choices=PRECISIONS,
         default="float32",
@@ -58,13 +79,12 @@ def main(argv=None):
     )
     options = vars(parser.parse_args(argv))
     encoder = load_teacher(options.pop("model"), device=options["device"])
-    batch_seconds, precision = 60.0, options.pop("precision")
-    if options["device"] == "cpu" or precision != "float32":
-        encoder, batch_seconds = fast_form(encoder, precision)
+    engine, precision = options.pop("engine"), options.pop("precision")
+    encoder, batch_seconds = choose_engine(encoder, engine, precision, options["device"])
     options["batch_seconds"] = options["batch_seconds"] or batch_seconds
     print(f"written to {embed_folder(encoder, **options)}")
 
 
 if __name__ == "__main__":
-    torch.set_flush_denormal(True)
+    prepare_cpu()
     main()
