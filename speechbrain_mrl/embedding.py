@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from speechbrain_mrl.audio import audio_info, read_audio
-from speechbrain_mrl.fast import for_inference
+from speechbrain_mrl.fast import arrange
 from speechbrain_mrl.files import replacing
 
 SAMPLE_RATE = 16000  # Hz
@@ -162,8 +162,7 @@ def embed_clips(
     training = [module.training for module in modules]
     for module in modules:
         module.eval()
-    if torch.device(device).type == "cpu":
-        encoders = {name: for_inference(encoder) for name, encoder in encoders.items()}
+    encoders = arrange(encoders, device)
     results: dict[str, Tensor] = {}
     with torch.inference_mode():
         for wavs, wav_lens, indices in loader:

@@ -1,13 +1,13 @@
 """The same embeddings in less time, in PyTorch alone: a copy of a model arranged for inference.
 
 Maps are kept as (B, T, F, C), channels innermost, so that convolutions take their fast kernels, 1×1
-convolutions are matrix products, and what turns (B, C, F, T) into (B, F·C, T) is free. BatchNorm is
-folded into the layer before it, where no activation lies between, and stage weights are computed
-once. ``redimnet.py`` stays the reference that this file is tested against.
+convolutions over time are matrix products, and what turns (B, C, F, T) into (B, F·C, T) is free.
+BatchNorm is folded into the layers around it, and stage weights are computed once. ``redimnet.py``
+stays the reference that this file is tested against.
 """
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -109,6 +109,12 @@ def for_inference(encoder: Any, precision: str = "float32") -> Any:
         return encoder if arranged else optimize_for_inference(encoder, precision)
     own = getattr(encoder, "for_inference", None)
     return encoder if own is None else own(precision)
+
+
+def arrange(encoders: Mapping[str, Any], device: str) -> dict[str, Any]:
+    """The same encoders as they run best on a device: on a CPU each by ``for_inference``."""
+    on_cpu = torch.device(device).type == "cpu"
+    return {name: for_inference(one) if on_cpu else one for name, one in encoders.items()}
 
 
 def packaged(model: nn.Module) -> ReDimNet:
@@ -213,25 +219,26 @@ class _Padding(NamedTuple):
 
 
 class _Conv(nn.Module):
-    """A convolution that keeps the size, with the BatchNorm after it folded in."""
+    """A convolution that keeps the size, and a scale and shift of its channels folded in."""
 
     weight: Tensor
     bias: Tensor | None
 
-    def __init__(self, conv: Any, norm: nn.Module | None = None) -> None:
+    def __init__(self, conv: Any, affine: tuple[Tensor, Tensor] | None = None) -> None:
         super().__init__()
         weight, bias = conv.weight.detach(), conv.bias
         bias = None if bias is None else bias.detach()
+        product = conv.kernel_size == (1,)  # over maps of one frequency
         if weight.ndim == 3:
             weight = weight.unsqueeze(2)  # (out, in, F = 1, T)
-        if norm is not None:
-            scale, shift = _affine(norm)
+        if affine is not None:
+            scale, shift = affine
             weight = weight * scale.view(-1, 1, 1, 1)
             bias = shift if bias is None else shift + bias * scale
         weight = weight.transpose(2, 3)  # (out, in, T, F)
-        self.groups, self.pointwise = conv.groups, weight[0, 0].numel() == 1
+        self.groups = conv.groups
         self.padding = (weight.shape[2] // 2, weight.shape[3] // 2)
-        if self.pointwise and self.groups == 1:
+        if product:
             weight = weight[:, :, 0, 0].contiguous()
         else:
             weight = weight.contiguous(memory_format=torch.channels_last)
@@ -268,29 +275,47 @@ class _Stride(nn.Module):
 
 
 class _ResNet(nn.Module):
-    """``ResNetBlock``; its first BatchNorm follows an activation and stays."""
+    """``ResNetBlock``, its first BatchNorm and the activation before it one maximum.
+
+    With the norm's scale s and shift, s · relu(y) + shift is max(|s| · y + floor, floor) times the
+    sign of s, where floor is the shift times that sign. So |s| and the floor go into the convolution
+    before it, and the sign into the one after, whose zero padding it does not change.
+    """
+
+    floor: Tensor
 
     def __init__(self, block: ResNetBlock) -> None:
         super().__init__()
+        scale, shift = _affine(block.bn1)
+        sign = torch.where(scale < 0, -1.0, 1.0)
+        self.register_buffer("floor", shift * sign)
+        before, after = (scale.abs(), self.floor), _affine(block.bn2)
+        conv2: Any = copy.deepcopy(block.conv2)
+        conv2.weight.mul_(_of_inputs(sign, conv2))
         pointwise = isinstance(block.conv1pw, nn.Conv2d)
-        self.conv1 = _Conv(block.conv1)
-        self.conv1pw = _Conv(block.conv1pw) if pointwise else None
-        self.norm = block.bn1
-        self.conv2 = _Conv(block.conv2, None if pointwise else block.bn2)
-        self.conv2pw = _Conv(block.conv2pw, block.bn2) if pointwise else None
+        self.conv1 = _Conv(block.conv1, None if pointwise else before)
+        self.conv1pw = _Conv(block.conv1pw, before) if pointwise else None
+        self.conv2 = _Conv(conv2, None if pointwise else after)
+        self.conv2pw = _Conv(block.conv2pw, after) if pointwise else None
         self.se = block.se
 
     def forward(self, x: Tensor, padding: _Padding | None) -> Tensor:
         out = self.conv1(x, padding)
         if self.conv1pw is not None:
             out = self.conv1pw(out, padding)
-        out = self.norm(out.relu_().permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        torch.maximum(out, self.floor, out=out)
         out = self.conv2(out, padding)
         if self.conv2pw is not None:
             out = self.conv2pw(out, padding)
-        if self.se is not None:
-            out *= _gates(self.se, out, padding)
-        return out.add_(x).relu_()
+        if self.se is None:
+            return out.add_(x).relu_()
+        return torch.addcmul(x, out, _gates(self.se, out, padding), out=out).relu_()
+
+
+def _of_inputs(values: Tensor, conv: Any) -> Tensor:
+    """One value per input channel, as it meets the weights (out, in / groups, …) of ``conv``."""
+    of_groups = values.view(conv.groups, 1, -1).expand(-1, conv.out_channels // conv.groups, -1)
+    return of_groups.reshape(conv.out_channels, -1, 1, 1)
 
 
 def _gates(se: FrequencySE, x: Tensor, padding: _Padding | None) -> Tensor:
@@ -314,7 +339,7 @@ class _ConvNeXt(nn.Module):
             part = copy.deepcopy(block.norm)
             for name in ("weight", "bias", "running_mean", "running_var"):
                 setattr(part, name, _cut(getattr(part, name), slice(i * width, (i + 1) * width)))
-            self.convs.append(_Conv(conv, part))
+            self.convs.append(_Conv(conv, _affine(part)))
         self.act, self.pwconv = block.act, _Conv(block.pwconv1)
 
     def forward(self, x: Tensor, padding: _Padding | None) -> Tensor:
@@ -436,7 +461,7 @@ def _convert(layer: nn.Module, norm: nn.Module | None = None) -> nn.Module:
     if isinstance(layer, (nn.GELU, nn.ReLU)):
         return _Act(layer)
     if isinstance(layer, (Conv1d, Conv2d)):
-        return _Conv(layer, norm)
+        return _Conv(layer, None if norm is None else _affine(norm))
     return _FAST[type(layer)](layer)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from speechbrain_mrl.embedding import Clip, Encoder, embed_clips
-from speechbrain_mrl.fast import optimize_for_inference
+from speechbrain_mrl.fast import arrange, optimize_for_inference
 from speechbrain_mrl.files import only_run, replacing
 from speechbrain_mrl.pretrained import RELEASES, load_pretrained_redimnet
 
@@ -302,7 +302,7 @@ class LiveTeachers:
         device: str = "cpu",
         fit_batches: int = 200,
     ) -> None:
-        self.teachers = teachers
+        self.teachers = arrange(teachers, device)
         found = [self.targets(batch.to(device)) for batch in islice(loader, fit_batches)]
         self.embeddings = {name: torch.cat([one[name].cpu() for one in found]) for name in teachers}
 

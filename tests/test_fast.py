@@ -20,10 +20,13 @@ def config(request, parity, tiny_config):
 
 
 def _mixed(model):
-    """Stage weights of ``model`` unequal, as after training."""
+    """Stage weights of ``model`` unequal, and scales of its norms of both signs and zero."""
     for module in model.modules():
         if isinstance(module, MapMix) and module.w.requires_grad:
             module.w.data.normal_()
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.weight.data[::3] *= -1
+            module.weight.data[0] = 0.0
     return model
 
 
