@@ -3,7 +3,8 @@
 python benchmarks/bulk.py --models b0 b2 --files=48
 python benchmarks/bulk.py --models --memory_files=100000
 
-Recordings are noise of 2 to 12 s. Engines: PyTorch as ``optimize_for_inference`` arranges a model, and
+Recordings are noise of 2 to 12 s (``--lengths``), others in each round, since engines prepare
+themselves for lengths that they meet first. Engines: PyTorch as ``optimize_for_inference`` arranges a model, and
 OpenVINO, a clip on each thread.
 With ``--memory_files`` the folder is a list of that many short segments, the encoder costs nothing, and
 this process' memory is printed on the way.
@@ -31,11 +32,12 @@ from speechbrain_mrl.redimnet import PRESETS
 ENGINES = ["fast", "fast bfloat16", "openvino float32", "openvino bfloat16"]
 
 
-def make_recordings(folder, count):
-    """Noise of 2 to 12 s, 16-bit FLAC at 16 kHz."""
-    rng = np.random.default_rng(0)
+def make_recordings(folder, count, seed=0, lengths=(2.0, 12.0)):
+    """Noise of so many seconds, 16-bit FLAC at 16 kHz."""
+    folder.mkdir()
+    rng = np.random.default_rng(seed)
     for number in range(count):
-        wav = 0.1 * rng.standard_normal(rng.integers(32_000, 192_000))
+        wav = 0.1 * rng.standard_normal(int(16_000 * rng.uniform(*lengths)))
         soundfile.write(folder / f"{number:04d}.flac", wav, 16000)
 
 
@@ -55,7 +57,7 @@ class Memory:
         return wavs[:, :192]
 
 
-def compare(name, folder, work, args):
+def compare(name, folders, work, args):
     """Seconds of the loop and of each engine, and the lowest cosine between their embeddings."""
     model = make_model(name)
     classifier = EncoderClassifier.from_hparams(str(export_model(model, work / name)))
@@ -68,7 +70,8 @@ def compare(name, folder, work, args):
         return ExportedEncoder(path, "openvino", precision, args.threads, streams=args.threads)
 
     encoders = {engine: make(engine) for engine in args.engines}
-    one_by_one, clips = {}, find_clips(folder)
+    one_by_one = {}
+    rounds = {way: iter(folders) for way in ["loop", *args.engines]}  # each meets them in order
     batch_seconds = {
         engine: args.batch_seconds
         or (30.0 * args.threads if "openvino" in engine else batch_seconds_for(encoder))
@@ -76,7 +79,7 @@ def compare(name, folder, work, args):
     }
 
     def loop():
-        for clip in clips:
+        for clip in find_clips(next(rounds["loop"])):
             wav = read_audio(clip.wav)
             one_by_one[clip.id] = classifier.encode_batch(wav.unsqueeze(0))[0, 0]
 
@@ -84,7 +87,7 @@ def compare(name, folder, work, args):
         shutil.rmtree(work / engine, ignore_errors=True)
         embed_folder(
             encoders[engine],
-            folder,
+            next(rounds[engine]),
             work / engine,
             batch_seconds=batch_seconds[engine],
             num_workers=args.num_workers,
@@ -122,6 +125,7 @@ def main():
     parser = arguments(__doc__, "bulk")
     parser.add_argument("--models", nargs="*", default=["b0", "b2"], choices=list(PRESETS))
     parser.add_argument("--files", type=int, default=48)
+    parser.add_argument("--lengths", type=float, nargs=2, default=[2.0, 12.0], help="seconds")
     parser.add_argument("--num_workers", type=int, default=0)
     parser.add_argument("--engines", nargs="+", default=ENGINES, choices=ENGINES)
     parser.add_argument("--batch_seconds", type=float, help="default: batch_seconds_for(model)")
@@ -134,11 +138,11 @@ def main():
     results = {"files": args.files, "threads": args.threads, "rows": {}}
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
-        folder = work / "recordings"
-        folder.mkdir()
-        make_recordings(folder, args.files)
+        folders = [work / f"recordings{number}" for number in range(args.repeats + 1)]
+        for seed, folder in enumerate(folders):
+            make_recordings(folder, args.files, seed, args.lengths)
         for name in args.models:
-            row = results["rows"][name] = compare(name, folder, work, args)
+            row = results["rows"][name] = compare(name, folders, work, args)
             spent, cosines = row["seconds"], row["lowest_cosine"]
             print(f"{name}: loop {spent['loop']:.2f} s")
             for engine, cosine in cosines.items():
@@ -148,7 +152,7 @@ def main():
                     flush=True,
                 )
         if args.memory_files:
-            results["memory_mb"] = memory(args.memory_files, folder, work)
+            results["memory_mb"] = memory(args.memory_files, folders[0], work)
     write(args.output, results)
 
 

@@ -30,7 +30,6 @@ def main():
     teachers = {name: ReDimNet.from_config(PRESETS[name]).eval() for name in args.teachers}
     with tempfile.TemporaryDirectory() as scratch:
         folder, store = Path(scratch, "recordings"), Path(scratch, "store")
-        folder.mkdir()
         make_recordings(folder, args.files)
         clips = find_clips(folder)
 

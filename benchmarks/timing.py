@@ -20,6 +20,9 @@ def arguments(description: str, name: str) -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, default=Path(f"results/{name}.json"))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument(
+        "--unprepared", action="store_true", help="leave the process as it is, without prepare_cpu"
+    )
     return parser
 
 
@@ -27,7 +30,8 @@ def start(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """The parsed arguments, with torch set up by them: threads, memory, subnormal numbers, seed."""
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    prepare_cpu()
+    if not args.unprepared:
+        prepare_cpu()
     torch.manual_seed(0)
     return args
 

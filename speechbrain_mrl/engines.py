@@ -24,6 +24,7 @@ from speechbrain_mrl.redimnet import (
     N_FFT,
     SAMPLE_RATE,
     Conv2d,
+    PreEmphasis,
     ReDimNet,
     check_wavs,
     sample_counts,
@@ -83,7 +84,10 @@ def export_onnx(model: ReDimNet, path: str | os.PathLike[str]) -> None:
 
 
 class _Mel(nn.Module):
-    """Power mel spectrogram (B, T) -> (B, F, frames) with the Fourier transform as a convolution."""
+    """Power mel spectrogram (B, T) -> (B, F, frames) with the Fourier transform as a matrix product.
+
+    Not as a convolution over T samples, which an engine would prepare anew for each length.
+    """
 
     waves: Tensor
     filters: Tensor
@@ -96,14 +100,24 @@ class _Mel(nn.Module):
             torch.arange(N_FFT // 2 + 1).double(), torch.arange(start, start + len(window)).double()
         ) * (2 * torch.pi / N_FFT)
         waves = torch.cat([angles.cos(), angles.sin()]) * window  # (2 * bins, window)
-        self.register_buffer("waves", waves.unsqueeze(1).float())
-        self.register_buffer("filters", mel.mel_scale.fb.T.unsqueeze(-1).clone())  # (F, bins, 1)
-        self.margin, self.hop = start, mel.spectrogram.hop_length
+        self.register_buffer("waves", waves.T.float().contiguous())
+        self.register_buffer("filters", mel.mel_scale.fb.clone())  # (bins, F)
+        self.start, self.hop = start, mel.spectrogram.hop_length
 
     def forward(self, wavs: Tensor) -> Tensor:
-        inner = wavs[:, None, self.margin : -self.margin]  # no frame uses more
-        real, imaginary = nn.functional.conv1d(inner, self.waves, stride=self.hop).chunk(2, dim=1)
-        return nn.functional.conv1d(real.square() + imaginary.square(), self.filters)
+        firsts = self.hop * torch.arange(1 + (wavs.shape[1] - N_FFT) // self.hop)
+        samples = self.start + torch.arange(len(self.waves))
+        frames = wavs[:, firsts.unsqueeze(1) + samples]  # (B, frames, window)
+        real, imaginary = (frames @ self.waves).chunk(2, dim=2)
+        return ((real.square() + imaginary.square()) @ self.filters).transpose(1, 2)
+
+
+class _PreEmphasis(nn.Module):
+    """``PreEmphasis`` without a convolution."""
+
+    def forward(self, wavs: Tensor) -> Tensor:
+        before = torch.cat([wavs[:, 1:2], wavs[:, :-1]], dim=1)
+        return wavs - 0.97 * before
 
 
 def _join_groups(conv: Conv2d) -> None:
@@ -123,7 +137,10 @@ class _Graph(nn.Module):
 
     def __init__(self, model: ReDimNet) -> None:
         super().__init__()
-        model.spec.torchfbank[2] = _Mel(model.spec.torchfbank[2])
+        _, preemphasis, mel = model.spec.torchfbank
+        if isinstance(preemphasis, PreEmphasis):
+            preemphasis = _PreEmphasis()
+        model.spec.torchfbank = nn.Sequential(nn.Identity(), preemphasis, _Mel(mel))
         if isinstance(model.pool, ASTP):
             model.pool = FastASTP(model.pool)  # type: ignore[assignment]
         for module in model.modules():
@@ -266,20 +283,20 @@ def _openvino(path: str, precision: str, threads: int | None, streams: int) -> t
     settings: dict[str, Any] = {"NUM_STREAMS": streams, "CPU_DENORMALS_OPTIMIZATION": True}
     if threads:
         settings["INFERENCE_NUM_THREADS"] = threads
-    exact = {**settings, "INFERENCE_PRECISION_HINT": "f32"}
     wavs_in, results = model.get_parameters()[0], {r.get_any_name(): r for r in model.outputs}
     embeddings, feats = (results[name].get_node() for name in ("embeddings", "feats"))
-    if precision == "float32":
-        whole = core.compile_model(openvino.Model([embeddings], [wavs_in]), "CPU", exact)
-        return _shared([whole.create_infer_request() for _ in range(streams)]), facts
-    # Features stay float32, in a graph of their own: bfloat16 has 8 bits for a Fourier transform.
+    # Features are a graph of their own. They stay float32, for bfloat16 has 8 bits for a Fourier
+    # transform; and the network is prepared anew for other frames only, not for each sample more.
+    exact = {**settings, "INFERENCE_PRECISION_HINT": "f32"}
     front = core.compile_model(openvino.Model([feats], [wavs_in]), "CPU", exact)
     source = feats.input_value(0)
     feats_in = opset13.parameter(source.get_partial_shape(), np.float32, name="feats_in")
     for target in list(source.get_target_inputs()):
         target.replace_source_output(feats_in.output(0))
-    rough = {**settings, "INFERENCE_PRECISION_HINT": "bf16"}
-    network = core.compile_model(openvino.Model([embeddings], [wavs_in, feats_in]), "CPU", rough)
+    hint = {"INFERENCE_PRECISION_HINT": "f32" if precision == "float32" else "bf16"}
+    network = core.compile_model(
+        openvino.Model([embeddings], [wavs_in, feats_in]), "CPU", settings | hint
+    )
     features = _shared([front.create_infer_request() for _ in range(streams)])
     embedded = _shared([network.create_infer_request() for _ in range(streams)])
     return lambda wavs: embedded(wavs, features(wavs)), facts
