@@ -4,9 +4,8 @@ python benchmarks/bulk.py --models b0 b2 --files=48
 python benchmarks/bulk.py --models --memory_files=100000
 
 Recordings are noise of 2 to 12 s (``--lengths``), others in each round, since engines prepare
-themselves for lengths that they meet first. Engines: PyTorch as ``optimize_for_inference`` arranges a model, and
-OpenVINO, a clip on each thread.
-With ``--memory_files`` the folder is a list of that many short segments, the encoder costs nothing, and
+themselves for lengths that they meet first. Engines: PyTorch as ``optimize_for_inference`` arranges
+a model, and the others with a clip on each thread. With ``--memory_files`` the folder is a list of that many short segments, the encoder costs nothing, and
 this process' memory is printed on the way.
 """
 
@@ -29,7 +28,7 @@ from speechbrain_mrl.engines import ExportedEncoder
 from speechbrain_mrl.fast import batch_seconds_for, optimize_for_inference
 from speechbrain_mrl.redimnet import PRESETS
 
-ENGINES = ["fast", "fast bfloat16", "openvino float32", "openvino bfloat16"]
+ENGINES = ["fast", "fast bfloat16", "onnxruntime float32", "openvino float32", "openvino bfloat16"]
 
 
 def make_recordings(folder, count, seed=0, lengths=(2.0, 12.0)):
@@ -67,14 +66,14 @@ def compare(name, folders, work, args):
         if kind == "fast":
             return optimize_for_inference(model, precision or "float32")
         path = exported_file(name, args.exported)
-        return ExportedEncoder(path, "openvino", precision, args.threads, streams=args.threads)
+        return ExportedEncoder(path, kind, precision, args.threads, streams=args.threads)
 
     encoders = {engine: make(engine) for engine in args.engines}
     one_by_one = {}
     rounds = {way: iter(folders) for way in ["loop", *args.engines]}  # each meets them in order
     batch_seconds = {
         engine: args.batch_seconds
-        or (30.0 * args.threads if "openvino" in engine else batch_seconds_for(encoder))
+        or (batch_seconds_for(encoder) if "fast" in engine else 30.0 * args.threads)
         for engine, encoder in encoders.items()
     }
 
