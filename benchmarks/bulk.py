@@ -5,8 +5,8 @@ python benchmarks/bulk.py --models --memory_files=100000
 
 Recordings are noise of 2 to 12 s (``--lengths``), others in each round, since engines prepare
 themselves for lengths that they meet first. Engines: PyTorch as ``optimize_for_inference`` arranges
-a model, and the others with a clip on each thread. With ``--memory_files`` the folder is a list of that many short segments, the encoder costs nothing, and
-this process' memory is printed on the way.
+a model, and the others with a clip on each thread. With ``--memory_files`` the folder is a list of
+that many short segments, the encoder costs nothing, and this process' memory is printed on the way.
 """
 
 import shutil

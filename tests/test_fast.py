@@ -8,7 +8,7 @@ from speechbrain_mrl.fast import batch_seconds_for, optimize_for_inference
 from speechbrain_mrl.pretrained import ReDimNetMRL
 from speechbrain_mrl.redimnet import PRESETS, MapMix, ReDimNet
 
-CONFIGS = [*PRESETS, "tiny", "syn_att_convnext", "syn_conv_fwse"]
+CONFIGS = [*PRESETS, "tiny", "dense", "syn_att_convnext", "syn_conv_fwse"]
 
 
 @pytest.fixture
@@ -16,6 +16,8 @@ def config(request, parity, tiny_config):
     name = request.param
     if name.startswith("syn"):
         return parity(name)["model_config"]
+    if name == "dense":
+        return {**tiny_config, "group_divisor": None}
     return {**PRESETS[name], "emb_bn": name == "b1"} if name in PRESETS else tiny_config
 
 
