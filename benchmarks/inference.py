@@ -5,7 +5,7 @@ python benchmarks/inference.py --output=results/inference
 Weights are random. In each round every engine embeds the same clip, so that all meet the same
 machine; ratios are of medians over rounds. Two calls that are not counted go before, for threads of
 the engine before spin a while. Exported files are kept in the output folder; ``--export_only``
-writes them and stops.
+writes them and stops. The column ``new`` is the first call at a length that the engine never met.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import json
 import resource
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -96,20 +97,21 @@ def compare(backbone, folder, seconds, rounds, exported):
     fast, rough = (optimize_for_inference(model, precision) for precision in PRECISIONS)
     wavs = 0.1 * torch.randn(1, int(seconds * 16000))
     eight = wavs.expand(8, -1).contiguous()
-    array = wavs.numpy()
-    engines = {
-        "plain": lambda: model(wavs),
-        "optimize_for_inference": lambda: fast(wavs),
-        "optimize_for_inference bfloat16": lambda: rough(wavs),
-        "plain, batch of 8": lambda: model(eight)[:1],
-        "optimize_for_inference, batch of 8": lambda: fast(eight)[:1],
-        "... bfloat16, batch of 8": lambda: rough(eight)[:1],
+    encoders = {
+        "plain": model,
+        "optimize_for_inference": fast,
+        "optimize_for_inference bfloat16": rough,
     }
     if exported:
         path = exported_file(backbone, folder)
         for engine, precision in EXPORTED:
             encoder = ExportedEncoder(path, engine, precision, torch.get_num_threads())
-            engines[f"{engine} {precision}"] = lambda encoder=encoder: encoder(array)
+            encoders[f"{engine} {precision}"] = encoder
+    engines = {name: partial(encoder, wavs) for name, encoder in encoders.items()} | {
+        "plain, batch of 8": lambda: model(eight)[:1],
+        "optimize_for_inference, batch of 8": lambda: fast(eight)[:1],
+        "... bfloat16, batch of 8": lambda: rough(eight)[:1],
+    }
     times, outputs, faults = {name: [] for name in engines}, {}, {}
     with torch.no_grad():
         for round_ in range(rounds + 1):
@@ -124,6 +126,13 @@ def compare(backbone, folder, seconds, rounds, exported):
                 if round_:  # the first is to warm up
                     times[name].append(spent / (8 if "batch" in name else 1))
                 outputs[name] = torch.as_tensor(value)
+        new = {
+            name: statistics.median(
+                _timed(partial(encoder, wavs[:, : -240 * step]))[0]  # fewer frames by one each
+                for step in range(1, 6)
+            )
+            for name, encoder in encoders.items()
+        }
     plain, gflops = outputs["plain"], count_gflops(model, wavs)
     base = statistics.median(times["plain"])
     cut = cut_seconds(model)
@@ -136,6 +145,7 @@ def compare(backbone, folder, seconds, rounds, exported):
             "ratio": base / spent,
             "max_difference": (outputs[name] - plain).abs().max().item(),
             "cosine": torch.cosine_similarity(outputs[name], plain).item(),
+            "ms_new_length": 1e3 * new[name] if name in new else None,
             "page_faults": faults[name],  # of one call, the last
             "gflops_per_second": gflops / spent,
             "cut_share": cut / base,
@@ -162,15 +172,16 @@ def main():
     report = {"threads": torch.get_num_threads(), "seconds": args.seconds, **peaks(), "rows": []}
     print({key: value for key, value in report.items() if key != "rows"})
     print(
-        f"{'model':6}{'engine':38}{'ms':>8}{'ratio':>7}{'difference':>12}{'cosine':>10}"
+        f"{'model':6}{'engine':38}{'ms':>8}{'new':>8}{'ratio':>7}{'difference':>12}{'cosine':>10}"
         f"{'faults':>9}{'GFLOP/s':>9}"
     )
     for backbone in args.models:
         exported = backbone in args.exported
         for row in compare(backbone, args.output, args.seconds, args.rounds, exported):
             report["rows"].append(row)
+            new = "" if row["ms_new_length"] is None else f"{row['ms_new_length']:.1f}"
             print(
-                f"{backbone:6}{row['engine']:38}{row['ms_per_clip']:8.1f}{row['ratio']:7.2f}"
+                f"{backbone:6}{row['engine']:38}{row['ms_per_clip']:8.1f}{new:>8}{row['ratio']:7.2f}"
                 f"{row['max_difference']:12.1e}{row['cosine']:10.6f}{row['page_faults']:9}"
                 f"{row['gflops_per_second']:9.0f}",
                 flush=True,
