@@ -13,13 +13,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from speechbrain_mrl.margins import prefix_margin_losses
+from speechbrain_mrl.margins import prefix_blocks, prefix_margin_losses, prefix_norms
 from speechbrain_mrl.rotation import EnsembleRotation, check_mrl_dims
 
 DEFAULT_TEACHER_MAP = {64: "b0", 128: "b1", 192: "b2", 256: "b6"}  # small teachers, small prefixes
 TERMS = ("cosine", "gram", "contrastive", "mse", "aam")
 AAM_SCALE = 30.0  # as in SpeechBrain's VoxCeleb recipes for ECAPA-TDNN and ResNet
-SMALLEST_SQUARED_NORM = 1e-12  # keeps cosines of zero vectors, and their gradients, finite
 
 
 def prefix_cosines(x: Tensor, y: Tensor, mrl_dims: Iterable[int]) -> dict[int, Tensor]:
@@ -472,13 +471,11 @@ def _prefix_sums(
     block_sum: Callable[[slice], Tensor], mrl_dims: tuple[int, ...]
 ) -> dict[int, Tensor]:
     """{d: sum of ``block_sum(block)`` over the blocks of coordinates up to d}."""
-    blocks = map(slice, (0, *mrl_dims[:-1]), mrl_dims)
-    return dict(zip(mrl_dims, accumulate(map(block_sum, blocks))))
+    return dict(zip(mrl_dims, accumulate(map(block_sum, prefix_blocks(mrl_dims)))))
 
 
 def _prefix_norms(x: Tensor, mrl_dims: tuple[int, ...]) -> dict[int, Tensor]:
-    squares = _prefix_sums(lambda block: x[:, block].square().sum(dim=-1), mrl_dims)
-    return {d: squares[d].clamp_min(SMALLEST_SQUARED_NORM).sqrt() for d in mrl_dims}
+    return dict(zip(mrl_dims, prefix_norms(x, mrl_dims)))
 
 
 def _precise(x: Tensor, mrl_dims: tuple[int, ...]) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 BLOCK = 4096  # speakers at a time
 SMALLEST_NORM = 1e-6  # keeps cosines of zero vectors, and their gradients, finite
 NEVER = -1e4  # a logit whose exponential is zero
+LARGEST_SCALE = 70.0  # float32 holds the sum of exp(scale) over 10**8 speakers
 
 
 def prefix_margin_losses(
@@ -38,12 +39,17 @@ def prefix_margin_losses(
     margins : mapping of int to float
         Radians for each prefix size, ascending, the largest at most D.
     scale : float
-        Factor on cosines before the softmax.
+        Factor on cosines before the softmax, above 0 and at most 70.
 
     Returns
     -------
     dict of int to torch.Tensor
         Mean loss of each size.
+
+    Raises
+    ------
+    ValueError
+        For another scale.
 
     Reference
     ---------
@@ -55,6 +61,8 @@ def prefix_margin_losses(
     >>> prefix_margin_losses(embeddings, weight, torch.tensor([0]), {2: 0.0}, scale=1.0)
     {2: tensor(0.5514)}
     """
+    if not 0 < scale <= LARGEST_SCALE:
+        raise ValueError(f"scale must be above 0 and at most {LARGEST_SCALE}, got {scale}")
     dims = tuple(margins)
     others = _LogSumOfOthers.apply(embeddings, weight, labels, dims, scale)  # (K, B)
     own = weight[labels]  # (B, D)
@@ -81,7 +89,7 @@ class _LogSumOfOthers(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, dims: tuple[int, ...], scale: float
     ) -> Tensor:
-        x_norms, w_norms = _prefix_norms(x, dims), _prefix_norms(weight, dims)
+        x_norms, w_norms = prefix_norms(x, dims), prefix_norms(weight, dims)
         factors, divisors = (scale / x_norms).unsqueeze(2), w_norms.reciprocal()
         logits, sums = x.new_empty(len(dims), len(x), len(weight)), torch.zeros_like(x_norms)
         for speakers in _blocks(len(weight)):
@@ -89,11 +97,12 @@ class _LogSumOfOthers(torch.autograd.Function):
             product = x.new_zeros(len(x), len(w))
             inside = (labels >= speakers.start) & (labels < speakers.stop)
             clips, own = inside.nonzero(as_tuple=True)[0], labels[inside]
-            for k, block in enumerate(_coordinates(dims)):
+            for k, block in enumerate(prefix_blocks(dims)):
                 product.addmm_(x[:, block], w[:, block].T)
                 one = torch.mul(product, divisors[k, speakers], out=logits[k, :, speakers])
                 one.mul_(factors[k])[clips, own - speakers.start] = NEVER
                 sums[k] += one.exp().sum(dim=1)
+        sums.clamp_min_(torch.finfo(sums.dtype).tiny)  # of a speaker who is alone
         ctx.save_for_backward(x, weight, factors, divisors, sums, logits)
         ctx.dims, ctx.scale = dims, scale
         return sums.log()
@@ -105,7 +114,7 @@ class _LogSumOfOthers(torch.autograd.Function):
         shares = (gradient / sums).unsqueeze(2) * factors
         # A cosine also falls as its vectors grow: sums of (gradient * logit) by clip and speaker.
         by_clip, unscaled = torch.zeros_like(sums), 1 / factors.squeeze(2)
-        blocks = list(enumerate(_coordinates(ctx.dims)))
+        blocks = list(enumerate(prefix_blocks(ctx.dims)))
         for speakers in _blocks(len(weight)):
             w = weight[speakers]
             to_product = x.new_zeros(len(x), len(w))  # gradient of the sum over coordinates
@@ -131,11 +140,12 @@ def _blocks(n_speakers: int) -> list[slice]:
     return [slice(i, min(i + BLOCK, n_speakers)) for i in range(0, n_speakers, BLOCK)]
 
 
-def _coordinates(dims: Iterable[int]) -> list[slice]:
+def prefix_blocks(dims: Iterable[int]) -> list[slice]:
     """The coordinates that each size adds to the one before."""
     return [slice(*ends) for ends in pairwise((0, *dims))]
 
 
-def _prefix_norms(x: Tensor, dims: tuple[int, ...]) -> Tensor:
-    squares = [x[:, block].square().sum(dim=1) for block in _coordinates(dims)]
-    return torch.stack(squares).cumsum(dim=0).sqrt().clamp_min(SMALLEST_NORM)
+def prefix_norms(x: Tensor, dims: Iterable[int]) -> Tensor:
+    """Norms of the rows (rows, D) at each of K sizes, (K, rows), at least ``SMALLEST_NORM``."""
+    squares = [x[:, block].square().sum(dim=1) for block in prefix_blocks(dims)]
+    return torch.stack(squares).cumsum(dim=0).clamp_min(SMALLEST_NORM**2).sqrt()

@@ -9,12 +9,12 @@ from speechbrain_mrl.margins import prefix_margin_losses
 SIZES = {2: 0.1, 5: 0.2, 9: 0.4}
 
 
-def size_by_size(embeddings, weight, labels):
+def size_by_size(embeddings, weight, labels, scale=30.0):
     """SpeechBrain's loss of each size's own product."""
     losses = {}
     for dim, margin in SIZES.items():
         cosines = F.normalize(embeddings[:, :dim], dim=1) @ F.normalize(weight[:, :dim], dim=1).T
-        loss = LogSoftmaxWrapper(AdditiveAngularMargin(margin, 30.0))
+        loss = LogSoftmaxWrapper(AdditiveAngularMargin(margin, scale))
         losses[dim] = loss(cosines.unsqueeze(1), labels.unsqueeze(1))
     return losses
 
@@ -41,6 +41,24 @@ def test_the_losses_are_speechbrains_of_one_product_per_size(batch):
         for losses in (fast, slow)
     ]
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
+
+
+def test_the_largest_scales_in_use_are_held(batch):
+    embeddings, weight, labels = batch
+    fast = prefix_margin_losses(embeddings, weight, labels, SIZES, scale=64.0)
+    torch.testing.assert_close(fast, size_by_size(embeddings, weight, labels, 64.0))
+    for scale in (0.0, 71.0, float("nan")):
+        with pytest.raises(ValueError, match="at most 70"):
+            prefix_margin_losses(embeddings, weight, labels, SIZES, scale=scale)
+
+
+def test_one_speaker_alone_costs_nothing():
+    embeddings, weight = torch.randn(2, 3, requires_grad=True), torch.randn(1, 3)
+    weight.requires_grad_()
+    loss = prefix_margin_losses(embeddings, weight, torch.tensor([0, 0]), {3: 0.2}, scale=30.0)[3]
+    loss.backward()
+    assert loss < 1e-6
+    assert embeddings.grad.abs().max() < 1e-6 and weight.grad.abs().max() < 1e-6
 
 
 def test_the_gradient_is_that_of_finite_differences(batch):
