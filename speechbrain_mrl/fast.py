@@ -75,9 +75,9 @@ def optimize_for_inference(model: ReDimNet, precision: str = "float32") -> ReDim
     >>> bool((fast(wavs, target_dim=64) - model(wavs, target_dim=64)).abs().max() < 1e-4)
     True
     """
+    model = packaged(model)
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {PRECISIONS}, got {precision!r}")
-    model = packaged(model)
     fast: Any = copy.deepcopy(model)  # its layers become others
     fast.eval().float().requires_grad_(False)
     with torch.no_grad():
@@ -104,11 +104,15 @@ def for_inference(encoder: Any, precision: str = "float32") -> Any:
 
     What holds a ReDimNet is asked by its method ``for_inference(precision)``, if it has one.
     """
-    if isinstance(encoder, ReDimNet):
-        arranged = isinstance(encoder.backbone, _Backbone)
-        return encoder if arranged else optimize_for_inference(encoder, precision)
     own = getattr(encoder, "for_inference", None)
-    return encoder if own is None else own(precision)
+    if own is not None:
+        return own(precision)
+    try:
+        model = packaged(encoder)
+    except TypeError:  # another network
+        return encoder
+    arranged = isinstance(model.backbone, _Backbone)
+    return model if arranged else optimize_for_inference(model, precision)
 
 
 def arrange(encoders: Mapping[str, Any], device: str) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from speechbrain_mrl.embedding import Clip, Encoder, embed_clips
-from speechbrain_mrl.fast import arrange, optimize_for_inference
+from speechbrain_mrl.fast import arrange, for_inference
 from speechbrain_mrl.files import only_run, replacing
 from speechbrain_mrl.pretrained import RELEASES, load_pretrained_redimnet
 
@@ -48,9 +48,9 @@ class EncoderClassifierTeacher(nn.Module):
 
     def for_inference(self, precision: str = "float32") -> "EncoderClassifierTeacher":
         """The same with its ReDimNet as ``optimize_for_inference`` arranges it; itself without one."""
-        try:
-            fast = optimize_for_inference(self.encoder.mods.embedding_model, precision)
-        except TypeError:  # another network
+        network = self.encoder.mods.embedding_model
+        fast = for_inference(network, precision)
+        if fast is network:
             return self
         arranged, encoder = copy.copy(self), copy.copy(self.encoder)
         arranged._modules = {"encoder": encoder}
