@@ -115,9 +115,13 @@ class _Mel(nn.Module):
 class _PreEmphasis(nn.Module):
     """``PreEmphasis`` without a convolution."""
 
+    def __init__(self, preemphasis: PreEmphasis) -> None:
+        super().__init__()
+        self.of_before, self.of_now = preemphasis.flipped_filter.flatten().tolist()
+
     def forward(self, wavs: Tensor) -> Tensor:
         before = torch.cat([wavs[:, 1:2], wavs[:, :-1]], dim=1)
-        return wavs - 0.97 * before
+        return self.of_now * wavs + self.of_before * before
 
 
 def _join_groups(conv: Conv2d) -> None:
@@ -139,7 +143,7 @@ class _Graph(nn.Module):
         super().__init__()
         _, preemphasis, mel = model.spec.torchfbank
         if isinstance(preemphasis, PreEmphasis):
-            preemphasis = _PreEmphasis()
+            preemphasis = _PreEmphasis(preemphasis)
         model.spec.torchfbank = nn.Sequential(nn.Identity(), preemphasis, _Mel(mel))
         if isinstance(model.pool, ASTP):
             model.pool = FastASTP(model.pool)  # type: ignore[assignment]
@@ -154,6 +158,15 @@ class _Graph(nn.Module):
         pooled = model.pool(model.backbone(feats.unsqueeze(1)), None)
         embeddings = model.linear(model.bn(pooled))
         return embeddings if model.bn2 is None else model.bn2(embeddings), feats
+
+
+def check_engine(engine: str, precision: str) -> None:
+    """Raise a ValueError unless the engine is known and has the precision."""
+    if engine not in ENGINES:
+        raise ValueError(f"engine must be one of {ENGINES}, got {engine!r}")
+    allowed = ("float32", "bfloat16") if engine == "openvino" else ("float32",)
+    if precision not in allowed:
+        raise ValueError(f"precision must be one of {allowed} with {engine}, got {precision!r}")
 
 
 class ExportedEncoder:
@@ -190,11 +203,7 @@ class ExportedEncoder:
         threads: int | None = None,
         streams: int = 1,
     ) -> None:
-        if engine not in ENGINES:
-            raise ValueError(f"engine must be one of {ENGINES}, got {engine!r}")
-        allowed = ("float32", "bfloat16") if engine == "openvino" else ("float32",)
-        if precision not in allowed:
-            raise ValueError(f"precision must be one of {allowed} with {engine}, got {precision!r}")
+        check_engine(engine, precision)
         if streams < 1:
             raise ValueError(f"streams must be at least 1, got {streams}")
         start = _openvino if engine == "openvino" else _onnxruntime

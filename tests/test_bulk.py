@@ -126,10 +126,20 @@ def test_what_embeds_in_another_precision_is_no_part_of_an_interrupted_run(model
         assert more == 2 * seconds  # maps of half the size
 
 
-def test_engines_that_cannot_run_an_encoder_are_refused(model):
+def test_engines_that_cannot_run_an_encoder_are_refused():
     other = torch.nn.Identity()
     assert embed.choose_engine(other, "torch", "float32", "cpu")[0] is other
     with pytest.raises(TypeError, match="needs a ReDimNet, got Identity"):
         embed.choose_engine(other, "torch", "bfloat16", "cpu")
-    with pytest.raises(ValueError, match="runs on the CPU, got --device=cuda"):
-        embed.choose_engine(model, "openvino", "float32", "cuda")
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--engine=openvino", "--device=cuda"], "runs on the CPU, got --device=cuda"),
+        (["--engine=onnxruntime", "--precision=bfloat16"], "with onnxruntime, got 'bfloat16'"),
+    ],
+)
+def test_an_engine_that_cannot_run_so_is_refused_before_the_model_is_read(options, message):
+    with pytest.raises(ValueError, match=message):
+        embed.main(["no-such-model", "no-such-folder", "out", *options])

@@ -11,7 +11,7 @@ import torch
 
 from speechbrain_mrl import embed_folder
 from speechbrain_mrl.cpu import prepare_cpu
-from speechbrain_mrl.engines import ENGINES, ExportedEncoder, export_onnx
+from speechbrain_mrl.engines import ENGINES, ExportedEncoder, check_engine, export_onnx
 from speechbrain_mrl.fast import PRECISIONS, batch_seconds_for, for_inference
 from speechbrain_mrl.teachers import EncoderClassifierTeacher, fingerprint, load_teacher
 
@@ -19,13 +19,19 @@ BATCH_SECONDS = 60.0  # of an encoder that is no ReDimNet, or on a GPU
 SECONDS_PER_STREAM = 30.0  # clips of a batch run side by side
 
 
+def check_options(engine, precision, device):
+    """Raise a ValueError for an engine that cannot run so, before anything is loaded."""
+    if engine != "torch":
+        check_engine(engine, precision)
+        if device != "cpu":
+            raise ValueError(f"--engine={engine} runs on the CPU, got --device={device}")
+
+
 def choose_engine(encoder, engine, precision, device):
     """What embeds with the encoder's weights, and the seconds of audio that pay in a batch."""
     published = isinstance(encoder, EncoderClassifierTeacher)
     network = encoder.encoder.mods.embedding_model if published else encoder
     if engine != "torch":
-        if device != "cpu":
-            raise ValueError(f"--engine={engine} runs on the CPU, got --device={device}")
         threads = torch.get_num_threads()
         with tempfile.TemporaryDirectory() as folder:
             export_onnx(network, path := Path(folder, "model.onnx"))
@@ -78,8 +84,9 @@ def main(argv=None):
         help="of a ReDimNet; bfloat16 is faster where the processor has such instructions",
     )
     options = vars(parser.parse_args(argv))
-    encoder = load_teacher(options.pop("model"), device=options["device"])
     engine, precision = options.pop("engine"), options.pop("precision")
+    check_options(engine, precision, options["device"])
+    encoder = load_teacher(options.pop("model"), device=options["device"])
     encoder, batch_seconds = choose_engine(encoder, engine, precision, options["device"])
     options["batch_seconds"] = options["batch_seconds"] or batch_seconds
     print(f"written to {embed_folder(encoder, **options)}")
