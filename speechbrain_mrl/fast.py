@@ -28,6 +28,7 @@ from speechbrain_mrl.redimnet import (
     PositionalConv,
     ReDimNet,
     ResNetBlock,
+    SelfAttention,
     Sequence,
     TimeContext,
     To1d,
@@ -368,27 +369,38 @@ class _Norm(nn.Module):
         return F.layer_norm(x, x.shape[-1:], self.norm.weight, self.norm.bias, self.norm.eps)
 
 
-class _Transformer(nn.Module):
-    """``TransformerLayer`` with one product for queries, keys and values."""
+class FastAttention(nn.Module):
+    """``SelfAttention`` with one product for queries, keys and values."""
 
     weight: Tensor
     bias: Tensor
 
-    def __init__(self, layer: TransformerLayer) -> None:
+    def __init__(self, attention: SelfAttention) -> None:
         super().__init__()
-        self.layer, one = layer, layer.attention
-        projections = (one.q_proj, one.k_proj, one.v_proj)
+        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
         self.register_buffer("weight", torch.cat([p.weight.detach() for p in projections]))
         self.register_buffer("bias", torch.cat([p.bias.detach() for p in projections]))
+        self.out_proj = attention.out_proj
 
-    def forward(self, x: Tensor, padding: _Padding | None) -> Tensor:
-        x = x.squeeze(2)  # (B, T, C)
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         qkv = F.linear(x, self.weight, self.bias).unflatten(-1, (3, 4, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, 4, T, C / 4) each
-        keys = None if padding is None else padding.mask[:, None, None, :, 0, 0].bool()
+        keys = None if mask is None else mask.bool().unsqueeze(1)  # (B, 1, 1, T)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=keys)
-        x = self.layer.layer_norm(x + self.layer.attention.out_proj(out.transpose(1, 2).flatten(2)))
-        return self.layer.final_layer_norm(x + self.layer.feed_forward(x)).unsqueeze(2)
+        return self.out_proj(out.transpose(1, 2).flatten(2))
+
+
+class _Transformer(nn.Module):
+    """``TransformerLayer`` on a map of one frequency."""
+
+    def __init__(self, layer: TransformerLayer) -> None:
+        super().__init__()
+        layer.attention = FastAttention(layer.attention)  # type: ignore[assignment]
+        self.layer = layer
+
+    def forward(self, x: Tensor, padding: _Padding | None) -> Tensor:
+        mask = None if padding is None else padding.mask[:, None, :, 0, 0]  # (B, 1, T)
+        return self.layer(x.squeeze(2).transpose(1, 2), mask).transpose(1, 2).unsqueeze(2)
 
 
 class _Time(nn.Module):

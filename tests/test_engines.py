@@ -58,6 +58,25 @@ def test_clips_side_by_side_are_embedded_as_alone(exported, engine, voices):
     assert encoder(wavs[:1].numpy(), target_dim=8).shape == (1, 8)
 
 
+def test_a_fixed_shape_has_a_graph_of_its_own_and_others_still_run(exported, engine, voices):
+    model, path = exported
+    encoder = ExportedEncoder(path, engine, threads=1, shape=(2, 12000))
+    wavs = torch.stack([voices(i, 0.75) for i in range(2)])
+    for given in (wavs, wavs[:1], wavs[:, :9000]):
+        with torch.no_grad():
+            torch.testing.assert_close(encoder(given), model(given), rtol=1e-4, atol=1e-4)
+    encoder._any_shape = None
+    assert encoder(wavs).shape == (2, 32)
+
+
+@pytest.mark.parametrize("shape", [(1,), (0, 16000), (1, 256)])
+def test_a_fixed_shape_that_no_waveforms_have_is_refused(exported, engine, shape):
+    with pytest.raises(
+        ValueError, match=r"shape must be \(B, T\), B at least 1 and T at least 257"
+    ):
+        ExportedEncoder(exported[1], engine, shape=shape)
+
+
 @pytest.mark.parametrize(
     "groups, inputs, outputs, left",
     [(8, 4, 4, 2), (6, 4, 2, 2), (3, 8, 8, 3), (5, 1, 1, 5), (1, 6, 4, 1), (2, 24, 24, 2)],
