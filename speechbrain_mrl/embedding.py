@@ -184,11 +184,15 @@ def embed_clips(
 
 
 def _batches_by_length(lengths: Sequence[int], max_samples: float) -> list[list[int]]:
-    """Lists of indices, longest clips first, each list at most ``max_samples`` when padded."""
+    """Lists of indices, longest clips first, each list at most ``max_samples`` when padded.
+
+    No clip is padded by more than a quarter: that costs more than another batch saves.
+    """
     batches: list[list[int]] = []
     longest = 0
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if not batches or (len(batches[-1]) + 1) * longest > max_samples:
+        count = len(batches[-1]) + 1 if batches else 0
+        if not count or count * longest > max_samples or lengths[index] < 0.8 * longest:
             batches.append([])
             longest = lengths[index]
         batches[-1].append(index)

@@ -51,6 +51,20 @@ def test_encoders_run_in_eval_mode_and_keep_their_own(small_clips):
     assert counter.training
 
 
+def test_a_batch_is_as_long_as_told_and_pads_little(small_clips):
+    seen = []
+
+    def encoder(wavs, wav_lens):
+        seen.append((wavs.numel(), wav_lens.min().item(), len(wavs)))
+        return wav_lens.unsqueeze(1)
+
+    embed_clips({"a": encoder}, small_clips, batch_seconds=5.0)
+    samples, shares, counts = zip(*seen)
+    assert max(samples) <= 5 * 16000 and min(shares) >= 0.8 - 1e-6
+    lengths = [clip.num_frames for clip in small_clips]
+    assert max(lengths) > 2 * min(lengths) and sum(counts) == len(lengths) > 3 * len(counts)
+
+
 def test_only_the_beginning_of_a_long_clip_is_read(small_clips):
     found = embed_clips({"a": Counter()}, small_clips[:5], max_seconds=0.25)["a"]
     assert found[:, 0].tolist() == [4000.0] * 5
