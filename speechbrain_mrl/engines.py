@@ -25,7 +25,6 @@ from speechbrain_mrl.redimnet import (
     N_FFT,
     SAMPLE_RATE,
     Conv2d,
-    PreEmphasis,
     ReDimNet,
     TransformerLayer,
     check_wavs,
@@ -114,18 +113,6 @@ class _Mel(nn.Module):
         return ((real.square() + imaginary.square()) @ self.filters).transpose(1, 2)
 
 
-class _PreEmphasis(nn.Module):
-    """``PreEmphasis`` without a convolution."""
-
-    def __init__(self, preemphasis: PreEmphasis) -> None:
-        super().__init__()
-        self.of_before, self.of_now = preemphasis.flipped_filter.flatten().tolist()
-
-    def forward(self, wavs: Tensor) -> Tensor:
-        before = torch.cat([wavs[:, 1:2], wavs[:, :-1]], dim=1)
-        return self.of_now * wavs + self.of_before * before
-
-
 def _join_groups(conv: Conv2d) -> None:
     """Make a grouped convolution one of fewer, wider groups, whose further weights are zero."""
     inputs = conv.weight.shape[1]  # of a group
@@ -143,10 +130,8 @@ class _Graph(nn.Module):
 
     def __init__(self, model: ReDimNet) -> None:
         super().__init__()
-        _, preemphasis, mel = model.spec.torchfbank
-        if isinstance(preemphasis, PreEmphasis):
-            preemphasis = _PreEmphasis(preemphasis)
-        model.spec.torchfbank = nn.Sequential(nn.Identity(), preemphasis, _Mel(mel))
+        *before, mel = model.spec.torchfbank
+        model.spec.torchfbank = nn.Sequential(*before, _Mel(mel))
         if isinstance(model.pool, ASTP):
             model.pool = FastASTP(model.pool)  # type: ignore[assignment]
         for module in model.modules():

@@ -296,8 +296,9 @@ class PreEmphasis(nn.Module):
         self.register_buffer("flipped_filter", torch.tensor([[[-0.97, 1.0]]]))
 
     def forward(self, wavs: Tensor) -> Tensor:
-        wavs = F.pad(wavs.unsqueeze(1), (1, 0), "reflect")
-        return F.conv1d(wavs, self.flipped_filter).squeeze(1)
+        of_before, of_now = self.flipped_filter.flatten()  # a convolution takes ten times as long
+        before = torch.cat([wavs[:, 1:2], wavs[:, :-1]], dim=1)
+        return of_now * wavs + of_before * before
 
 
 class LogMel(_StaysFloat, nn.Module):
