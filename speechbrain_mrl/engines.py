@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import queue
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -302,6 +303,9 @@ def _openvino(
     streams: int,
     shape: tuple[int, int] | None = None,
 ) -> tuple[_Run, Any]:
+    # OpenVINO would report its use to its makers, over the network and from a fork of this process,
+    # with the threads of whatever runs here; it does without where its reporter is not installed.
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     openvino = require("openvino", "openvino", "engine 'openvino'")
     opset13 = openvino.opset13
 

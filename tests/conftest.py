@@ -1,4 +1,5 @@
 import json
+import sys
 from pathlib import Path
 
 import fill
@@ -11,6 +12,7 @@ from speechbrain_mrl.embedding import Clip
 from speechbrain_mrl.redimnet import ReDimNet
 
 torch.set_num_threads(1)
+sys.modules.setdefault("openvino_telemetry", None)  # OpenVINO would report its use over the network
 
 PARITY = Path(__file__).parent / "parity"
 

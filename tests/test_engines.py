@@ -1,3 +1,7 @@
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -88,6 +92,19 @@ def test_joined_groups_give_the_same_convolution(groups, inputs, outputs, left):
     engines._join_groups(conv)
     assert conv.groups == left and conv.weight.shape[1] <= max(inputs, 16)
     torch.testing.assert_close(conv(x), expected)
+
+
+def test_openvino_reports_nothing_over_the_network(exported):
+    pytest.importorskip("openvino")
+    code = (
+        "import multiprocessing, sys\n"
+        "def refuse(*_, **__): open(sys.argv[1] + '.told', 'w')\n"
+        "multiprocessing.Process.start = refuse\n"  # how the reporter reaches the network
+        "from speechbrain_mrl.engines import ExportedEncoder\n"
+        "ExportedEncoder(sys.argv[1], 'openvino', threads=1)\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(exported[1])], check=True)
+    assert not Path(f"{exported[1]}.told").exists()
 
 
 def test_bfloat16_comes_close(exported, voices):
