@@ -4,6 +4,7 @@ Needs the extra ``onnx`` or ``openvino``.
 """
 
 import copy
+import functools
 import hashlib
 import json
 import os
@@ -303,13 +304,10 @@ def _openvino(
     streams: int,
     shape: tuple[int, int] | None = None,
 ) -> tuple[_Run, Any]:
-    # OpenVINO would report its use to its makers, over the network and from a fork of this process,
-    # with the threads of whatever runs here; it does without where its reporter is not installed.
-    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
-    openvino = require("openvino", "openvino", "engine 'openvino'")
-    opset13 = openvino.opset13
+    core = _openvino_core()
+    import openvino
+    from openvino import opset13
 
-    core = openvino.Core()
     model = core.read_model(path)
     if shape is not None:
         model.reshape(list(shape))
@@ -335,6 +333,20 @@ def _openvino(
     features = _shared([front.create_infer_request() for _ in range(streams)])
     embedded = _shared([network.create_infer_request() for _ in range(streams)])
     return lambda wavs: embedded(wavs, features(wavs)), facts
+
+
+@functools.cache
+def _openvino_core() -> Any:
+    """The process' only ``openvino.Core``, kept until its end.
+
+    A core puts the signal stack of its thread aside for its own, and puts that back when it is
+    freed. Of two cores freed in the order they were made, the second puts back the first one's freed
+    stack, and the next signal that Python handles (a worker that ends) kills the process.
+    """
+    # OpenVINO would report its use to its makers, over the network and from a fork of this process,
+    # with the threads of whatever runs here; it does without where its reporter is not installed.
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    return require("openvino", "openvino", "engine 'openvino'").Core()
 
 
 def _shared(requests: list[Any]) -> Callable[..., np.ndarray]:

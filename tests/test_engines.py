@@ -62,7 +62,6 @@ def test_clips_side_by_side_are_embedded_as_alone(exported, engine, voices):
     assert encoder(wavs[:1].numpy(), target_dim=8).shape == (1, 8)
 
 
-@pytest.mark.skip(reason="a later test of the same process dies; not understood yet")
 def test_a_fixed_shape_has_a_graph_of_its_own_and_others_still_run(exported, engine, voices):
     model, path = exported
     encoder = ExportedEncoder(path, engine, threads=1, shape=(2, 12000))
@@ -74,7 +73,6 @@ def test_a_fixed_shape_has_a_graph_of_its_own_and_others_still_run(exported, eng
     assert encoder(wavs).shape == (2, 32)
 
 
-@pytest.mark.skip(reason="as above")
 @pytest.mark.parametrize("shape", [(1,), (0, 16000), (1, 256)])
 def test_a_fixed_shape_that_no_waveforms_have_is_refused(exported, engine, shape):
     with pytest.raises(
@@ -94,6 +92,21 @@ def test_joined_groups_give_the_same_convolution(groups, inputs, outputs, left):
     engines._join_groups(conv)
     assert conv.groups == left and conv.weight.shape[1] <= max(inputs, 16)
     torch.testing.assert_close(conv(x), expected)
+
+
+def test_signals_are_handled_after_two_openvino_encoders_in_turn(exported):
+    pytest.importorskip("openvino")
+    code = (
+        "import os, signal, sys\n"
+        "from speechbrain_mrl.engines import ExportedEncoder\n"
+        "signal.signal(signal.SIGUSR1, lambda *_: print('handled'))\n"
+        "first, second = (ExportedEncoder(sys.argv[1], 'openvino', threads=1) for _ in '12')\n"
+        "del first\n"
+        "del second\n"
+        "os.kill(os.getpid(), signal.SIGUSR1)\n"
+    )
+    command = [sys.executable, "-c", code, str(exported[1])]
+    assert subprocess.run(command, check=True, capture_output=True).stdout == b"handled\n"
 
 
 def test_openvino_reports_nothing_over_the_network(exported):
