@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -207,9 +207,10 @@ class ExportedEncoder:
                 f"shape must be (B, T), B at least 1 and T at least {MIN_SAMPLES} samples, got {shape}"
             )
         start = _openvino if engine == "openvino" else _onnxruntime
-        of_file = (os.fspath(path), precision, threads, streams)
-        self._any_shape, facts = start(*of_file)
-        self._fixed = {} if shape is None else {tuple(shape): start(*of_file, shape)[0]}
+        path, options = os.fspath(path), _Options(precision, threads, streams)
+        self._any_shape, facts = start(path, options)
+        fixed = options._replace(shape=shape)
+        self._fixed = {} if shape is None else {tuple(shape): start(path, fixed)[0]}
         self._map: Any = map if streams == 1 else ThreadPoolExecutor(streams).map
         self.streams = streams
         if facts is None:
@@ -271,25 +272,28 @@ class ExportedEncoder:
         return self._fixed.get(wavs.shape, self._any_shape)(wavs)
 
 
-# Each engine's start gives what runs a file, for any shape or a fixed one, and the file's metadata.
+class _Options(NamedTuple):
+    """As of ``ExportedEncoder``; without a shape for any."""
+
+    precision: str
+    threads: int | None
+    streams: int
+    shape: tuple[int, int] | None = None
 
 
-def _onnxruntime(
-    path: str,
-    precision: str,
-    threads: int | None,
-    streams: int,
-    shape: tuple[int, int] | None = None,
-) -> tuple[_Run, Any]:
+# Each engine's start gives what runs a file, and the file's metadata.
+
+
+def _onnxruntime(path: str, options: _Options) -> tuple[_Run, Any]:
     onnxruntime = require("onnxruntime", "onnx", "engine 'onnxruntime'")
-    options = onnxruntime.SessionOptions()
-    if streams > 1:
-        threads = max(1, (threads or os.cpu_count() or 1) // streams)
-    options.intra_op_num_threads = threads or 0
-    options.add_session_config_entry("session.set_denormal_as_zero", "1")
-    for name, size in zip(("batch", "samples"), shape or ()):
-        options.add_free_dimension_override_by_name(name, size)
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    settings, threads = onnxruntime.SessionOptions(), options.threads
+    if options.streams > 1:
+        threads = max(1, (threads or os.cpu_count() or 1) // options.streams)
+    settings.intra_op_num_threads = threads or 0
+    settings.add_session_config_entry("session.set_denormal_as_zero", "1")
+    for name, size in zip(("batch", "samples"), options.shape or ()):
+        settings.add_free_dimension_override_by_name(name, size)
+    session = onnxruntime.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
 
     def run(wavs: np.ndarray) -> Any:
         return session.run(["embeddings"], {"wavs": wavs})[0]
@@ -297,25 +301,19 @@ def _onnxruntime(
     return run, session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
 
 
-def _openvino(
-    path: str,
-    precision: str,
-    threads: int | None,
-    streams: int,
-    shape: tuple[int, int] | None = None,
-) -> tuple[_Run, Any]:
+def _openvino(path: str, options: _Options) -> tuple[_Run, Any]:
     core = _openvino_core()
     import openvino
     from openvino import opset13
 
     model = core.read_model(path)
-    if shape is not None:
-        model.reshape(list(shape))
+    if options.shape is not None:
+        model.reshape(list(options.shape))
     where = ["framework", METADATA_KEY]
     facts = model.get_rt_info(where).astype(str) if model.has_rt_info(where) else None
-    settings: dict[str, Any] = {"NUM_STREAMS": streams, "CPU_DENORMALS_OPTIMIZATION": True}
-    if threads:
-        settings["INFERENCE_NUM_THREADS"] = threads
+    settings: dict[str, Any] = {"NUM_STREAMS": options.streams, "CPU_DENORMALS_OPTIMIZATION": True}
+    if options.threads:
+        settings["INFERENCE_NUM_THREADS"] = options.threads
     wavs_in, results = model.get_parameters()[0], {r.get_any_name(): r for r in model.outputs}
     embeddings, feats = (results[name].get_node() for name in ("embeddings", "feats"))
     # Features are a graph of their own. They stay float32, for bfloat16 has 8 bits for a Fourier
@@ -326,12 +324,12 @@ def _openvino(
     feats_in = opset13.parameter(source.get_partial_shape(), np.float32, name="feats_in")
     for target in list(source.get_target_inputs()):
         target.replace_source_output(feats_in.output(0))
-    hint = {"INFERENCE_PRECISION_HINT": "f32" if precision == "float32" else "bf16"}
+    hint = {"INFERENCE_PRECISION_HINT": "f32" if options.precision == "float32" else "bf16"}
     network = core.compile_model(
         openvino.Model([embeddings], [wavs_in, feats_in]), "CPU", settings | hint
     )
-    features = _shared([front.create_infer_request() for _ in range(streams)])
-    embedded = _shared([network.create_infer_request() for _ in range(streams)])
+    features = _shared([front.create_infer_request() for _ in range(options.streams)])
+    embedded = _shared([network.create_infer_request() for _ in range(options.streams)])
     return lambda wavs: embedded(wavs, features(wavs)), facts
 
 
