@@ -228,8 +228,8 @@ class ExportedEncoder:
     ) -> Any:
         """Embeddings of waveforms, or their prefixes; not length-normalised.
 
-        Padded clips are cut to their lengths and run each by itself, which is exact, and on a CPU
-        as fast as a batch. An object of this class can be given to ``embed_folder``.
+        Padded clips are cut to their lengths and run each by itself, which is exact. An object of
+        this class can be given to ``embed_folder``.
 
         Arguments
         ---------
