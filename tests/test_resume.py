@@ -74,6 +74,8 @@ def _child(argv, prepare=None):
 
 def _run(argv, prepare):
     os.setsid()
+    # Readers are this process' own, as a user's are, and end with it; the server's would stay.
+    multiprocessing.set_start_method("fork", force=True)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     torch.set_num_threads(1)
     if prepare is not None:
