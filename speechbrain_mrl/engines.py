@@ -20,9 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from speechbrain_mrl.extras import require
-from speechbrain_mrl.fast import FastASTP, FastAttention, packaged
+from speechbrain_mrl.fast import FastAttention, packaged
 from speechbrain_mrl.redimnet import (
-    ASTP,
     MIN_SAMPLES,
     N_FFT,
     SAMPLE_RATE,
@@ -134,8 +133,6 @@ class _Graph(nn.Module):
         super().__init__()
         *before, mel = model.spec.torchfbank
         model.spec.torchfbank = nn.Sequential(*before, _Mel(mel))
-        if isinstance(model.pool, ASTP):
-            model.pool = FastASTP(model.pool)  # type: ignore[assignment]
         for module in model.modules():
             if isinstance(module, Conv2d):
                 _join_groups(module)

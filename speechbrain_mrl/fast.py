@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from speechbrain_mrl.redimnet import (
-    ASTP,
     Backbone,
     Block2d,
     Conv1d,
@@ -33,7 +32,6 @@ from speechbrain_mrl.redimnet import (
     TimeContext,
     To1d,
     TransformerLayer,
-    _mean_and_variance,
 )
 
 MAP_BYTES = 16 * 2**20  # half of the largest block that glibc's malloc keeps: two are alive at once
@@ -89,8 +87,6 @@ def optimize_for_inference(model: ReDimNet, precision: str = "float32") -> ReDim
             fast.linear.bias.mul_(scale).add_(shift)
         fast.bn, fast.bn2 = nn.Identity(), None
         fast.backbone = _Backbone(fast.backbone)
-        if isinstance(fast.pool, ASTP):
-            fast.pool = FastASTP(fast.pool)
         tiny = torch.finfo(torch.float32).tiny
         for tensor in [*fast.parameters(), *fast.buffers()]:
             if tensor.is_floating_point():  # subnormal numbers slow a CPU down
@@ -518,52 +514,7 @@ class _Backbone(nn.Module):
         frames = self.mix(maps)
         if self.mfa is not None:
             frames = self.mfa(frames.unsqueeze(2), padding).squeeze(2)
-        return frames.transpose(1, 2).float()
-
-
-class FastASTP(nn.Module):
-    """``ASTP`` whose global context enters as a bias instead of as 2 · C further rows."""
-
-    weight1: Tensor
-    bias1: Tensor
-    weight2: Tensor
-    bias2: Tensor
-
-    def __init__(self, pool: ASTP) -> None:
-        super().__init__()
-        self.global_context_att = pool.global_context_att
-        one: Any = pool.linear1
-        two: Any = pool.linear2
-        for name, tensor in (
-            ("weight1", one.weight[:, :, 0].clone()),
-            ("bias1", one.bias.clone()),
-            ("weight2", two.weight[:, :, 0].clone()),
-            ("bias2", two.bias.clone()),
-        ):
-            self.register_buffer(name, tensor.detach().float())
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        bias = self.context_bias(*_mean_and_variance(x, mask))
-        x = x.transpose(1, 2)  # (B, T, C)
-        logits = self.logits(x, bias)
-        if mask is not None:
-            logits.masked_fill_(mask.transpose(1, 2) == 0, -torch.inf)
-        weights = logits.softmax(dim=1)
-        mean = (weights * x).sum(dim=1)
-        variance = (weights * x.square()).sum(dim=1) - mean.square()
-        return torch.cat([mean, variance.clamp_min(1e-7).sqrt()], dim=1)
-
-    def context_bias(self, mean: Tensor, variance: Tensor) -> Tensor:
-        """What the clip's own mean and variance, (B, C, 1) each, add to every frame."""
-        if not self.global_context_att:
-            return self.bias1
-        context = torch.cat([mean, (variance + 1e-7).sqrt()], dim=1).squeeze(2)
-        return F.linear(context, self.weight1[:, mean.shape[1] :], self.bias1).unsqueeze(1)
-
-    def logits(self, x: Tensor, bias: Tensor) -> Tensor:
-        """Weights before the softmax over time, of frames (B, T, C)."""
-        hidden = (F.linear(x, self.weight1[:, : x.shape[2]]) + bias).tanh_()
-        return F.linear(hidden, self.weight2, self.bias2)
+        return frames.transpose(1, 2).float().contiguous()
 
 
 _FAST: dict[type[nn.Module], type[nn.Module]] = {

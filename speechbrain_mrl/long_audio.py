@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from speechbrain_mrl.fast import FastASTP
 from speechbrain_mrl.redimnet import ASTP, SAMPLE_RATE, ReDimNet, check_wavs
 
 
@@ -75,9 +74,7 @@ def embed_long(
 
 def _pool(pool: nn.Module, frames: Tensor, window: int) -> Tensor:
     """``pool(frames)`` with attentive weights of one window at a time, merged exactly."""
-    if isinstance(pool, ASTP):
-        pool = FastASTP(pool)
-    if not isinstance(pool, FastASTP):
+    if not isinstance(pool, ASTP):
         return pool(frames)
     mean = frames.mean(dim=-1, keepdim=True)
     squares = [((part - mean) ** 2).sum(-1, keepdim=True) for part in frames.split(window, dim=-1)]
@@ -85,13 +82,12 @@ def _pool(pool: nn.Module, frames: Tensor, window: int) -> Tensor:
     peak = torch.full_like(mean[..., 0], -torch.inf)
     total = first = second = torch.zeros_like(peak)
     for part in frames.split(window, dim=-1):
-        part = part.transpose(1, 2)  # (1, window, C)
-        logits = pool.logits(part, bias)
-        higher = logits.amax(dim=1).maximum(peak)  # (1, C)
-        old, weights = (peak - higher).exp(), (logits - higher.unsqueeze(1)).exp()
-        total = total * old + weights.sum(dim=1)
-        first = first * old + (weights * part).sum(dim=1)
-        second = second * old + (weights * part.square()).sum(dim=1)
+        logits = pool.logits(part, bias)  # (1, C, window)
+        higher = logits.amax(dim=2).maximum(peak)  # (1, C)
+        old, weights = (peak - higher).exp(), (logits - higher.unsqueeze(2)).exp()
+        total = total * old + weights.sum(dim=2)
+        first = first * old + (weights * part).sum(dim=2)
+        second = second * old + (weights * part.square()).sum(dim=2)
         peak = higher
     mean = first / total
     variance = second / total - mean.square()

@@ -516,7 +516,8 @@ class ConvNeXtBlock(nn.Module):
         self.pwconv1 = conv(width, channels)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        out = torch.cat([conv(x, mask) for conv in self.dwconvs], dim=1)
+        parts = [conv(x, mask) for conv in self.dwconvs]
+        out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         return x + self.pwconv1(self.act(self.norm(out)))
 
 
@@ -736,7 +737,7 @@ class Backbone(nn.Module):
             self.mfa = Sequence(Conv1d(size, out_channels), nn.BatchNorm1d(out_channels))
 
     def forward(self, feats: Tensor, mask: Tensor | None = None) -> Tensor:
-        maps = [self.stem(feats, mask)]
+        maps = [self.stem(feats, mask).contiguous()]  # sums of maps in two layouts are slow
         for i in range(self.n_stages):
             maps.append(self.dropout(getattr(self, f"stage{i}")(maps, mask)))
         return self.mfa(self.fin_wght1d(maps))
@@ -752,18 +753,26 @@ class ASTP(_StaysFloat, nn.Module):
         self.linear2 = Conv1d(128, channels)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        context = x
-        if self.global_context_att:
-            mean, variance = _mean_and_variance(x, mask)
-            deviation = (variance + 1e-7).sqrt()
-            context = torch.cat([x, mean.expand_as(x), deviation.expand_as(x)], dim=1)
-        logits = self.linear2(self.linear1(context).tanh())
+        logits = self.logits(x, self.context_bias(*_mean_and_variance(x, mask)))
         if mask is not None:
             logits = logits.masked_fill(mask == 0, -torch.inf)
         weights = logits.softmax(dim=-1)
         mean = (weights * x).sum(dim=-1)
         variance = (weights * x**2).sum(dim=-1) - mean**2
         return torch.cat([mean, variance.clamp_min(1e-7).sqrt()], dim=1)
+
+    def context_bias(self, mean: Tensor, variance: Tensor) -> Tensor:
+        """What a clip's own mean and variance, (B, C, 1) each, add to each of its frames."""
+        bias: Any = self.linear1.bias
+        if not self.global_context_att:
+            return bias[:, None]
+        context = torch.cat([mean, (variance + 1e-7).sqrt()], dim=1)
+        return F.conv1d(context, self.linear1.weight[:, mean.shape[1] :], bias)
+
+    def logits(self, x: Tensor, bias: Tensor) -> Tensor:
+        """Weights before the softmax over time, of frames (B, C, T)."""
+        hidden = F.conv1d(x, self.linear1.weight[:, : x.shape[1]]) + bias
+        return self.linear2(hidden.tanh())
 
 
 class TSTP(_StaysFloat, nn.Module):

@@ -10,6 +10,7 @@ from speechbrain_mrl.redimnet import (
     CONFIG_DEFAULTS,
     PRESETS,
     LogMel,
+    MapMix,
     MatryoshkaReDimNet,
     ReDimNet,
     check_mrl_dims,
@@ -315,6 +316,17 @@ def test_bfloat16_autocast_stays_near_float32(parity, voices):
             embeddings = model(wavs, wav_lens)
     assert embeddings.dtype == torch.float32 and embeddings.isfinite().all()
     assert F.cosine_similarity(embeddings, expected).min() > 0.99
+
+
+@pytest.mark.parametrize("block_1d_type", ["fc", "conv", "att", "conv+att"])
+def test_maps_that_are_summed_lie_in_memory_alike(tiny_config, random_model, block_1d_type):
+    model = random_model({**tiny_config, "block_1d_type": block_1d_type})
+    seen = []
+    for module in model.modules():
+        if isinstance(module, MapMix):
+            module.register_forward_pre_hook(lambda _, given: seen.extend(given[0]))
+    model(torch.randn(2, 8000))
+    assert len(seen) > 2 and all(one.is_contiguous() for one in seen)
 
 
 # Weights of another network
