@@ -514,7 +514,7 @@ class _Backbone(nn.Module):
         frames = self.mix(maps)
         if self.mfa is not None:
             frames = self.mfa(frames.unsqueeze(2), padding).squeeze(2)
-        return frames.transpose(1, 2).float().contiguous()
+        return frames.transpose(1, 2).float().contiguous()  # the pooling sums over time
 
 
 _FAST: dict[type[nn.Module], type[nn.Module]] = {

@@ -76,12 +76,14 @@ def _pool(pool: nn.Module, frames: Tensor, window: int) -> Tensor:
     """``pool(frames)`` with attentive weights of one window at a time, merged exactly."""
     if not isinstance(pool, ASTP):
         return pool(frames)
-    mean = frames.mean(dim=-1, keepdim=True)
-    squares = [((part - mean) ** 2).sum(-1, keepdim=True) for part in frames.split(window, dim=-1)]
-    bias = pool.context_bias(mean, sum(squares) / (frames.shape[-1] - 1))
-    peak = torch.full_like(mean[..., 0], -torch.inf)
+    parts, bias = frames.split(window, dim=-1), None
+    if pool.global_context_att:
+        mean = frames.mean(dim=-1, keepdim=True)
+        squares = [((part - mean) ** 2).sum(-1, keepdim=True) for part in parts]
+        bias = pool.context_bias(mean, sum(squares) / (frames.shape[-1] - 1))
+    peak = torch.full_like(frames[..., 0], -torch.inf)
     total = first = second = torch.zeros_like(peak)
-    for part in frames.split(window, dim=-1):
+    for part in parts:
         logits = pool.logits(part, bias)  # (1, C, window)
         higher = logits.amax(dim=2).maximum(peak)  # (1, C)
         old, weights = (peak - higher).exp(), (logits - higher.unsqueeze(2)).exp()

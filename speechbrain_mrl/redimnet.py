@@ -753,7 +753,10 @@ class ASTP(_StaysFloat, nn.Module):
         self.linear2 = Conv1d(128, channels)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        logits = self.logits(x, self.context_bias(*_mean_and_variance(x, mask)))
+        bias = None
+        if self.global_context_att:
+            bias = self.context_bias(*_mean_and_variance(x, mask))
+        logits = self.logits(x, bias)
         if mask is not None:
             logits = logits.masked_fill(mask == 0, -torch.inf)
         weights = logits.softmax(dim=-1)
@@ -763,15 +766,15 @@ class ASTP(_StaysFloat, nn.Module):
 
     def context_bias(self, mean: Tensor, variance: Tensor) -> Tensor:
         """What a clip's own mean and variance, (B, C, 1) each, add to each of its frames."""
-        bias: Any = self.linear1.bias
-        if not self.global_context_att:
-            return bias[:, None]
         context = torch.cat([mean, (variance + 1e-7).sqrt()], dim=1)
-        return F.conv1d(context, self.linear1.weight[:, mean.shape[1] :], bias)
+        return F.conv1d(context, self.linear1.weight[:, mean.shape[1] :], self.linear1.bias)
 
-    def logits(self, x: Tensor, bias: Tensor) -> Tensor:
-        """Weights before the softmax over time, of frames (B, C, T)."""
-        hidden = F.conv1d(x, self.linear1.weight[:, : x.shape[1]]) + bias
+    def logits(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Weights before the softmax over time, of frames (B, C, T); None: no global context."""
+        if bias is None:
+            hidden = self.linear1(x)
+        else:
+            hidden = F.conv1d(x, self.linear1.weight[:, : x.shape[1]]) + bias
         return self.linear2(hidden.tanh())
 
 

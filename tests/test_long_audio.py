@@ -10,10 +10,12 @@ def long_voice(voices):
     return torch.cat([voices(i, 2.0) * (0.2 + i % 3) for i in range(8)])  # 16 s
 
 
+@pytest.mark.parametrize("global_context_att", [True, False])
 def test_without_attention_windows_give_the_whole_recording_s_embedding(
-    tiny_config, random_model, long_voice
+    tiny_config, random_model, long_voice, global_context_att
 ):
     config = {**tiny_config, "block_1d_type": "conv", "block_2d_type": "basic_resnet"}
+    config["global_context_att"] = global_context_att
     model = random_model(config)
     with torch.no_grad():
         whole = model(long_voice)
