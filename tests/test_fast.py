@@ -1,10 +1,11 @@
 import importlib.util
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from speechbrain_mrl import redimnet
-from speechbrain_mrl.fast import batch_seconds_for, optimize_for_inference
+from speechbrain_mrl.fast import _Layers, batch_seconds_for, optimize_for_inference
 from speechbrain_mrl.pretrained import ReDimNetMRL
 from speechbrain_mrl.redimnet import PRESETS, MapMix, ReDimNet
 
@@ -43,6 +44,32 @@ def test_the_copy_agrees_with_the_model_alone_and_padded(config, random_model, v
     for one, found in zip(expected, (fast(wavs), fast(wavs, wav_lens))):
         assert (found - one).abs().max() < 1e-4 * scale
         assert torch.cosine_similarity(found, one).min() > 1 - 1e-6
+
+
+@pytest.mark.parametrize("config", ["b0", "b2", "b5", "syn_att_convnext"], indirect=True)
+def test_clips_without_padding_run_without_python_at_any_length(
+    config, random_model, voices, monkeypatch
+):
+    model = random_model(config)
+    fast = optimize_for_inference(model)
+    monkeypatch.setattr(_Layers, "forward", None)  # what Python would call
+    for wavs in (voices(0, 0.1), voices(0, 1.7), torch.stack([voices(i, 0.4) for i in range(3)])):
+        with torch.no_grad():
+            expected = model(wavs)
+        torch.testing.assert_close(fast(wavs), expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(TypeError):
+        fast(wavs, torch.tensor([1.0, 0.6, 0.8]))  # padded clips do call it
+
+
+def test_where_torch_cannot_record_the_layers_are_called(
+    tiny_config, random_model, voices, monkeypatch
+):
+    model, wav = random_model(tiny_config), voices(0, 0.5)
+    recorded = optimize_for_inference(model)
+    monkeypatch.setattr("speechbrain_mrl.fast.sys", SimpleNamespace(version_info=(3, 14)))
+    called = optimize_for_inference(model)
+    assert type(called.backbone) is not type(recorded.backbone)
+    torch.testing.assert_close(called(wav), recorded(wav))
 
 
 def test_the_copy_is_called_as_its_model_and_leaves_it_alone(voices):
