@@ -94,6 +94,22 @@ def test_joined_groups_give_the_same_convolution(groups, inputs, outputs, left):
     torch.testing.assert_close(conv(x), expected)
 
 
+def test_maps_of_groups_of_16_channels_are_turned(
+    tiny_config, random_model, engine, voices, tmp_path
+):
+    model = random_model({**tiny_config, "C": 16, "group_divisor": 16})
+    export_onnx(model, tmp_path / "model.onnx")
+    encoder = ExportedEncoder(tmp_path / "model.onnx", engine, threads=1)
+    onnx, shapes = pytest.importorskip("onnx"), []
+    for tensor in onnx.load(tmp_path / "model.onnx").graph.initializer:
+        shapes.append(tuple(tensor.dims))
+    assert (32, 16, 1, 2) in shapes and (32, 16, 2, 1) not in shapes  # two neighbouring frequencies
+    for batch, seconds in ((1, 0.3), (2, 0.9)):
+        wavs = torch.stack([voices(i, seconds) for i in range(batch)])
+        with torch.no_grad():
+            torch.testing.assert_close(encoder(wavs), model(wavs), rtol=1e-4, atol=1e-4)
+
+
 def test_signals_are_handled_after_two_openvino_encoders_in_turn(exported):
     pytest.importorskip("openvino")
     code = (
