@@ -4,7 +4,7 @@ python benchmarks/bulk.py --models b0 b2 --files=48
 python benchmarks/bulk.py --models --memory_files=100000
 
 Recordings are noise of 2 to 12 s (``--lengths``), others in each round, since engines prepare
-themselves for lengths that they meet first. Engines: PyTorch as ``optimize_for_inference`` arranges
+themselves for lengths that they meet first. Engines: PyTorch as ``for_inference`` arranges
 a model, and the others with a clip on each thread. With ``--memory_files`` the folder is a list of
 that many short segments, the encoder costs nothing, and this process' memory is printed on the way.
 """
@@ -25,7 +25,7 @@ from speechbrain_mrl import embed_folder, export_model, read_embeddings
 from speechbrain_mrl.audio import read_audio
 from speechbrain_mrl.embedding import Clip, find_clips, write_clips
 from speechbrain_mrl.engines import ExportedEncoder
-from speechbrain_mrl.fast import batch_seconds_for, optimize_for_inference
+from speechbrain_mrl.fast import batch_seconds_for, for_inference
 from speechbrain_mrl.redimnet import PRESETS
 
 ENGINES = ["fast", "fast bfloat16", "onnxruntime float32", "openvino float32", "openvino bfloat16"]
@@ -64,7 +64,7 @@ def compare(name, folders, work, args):
     def make(engine):
         kind, _, precision = engine.partition(" ")
         if kind == "fast":
-            return optimize_for_inference(model, precision or "float32")
+            return for_inference(model, precision or "float32")
         path = exported_file(name, args.exported)
         return ExportedEncoder(path, kind, precision, args.threads, streams=args.threads)
 
