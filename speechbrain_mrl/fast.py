@@ -45,8 +45,8 @@ def optimize_for_inference(model: ReDimNet, precision: str = "float32") -> ReDim
 
     Differences are rounding errors, in float32 below 1e-4. The copy is called as the model is (``wav_lens``,
     ``target_dim``, ``return_all_dims``), always under ``torch.inference_mode``, and cannot be
-    trained, saved or published: keep the model for that. To make it takes up to a second, and its
-    first call up to half a second more.
+    trained, saved or published: keep the model for that. On a CPU to make it takes up to a second, and
+    its first call up to half a second more.
 
     Arguments
     ---------
@@ -78,7 +78,8 @@ def optimize_for_inference(model: ReDimNet, precision: str = "float32") -> ReDim
     True
     """
     fast: Any = _arranged(packaged(model), precision)
-    if sys.version_info < (3, 14):  # from where on torch does not support tracing
+    on_cpu = fast.linear.weight.device.type == "cpu"  # measured there alone
+    if on_cpu and sys.version_info < (3, 14):  # from where on torch does not support tracing
         fast.backbone = _Recorded(fast.backbone, fast.model_config["F"])
     return fast
 
@@ -537,7 +538,7 @@ class _Recorded(nn.Module):
     def __init__(self, backbone: _Backbone, n_mels: int) -> None:
         super().__init__()
         self.layers = backbone
-        feats = next(backbone.parameters()).new_zeros(1, 1, n_mels, 50, dtype=torch.float32)
+        feats = torch.zeros(1, 1, n_mels, 50)
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # tracing is deprecated; its successors were slower
             self.record = torch.jit.trace(backbone, feats, check_trace=False)
