@@ -54,8 +54,7 @@ def export_onnx(model: ReDimNet, path: str | os.PathLike[str]) -> None:
     Arguments
     ---------
     model : ReDimNet
-        Or a subclass, or the ``mods.embedding_model`` of a published model; not a copy by
-        ``optimize_for_inference``. Exported in eval
+        Or a subclass, or the ``mods.embedding_model`` of a published model. Exported in eval
         mode, unchanged.
     path : path
         The file to write.
@@ -65,7 +64,7 @@ def export_onnx(model: ReDimNet, path: str | os.PathLike[str]) -> None:
     ImportError
         If the extra ``onnx`` is not installed.
     TypeError
-        If ``model`` is not a ReDimNet.
+        If ``model`` is not a ReDimNet, or is a copy by ``optimize_for_inference``.
     """
     onnx = require("onnx", "onnx", "export_onnx")
     require("onnxscript", "onnx", "export_onnx")  # torch.onnx uses it

@@ -65,7 +65,7 @@ def optimize_for_inference(model: ReDimNet, precision: str = "float32") -> ReDim
     Raises
     ------
     TypeError
-        If ``model`` is not a ReDimNet.
+        If ``model`` is not a ReDimNet, or is such a copy already.
     ValueError
         For another precision.
 
@@ -118,10 +118,9 @@ def for_inference(encoder: Any, precision: str = "float32") -> Any:
         return own(precision)
     try:
         model = packaged(encoder)
-    except TypeError:  # another network
+    except TypeError:  # another network, or such a copy
         return encoder
-    arranged = isinstance(model.backbone, (_Backbone, _Recorded))
-    return model if arranged else _arranged(model, precision)
+    return _arranged(model, precision)
 
 
 def arrange(encoders: Mapping[str, Any], device: str) -> dict[str, Any]:
@@ -136,9 +135,11 @@ def packaged(model: nn.Module) -> ReDimNet:
     Raises
     ------
     TypeError
-        If it is neither.
+        If it is neither, or a copy made for inference.
     """
     if isinstance(model, ReDimNet):
+        if isinstance(model.backbone, (_Backbone, _Recorded)):
+            raise TypeError("model is a copy made for inference; pass the model it was made of")
         return model
     if type(model).__name__ != EmbeddingModel.__name__ or not hasattr(model, "model_config"):
         raise TypeError(

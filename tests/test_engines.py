@@ -9,6 +9,7 @@ import torch
 
 from speechbrain_mrl import engines, redimnet
 from speechbrain_mrl.engines import ExportedEncoder, export_onnx
+from speechbrain_mrl.fast import optimize_for_inference
 from speechbrain_mrl.redimnet import MatryoshkaReDimNet
 
 pytest.importorskip("onnxscript")
@@ -166,3 +167,5 @@ def test_what_an_exported_model_cannot_do_is_refused(exported, engine):
         ExportedEncoder(exported[1], engine, streams=0)
     with pytest.raises(TypeError, match="must be a ReDimNet"):
         export_onnx(torch.nn.Linear(1, 1), "x.onnx")
+    with pytest.raises(TypeError, match="pass the model it was made of"):
+        export_onnx(optimize_for_inference(exported[0]), "x.onnx")

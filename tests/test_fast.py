@@ -5,7 +5,12 @@ import pytest
 import torch
 
 from speechbrain_mrl import redimnet
-from speechbrain_mrl.fast import _Layers, batch_seconds_for, optimize_for_inference
+from speechbrain_mrl.fast import (
+    _Layers,
+    batch_seconds_for,
+    for_inference,
+    optimize_for_inference,
+)
 from speechbrain_mrl.pretrained import ReDimNetMRL
 from speechbrain_mrl.redimnet import PRESETS, MapMix, ReDimNet
 
@@ -115,6 +120,13 @@ def test_another_precision_is_refused(tiny_config, random_model):
 def test_what_is_no_redimnet_is_refused():
     with pytest.raises(TypeError, match="mods.embedding_model"):
         optimize_for_inference(torch.nn.Linear(1, 1))
+
+
+def test_a_copy_is_not_copied_again(tiny_config, random_model):
+    fast = optimize_for_inference(random_model(tiny_config))
+    with pytest.raises(TypeError, match="pass the model it was made of"):
+        optimize_for_inference(fast)
+    assert for_inference(fast) is fast
 
 
 def test_the_model_of_a_published_folder_s_own_code_is_taken(tiny_config, random_model, voices):
