@@ -158,7 +158,7 @@ class _FrequencySE(FrequencySE):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         pooled = x.mean(dim=1).mean(dim=1, keepdim=True)  # one mean over both is slower in OpenVINO
-        return x * self.exitation(self.squeeze(pooled).relu()).sigmoid().unsqueeze(1)
+        return x * self.gates(pooled).unsqueeze(1)
 
 
 _TURNED: dict[type, type] = {To1d: _To1d, To2d: _To2d, FrequencySE: _FrequencySE}

@@ -339,8 +339,7 @@ def _gates(se: FrequencySE, x: Tensor, padding: _Padding | None) -> Tensor:
     else:
         mask = padding.mask[..., 0]
         pooled = (pooled * mask).sum(dim=1) / mask.sum(dim=1)
-    gates = se.exitation(se.squeeze(pooled).relu()).sigmoid()
-    return gates[:, None, :, None]
+    return se.gates(pooled)[:, None, :, None]
 
 
 class _ConvNeXt(nn.Module):

@@ -531,8 +531,11 @@ class FrequencySE(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         pooled = _mean(x.mean(dim=1), mask).squeeze(-1)  # (B, F)
-        gates = self.exitation(self.squeeze(pooled).relu()).sigmoid()
-        return x * gates[:, None, :, None]
+        return x * self.gates(pooled)[:, None, :, None]
+
+    def gates(self, pooled: Tensor) -> Tensor:
+        """Factors of the frequencies, (…, F), from their means."""
+        return self.exitation(self.squeeze(pooled).relu()).sigmoid()
 
 
 class ResNetBlock(nn.Module):
