@@ -9,13 +9,13 @@ from speechbrain_mrl.cpu import prepare_cpu
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(16 * 2**20)  # 64 MB
+    for _ in range(16):
+        torch.ones(16 * 2**20)  # 64 MB
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-before = faults(), faults()
+before = faults()
 prepare_cpu()
-faults()
-print(before[1], faults(), torch.tensor([1e-40]).mul(1.0).item())
+print(before, faults(), torch.tensor([1e-40]).mul(1.0).item())
 """
 
 
@@ -24,5 +24,7 @@ def test_freed_memory_is_used_again_and_subnormal_numbers_are_flushed():
     done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     before, after, subnormal = map(float, done.stdout.split())
-    assert before > 10 * max(after, 1)  # with pages of 4 KB, 16,384 against none
+    # The heap grows by the first tensor, and now and then by the second (a split left the first's
+    # place a few bytes too small): 1 or 2 of 16 mapped anew, against all 16.
+    assert before > 5 * after
     assert subnormal == 0
