@@ -279,8 +279,10 @@ class Visitor:
 
     def __init__(self, browser):
         from selenium.webdriver.common.by import By
+        from selenium.webdriver.support.ui import WebDriverWait
 
         self.browser, self.by = browser, By
+        self.until = WebDriverWait(browser, 20, 0.05).until
 
     def upload(self, place, *paths):
         files = self.browser.find_element(self.by.CSS_SELECTOR, f"#{place} input[type=file]")
@@ -298,19 +300,24 @@ class Visitor:
         self.browser.find_element(self.by.CSS_SELECTOR, f"#{place} button[aria-label=Clear]")
 
     def click(self, label):
-        found = self.browser.find_elements(self.by.XPATH, f"//button[normalize-space()='{label}']")
-        next(button for button in found if button.is_displayed()).click()
+        self.click_shown(f"//button[normalize-space()='{label}']")
 
     def open(self, tab):
-        found = self.browser.find_elements(self.by.CSS_SELECTOR, "button[role=tab]")
-        next(button for button in found if button.is_displayed() and button.text == tab).click()
+        self.click_shown(f"//button[@role='tab'][normalize-space()='{tab}']")
+
+    def click_shown(self, xpath):
+        """Of the buttons at ``xpath`` that which is on screen, as soon as there is one."""
+
+        def shown(browser):
+            buttons = browser.find_elements(self.by.XPATH, xpath)
+            return next((button for button in buttons if button.is_displayed()), None)
+
+        self.until(shown, xpath).click()
 
     def wait_for(self, place, text):
         """What is on screen at ``place`` once ``text`` is."""
-        from selenium.webdriver.support.ui import WebDriverWait
-
         element = self.browser.find_element(self.by.ID, place)
-        WebDriverWait(self.browser, 20, 0.05).until(lambda _: text in element.text, text)
+        self.until(lambda _: text in element.text, text)
         return element.text
 
 
@@ -333,6 +340,7 @@ def test_two_uploads_and_a_click_give_a_verdict_and_leave_no_file(
     good, other = recording(1), recording(2)
     expected = cosines(student, good, other)
 
+    visitor.open("Compare")
     visitor.click("Same or different?")
     visitor.wait_for("comparison", "Record or upload the first voice too.")
     visitor.upload("first", bad)
