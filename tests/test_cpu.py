@@ -15,6 +15,7 @@ def faults():
 
 before = faults()
 prepare_cpu()
+faults()
 print(before, faults(), torch.tensor([1e-40]).mul(1.0).item())
 """
 
@@ -24,7 +25,5 @@ def test_freed_memory_is_used_again_and_subnormal_numbers_are_flushed():
     done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     before, after, subnormal = map(float, done.stdout.split())
-    # The heap grows by the first tensor, and now and then by the second (a split left the first's
-    # place a few bytes too small): 1 or 2 of 16 mapped anew, against all 16.
-    assert before > 5 * after
+    assert before > 10 * max(after, 1)  # with pages of 4 KB, 16,384 a tensor against none
     assert subnormal == 0
