@@ -6,7 +6,8 @@ Weights are random. In each round every engine embeds the same clip, so that all
 machine; a ratio is the median over rounds of the plain forward's time in a round by the engine's. Two
 calls that are not counted go before, for threads of the engine before spin a while. Exported files
 are kept in the output folder; ``--export_only`` writes them and stops. "fixed" engines are prepared
-for the clip's shape. The column ``new`` is the first call at a length that the engine never met.
+for the clip's shape; "not recorded" is the copy whose layers Python calls one by one. The column
+``new`` is the first call at a length that the engine never met.
 """
 
 import argparse
@@ -22,7 +23,12 @@ import torch
 from speechbrain_mrl import ReDimNetMRL
 from speechbrain_mrl.cpu import prepare_cpu
 from speechbrain_mrl.engines import ExportedEncoder, export_onnx
-from speechbrain_mrl.fast import PRECISIONS, batch_seconds_for, optimize_for_inference
+from speechbrain_mrl.fast import (
+    PRECISIONS,
+    batch_seconds_for,
+    for_inference,
+    optimize_for_inference,
+)
 from speechbrain_mrl.redimnet import PRESETS
 
 EXPORTED = (("onnxruntime", "float32"), ("openvino", "float32"), ("openvino", "bfloat16"))
@@ -116,6 +122,7 @@ def compare(backbone, folder, seconds, rounds, exported):
                     path, engine, precision, torch.get_num_threads(), shape=shape
                 )
     engines = {name: partial(encoder, wavs) for name, encoder in encoders.items()} | {
+        "for_inference (not recorded)": partial(for_inference(model), wavs),
         "plain, batch of 8": lambda: model(eight)[:1],
         "optimize_for_inference, batch of 8": lambda: fast(eight)[:1],
         "... bfloat16, batch of 8": lambda: rough(eight)[:1],

@@ -10,7 +10,7 @@ from timing import arguments, start, write
 
 from speechbrain_mrl.embedding import embed_clips, find_clips, read_clips
 from speechbrain_mrl.engines import ExportedEncoder, export_onnx
-from speechbrain_mrl.fast import batch_seconds_for, optimize_for_inference
+from speechbrain_mrl.fast import batch_seconds_for, for_inference
 from speechbrain_mrl.published import load_published
 from speechbrain_mrl.verification import evaluate, read_trials
 
@@ -29,8 +29,8 @@ def main():
     export_onnx(model, args.exported)
     encoders = {
         "plain": lambda wavs, wav_lens: model(wavs, wav_lens),  # itself would be arranged
-        "fast": optimize_for_inference(model),
-        "fast bfloat16": optimize_for_inference(model, "bfloat16"),
+        "fast": for_inference(model),
+        "fast bfloat16": for_inference(model, "bfloat16"),
         "openvino bfloat16": ExportedEncoder(args.exported, "openvino", "bfloat16", args.threads),
     }
     trials = read_trials(args.trials)
