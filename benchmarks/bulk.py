@@ -22,11 +22,11 @@ from speechbrain.inference.classifiers import EncoderClassifier
 from timing import arguments, interleaved, resident, start, write
 
 from speechbrain_mrl import embed_folder, export_model, read_embeddings
-from speechbrain_mrl.audio import read_audio
-from speechbrain_mrl.embedding import Clip, find_clips, write_clips
-from speechbrain_mrl.engines import ExportedEncoder
-from speechbrain_mrl.fast import batch_seconds_for, for_inference
-from speechbrain_mrl.redimnet import PRESETS
+from speechbrain_mrl.dataio.audio import read_audio
+from speechbrain_mrl.dataio.clips import Clip, find_clips, write_clips
+from speechbrain_mrl.inference.onnx import ExportedEncoder
+from speechbrain_mrl.inference.optimize import batch_seconds_for, for_inference
+from speechbrain_mrl.models.redimnet import PRESETS
 
 ENGINES = ["fast", "fast bfloat16", "onnxruntime float32", "openvino float32", "openvino bfloat16"]
 

@@ -21,15 +21,15 @@ from pathlib import Path
 import torch
 
 from speechbrain_mrl import ReDimNetMRL
-from speechbrain_mrl.cpu import prepare_cpu
-from speechbrain_mrl.engines import ExportedEncoder, export_onnx
-from speechbrain_mrl.fast import (
+from speechbrain_mrl.inference.onnx import ExportedEncoder, export_onnx
+from speechbrain_mrl.inference.optimize import (
     PRECISIONS,
     batch_seconds_for,
     for_inference,
     optimize_for_inference,
+    prepare_cpu,
 )
-from speechbrain_mrl.redimnet import PRESETS
+from speechbrain_mrl.models.redimnet import PRESETS
 
 EXPORTED = (("onnxruntime", "float32"), ("openvino", "float32"), ("openvino", "bfloat16"))
 

@@ -19,10 +19,10 @@ import torch
 from inference import make_model
 from speechbrain.inference.speaker import EncoderClassifier
 
-from speechbrain_mrl.audio import read_audio
-from speechbrain_mrl.fast import optimize_for_inference
-from speechbrain_mrl.long_audio import embed_long
-from speechbrain_mrl.redimnet import PRESETS
+from speechbrain_mrl.dataio.audio import read_audio
+from speechbrain_mrl.inference.extract import embed_long
+from speechbrain_mrl.inference.optimize import optimize_for_inference
+from speechbrain_mrl.models.redimnet import PRESETS
 
 WHOLE_SECONDS = 180  # the whole recording at once takes too much memory beyond this
 

@@ -15,8 +15,8 @@ import numpy as np
 from speechbrain.dataio.dataset import DynamicItemDataset
 from timing import arguments, resident, write
 
-from speechbrain_mrl.embedding import read_clips
-from speechbrain_mrl.lists import ClipDataset
+from speechbrain_mrl.dataio.clips import read_clips
+from speechbrain_mrl.dataio.dataset import ClipDataset
 
 KEYS = ["id", "wav", "start", "stop", "spk_id"]
 READERS = {

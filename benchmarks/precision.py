@@ -8,11 +8,12 @@ from pathlib import Path
 import torch
 from timing import arguments, start, write
 
-from speechbrain_mrl.embedding import embed_clips, find_clips, read_clips
-from speechbrain_mrl.engines import ExportedEncoder, export_onnx
-from speechbrain_mrl.fast import batch_seconds_for, for_inference
-from speechbrain_mrl.published import load_published
-from speechbrain_mrl.verification import evaluate, read_trials
+from speechbrain_mrl.dataio.clips import find_clips, read_clips
+from speechbrain_mrl.evaluation.verification import evaluate, read_trials
+from speechbrain_mrl.inference.extract import embed_clips
+from speechbrain_mrl.inference.onnx import ExportedEncoder, export_onnx
+from speechbrain_mrl.inference.optimize import batch_seconds_for, for_inference
+from speechbrain_mrl.publish.load import load_published
 
 
 def main():

@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from speechbrain.utils.metric_stats import EER
 
-from speechbrain_mrl.calibration import s_norm
-from speechbrain_mrl.metrics import eer
-from speechbrain_mrl.verification import evaluate_scores, read_trials, score_trials
+from speechbrain_mrl.evaluation.calibration import s_norm
+from speechbrain_mrl.evaluation.metrics import eer
+from speechbrain_mrl.evaluation.verification import evaluate_scores, read_trials, score_trials
 
 SIZES = (64, 128, 192, 256)
 # Clips, speakers and trials of VoxCeleb1-E (cleaned), by its published list.

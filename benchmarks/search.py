@@ -23,9 +23,9 @@ import faiss
 import numpy as np
 import torch
 
-from speechbrain_mrl.milvus import MilvusIndex
+from speechbrain_mrl.inference.milvus import MilvusIndex
+from speechbrain_mrl.inference.search import MatryoshkaIndex
 from speechbrain_mrl.rotation import matryoshka_rotation
-from speechbrain_mrl.search import MatryoshkaIndex
 
 CHUNK = 50_000
 METHODS = ("flat", "ivf", "4bit", "float32", "int8", "binary", "milvus", "hnsw")

@@ -15,10 +15,10 @@ from bulk import make_recordings
 from timing import arguments, interleaved, start, write
 
 from speechbrain_mrl import ReDimNet
-from speechbrain_mrl.audio import read_audio
-from speechbrain_mrl.embedding import find_clips
-from speechbrain_mrl.redimnet import PRESETS
-from speechbrain_mrl.teachers import TeacherStore
+from speechbrain_mrl.dataio.audio import read_audio
+from speechbrain_mrl.dataio.clips import find_clips
+from speechbrain_mrl.inference.store import TeacherStore
+from speechbrain_mrl.models.redimnet import PRESETS
 
 
 def main():

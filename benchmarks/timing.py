@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from speechbrain_mrl.cpu import prepare_cpu
+from speechbrain_mrl.inference.optimize import prepare_cpu
 
 
 def arguments(description: str, name: str) -> argparse.ArgumentParser:

@@ -13,8 +13,8 @@ import torch
 from timing import arguments, interleaved, start, write
 
 from speechbrain_mrl import MatryoshkaDistillationLoss, ReDimNet, ReDimNetMRL
-from speechbrain_mrl.redimnet import PRESETS
-from speechbrain_mrl.teachers import TeacherStore
+from speechbrain_mrl.inference.store import TeacherStore
+from speechbrain_mrl.models.redimnet import PRESETS
 
 N_STORED = 100_000
 

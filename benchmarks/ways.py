@@ -24,16 +24,18 @@ sys.path.insert(0, str(RECIPE))
 import train  # noqa: E402
 from corpus import prepare  # noqa: E402
 
-from speechbrain_mrl.embedding import embed_clips, read_clips  # noqa: E402
-from speechbrain_mrl.report import truncation_baselines  # noqa: E402
-from speechbrain_mrl.rotation import matryoshka_rotation  # noqa: E402
-from speechbrain_mrl.teachers import TeacherStore, load_teachers  # noqa: E402
-from speechbrain_mrl.verification import (  # noqa: E402
+from speechbrain_mrl.dataio.clips import read_clips  # noqa: E402
+from speechbrain_mrl.evaluation.report import truncation_baselines  # noqa: E402
+from speechbrain_mrl.evaluation.verification import (  # noqa: E402
     evaluate,
     evaluate_runs,
     read_trials,
     score_trials,
 )
+from speechbrain_mrl.inference.encoders import load_teachers  # noqa: E402
+from speechbrain_mrl.inference.extract import embed_clips  # noqa: E402
+from speechbrain_mrl.inference.store import TeacherStore  # noqa: E402
+from speechbrain_mrl.rotation import matryoshka_rotation  # noqa: E402
 
 HPARAMS = RECIPE.parents[1] / "hparams"
 N_STAGES = 3  # of progressive expansion, as far as there are sizes

@@ -26,8 +26,8 @@ from pyannote.metrics.diarization import DiarizationErrorRate
 from speechbrain.inference.classifiers import EncoderClassifier
 from tqdm import tqdm
 
-from speechbrain_mrl.audio import read_audio
-from speechbrain_mrl.verification import read_trials
+from speechbrain_mrl.dataio.audio import read_audio
+from speechbrain_mrl.evaluation.verification import read_trials
 
 with warnings.catch_warnings():  # SpeechBrain 1.1 has moved it, 1.0 knows the old place only
     warnings.simplefilter("ignore", DeprecationWarning)

@@ -8,8 +8,8 @@ import pytest
 import soundfile
 import torch
 
-from speechbrain_mrl.embedding import Clip
-from speechbrain_mrl.redimnet import ReDimNet
+from speechbrain_mrl.dataio.clips import Clip
+from speechbrain_mrl.models.redimnet import ReDimNet
 
 torch.set_num_threads(1)
 sys.modules.setdefault("openvino_telemetry", None)  # OpenVINO would report its use over the network

@@ -21,10 +21,12 @@ from hyperpyyaml import load_hyperpyyaml
 from ruamel.yaml import YAML
 from speechbrain.utils import fetching
 
-from speechbrain_mrl import __main__ as command_line
-from speechbrain_mrl import export_model, redimnet, training
-from speechbrain_mrl.card import Provenance
-from speechbrain_mrl.redimnet import MatryoshkaReDimNet
+from speechbrain_mrl import cli as command_line
+from speechbrain_mrl import export_model
+from speechbrain_mrl.models import redimnet
+from speechbrain_mrl.models.redimnet import MatryoshkaReDimNet
+from speechbrain_mrl.publish.card import Provenance
+from speechbrain_mrl.training import distill as training
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -46,7 +48,7 @@ PROGRAMS = (
     "pytest",
     "mkdocs",
 )
-PROGRAMS += ("python -m speechbrain_mrl.space --model",)  # serves until it is stopped
+PROGRAMS += ("python -m speechbrain_mrl.publish.space --model",)  # serves until it is stopped
 
 
 def blocks(page):
@@ -105,7 +107,7 @@ def at_work(workplace, monkeypatch, tiny_config):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(workplace / "hub"))
     tiny = {name: tiny_config for name in redimnet.PRESETS}
     monkeypatch.setattr(redimnet, "PRESETS", tiny)
-    for module in (command_line, sys.modules["speechbrain_mrl.hub"]):
+    for module in (command_line, sys.modules["speechbrain_mrl.publish.hub"]):
         monkeypatch.setattr(module, "push_to_hub", lambda folder, repo_id, **_: str(repo_id))
         monkeypatch.setattr(module, "push_space", lambda space, model, **_: space)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: MODEL)

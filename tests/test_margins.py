@@ -3,8 +3,8 @@ import torch
 import torch.nn.functional as F
 from speechbrain.nnet.losses import AdditiveAngularMargin, LogSoftmaxWrapper
 
-from speechbrain_mrl import margins
-from speechbrain_mrl.margins import prefix_margin_losses
+from speechbrain_mrl import losses as margins
+from speechbrain_mrl.losses import prefix_margin_losses
 
 SIZES = {2: 0.1, 5: 0.2, 9: 0.4}
 

@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 
-from speechbrain_mrl.extras import require
+from speechbrain_mrl.utils import require
 
 
 @pytest.mark.parametrize("module", ["speechbrain_mrl", "speechbrain_mrl.losses"])

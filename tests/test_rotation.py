@@ -6,12 +6,8 @@ from scipy.linalg import orthogonal_procrustes
 from sklearn.decomposition import PCA
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
-from speechbrain_mrl.rotation import (
-    EnsembleRotation,
-    aligning_rotation,
-    check_mrl_dims,
-    matryoshka_rotation,
-)
+from speechbrain_mrl.rotation import aligning_rotation, check_mrl_dims, matryoshka_rotation
+from speechbrain_mrl.targets import EnsembleRotation
 
 N_SPEAKERS, CLIPS_EACH, EMBED_DIM = 6, 40, 12
 

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from speechbrain_mrl.verification import Trials
+from speechbrain_mrl.evaluation.verification import Trials
 
 
 def toy_trials(n_speakers=12, n_clips=5, embed_dim=16, prefix="s", seed=3):

@@ -17,8 +17,8 @@ import yaml
 from hyperpyyaml import resolve_references
 from rules import RELEASED, SUPERVISED, TRAIN, VERIFY, Code, Rule
 
-from speechbrain_mrl.pretrained import RELEASES
-from speechbrain_mrl.redimnet import complete_config
+from speechbrain_mrl.models.pretrained import RELEASES
+from speechbrain_mrl.models.redimnet import complete_config
 from speechbrain_mrl.rotation import check_mrl_dims
 
 

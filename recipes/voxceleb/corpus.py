@@ -9,7 +9,7 @@ from rirs import prepare_rirs
 from speechbrain.utils.distributed import run_on_main
 from voxceleb_prepare import prepare_voxceleb
 
-from speechbrain_mrl.embedding import iter_clips
+from speechbrain_mrl.dataio.clips import iter_clips
 
 
 def prepare(hparams, debug):

@@ -22,8 +22,7 @@ from scipy.fft import irfft, next_fast_len
 from scipy.signal import butter, fftconvolve, resample_poly, sosfilt
 from tqdm import tqdm
 
-from speechbrain_mrl.extras import require
-from speechbrain_mrl.files import replacing
+from speechbrain_mrl.utils import replacing, require
 
 SAMPLE_RATE = 16000  # Hz
 SNR_DB = (8.0, 15.0)

@@ -10,10 +10,15 @@ from pathlib import Path
 import torch
 
 from speechbrain_mrl import embed_folder
-from speechbrain_mrl.cpu import prepare_cpu
-from speechbrain_mrl.engines import ENGINES, ExportedEncoder, check_engine, export_onnx
-from speechbrain_mrl.fast import PRECISIONS, batch_seconds_for, for_inference
-from speechbrain_mrl.teachers import EncoderClassifierTeacher, fingerprint, load_teacher
+from speechbrain_mrl.inference.encoders import EncoderClassifierTeacher, load_teacher
+from speechbrain_mrl.inference.onnx import ENGINES, ExportedEncoder, check_engine, export_onnx
+from speechbrain_mrl.inference.optimize import (
+    PRECISIONS,
+    batch_seconds_for,
+    for_inference,
+    prepare_cpu,
+)
+from speechbrain_mrl.inference.store import fingerprint
 
 BATCH_SECONDS = 60.0  # of an encoder that is no ReDimNet, or on a GPU
 SECONDS_PER_STREAM = 30.0  # clips of a batch run side by side

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from voxceleb_prepare import PreparedCorpus, read_headers
 
-from speechbrain_mrl.embedding import AUDIO_SUFFIXES, Clip, read_clips, write_clips
-from speechbrain_mrl.files import replacing
-from speechbrain_mrl.verification import read_trials
+from speechbrain_mrl.dataio.clips import AUDIO_SUFFIXES, Clip, read_clips, write_clips
+from speechbrain_mrl.evaluation.verification import read_trials
+from speechbrain_mrl.utils import replacing
 
 SAMPLE_RATE = 16000  # Hz, at which start and stop are counted
 VALID_SHARE, MAX_VALID_CLIPS = 1 / 20, 500

@@ -11,9 +11,8 @@ One script for ``python -m speechbrain_mrl convert`` and ``publish``, which do t
 
 import argparse
 
-from speechbrain_mrl.__main__ import upload
-from speechbrain_mrl.arguments import publish_options, release_options
-from speechbrain_mrl.convert import convert_release
+from speechbrain_mrl.cli import publish_options, release_options, upload
+from speechbrain_mrl.publish.convert import convert_release
 
 
 def main(arguments=None):

@@ -6,7 +6,7 @@ from pathlib import Path
 import soundfile
 import torch
 
-from speechbrain_mrl.files import replacing
+from speechbrain_mrl.utils import replacing
 
 SAMPLE_RATE = 16000  # Hz
 

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from speechbrain_mrl.losses import TERMS
-from speechbrain_mrl.pretrained import RELEASES
-from speechbrain_mrl.redimnet import CONFIG_DEFAULTS
+from speechbrain_mrl.models.pretrained import RELEASES
+from speechbrain_mrl.models.redimnet import CONFIG_DEFAULTS
 
 PARTS_OF_A_STUDENT = ("backbone", "spec", "pool", "bn", "linear")
 RELEASED = {name for release in RELEASES.values() for name in release["model_names"]}

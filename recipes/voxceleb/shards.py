@@ -14,11 +14,10 @@ import numpy as np
 import soundfile
 from tqdm import tqdm
 
-from speechbrain_mrl.audio import audio_info, read_audio
-from speechbrain_mrl.embedding import SAMPLE_RATE
-from speechbrain_mrl.extras import require
-from speechbrain_mrl.files import only_run, replacing
-from speechbrain_mrl.lists import ClipDataset
+from speechbrain_mrl.dataio.audio import audio_info, read_audio
+from speechbrain_mrl.dataio.clips import SAMPLE_RATE
+from speechbrain_mrl.dataio.dataset import ClipDataset
+from speechbrain_mrl.utils import only_run, replacing, require
 
 THREADS = 16  # that wait for the disk
 READ_AHEAD = 64  # clips in memory

@@ -31,27 +31,36 @@ from speechbrain_mrl import (
     matryoshka_rotation,
     push_to_hub,
 )
-from speechbrain_mrl.card import Provenance
-from speechbrain_mrl.cpu import prepare_cpu
-from speechbrain_mrl.draws import seed_draws
-from speechbrain_mrl.embedding import embed_clips, iter_clips, read_clips
-from speechbrain_mrl.expansion import carry_over, resize_model, start_new_coordinates
-from speechbrain_mrl.files import only_run, replacing
-from speechbrain_mrl.head import align_head, finish_head, fit_objective, spread
-from speechbrain_mrl.plots import write_plots
-from speechbrain_mrl.pretrained import RELEASES
-from speechbrain_mrl.report import (
+from speechbrain_mrl.dataio.clips import iter_clips, read_clips
+from speechbrain_mrl.dataio.dataset import seed_draws, train_dataset, valid_dataset
+from speechbrain_mrl.dataio.shards import shard_loader
+from speechbrain_mrl.evaluation.plots import write_plots
+from speechbrain_mrl.evaluation.report import (
     agreement,
     make_report,
     print_report,
     teacher_baselines,
     write_report,
 )
-from speechbrain_mrl.shards import shard_loader
-from speechbrain_mrl.teachers import TeacherStore, load_teachers
-from speechbrain_mrl.training import train_dataset, train_student, valid_dataset
-from speechbrain_mrl.verification import evaluate, read_trials, score_trials
-from speechbrain_mrl.watch import TrainingLog
+from speechbrain_mrl.evaluation.verification import evaluate, read_trials, score_trials
+from speechbrain_mrl.inference.encoders import load_teachers
+from speechbrain_mrl.inference.extract import embed_clips
+from speechbrain_mrl.inference.optimize import prepare_cpu
+from speechbrain_mrl.inference.store import TeacherStore
+from speechbrain_mrl.models.pretrained import RELEASES
+from speechbrain_mrl.models.resize import resize_model
+from speechbrain_mrl.publish.card import Provenance
+from speechbrain_mrl.training.distill import train_student
+from speechbrain_mrl.training.logger import TrainingLog
+from speechbrain_mrl.training.projection import (
+    align_head,
+    carry_over,
+    finish_head,
+    fit_objective,
+    spread,
+    start_new_coordinates,
+)
+from speechbrain_mrl.utils import only_run, replacing
 
 ENROLMENT_CLIPS = 5  # a training speaker's, for the exported classifier
 RECIPE = Path(__file__).resolve().parent

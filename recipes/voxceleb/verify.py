@@ -21,26 +21,18 @@ from ruamel.yaml import YAML
 from speechbrain.utils.distributed import ddp_init_group, if_main_process
 from voxceleb_prepare import SAMPLE_RATE, find_recordings, read_headers
 
-from speechbrain_mrl.calibration import (
+from speechbrain_mrl.dataio.clips import Clip
+from speechbrain_mrl.evaluation.calibration import (
     Calibration,
     log_durations,
     read_calibrations,
     s_norm,
     write_calibrations,
 )
-from speechbrain_mrl.cpu import prepare_cpu
-from speechbrain_mrl.embedding import Clip
-from speechbrain_mrl.files import only_run
-from speechbrain_mrl.plda import plda_scores
-from speechbrain_mrl.plots import write_plots
-from speechbrain_mrl.report import count_trials, make_report, print_report, write_report
-from speechbrain_mrl.teachers import (
-    TeacherStore,
-    fingerprint,
-    load_teacher,
-    sizes_and_thresholds,
-)
-from speechbrain_mrl.verification import (
+from speechbrain_mrl.evaluation.plda import plda_scores
+from speechbrain_mrl.evaluation.plots import write_plots
+from speechbrain_mrl.evaluation.report import count_trials, make_report, print_report, write_report
+from speechbrain_mrl.evaluation.verification import (
     compare,
     eer_by_duration,
     evaluate_scores,
@@ -48,6 +40,10 @@ from speechbrain_mrl.verification import (
     read_trials,
     score_trials,
 )
+from speechbrain_mrl.inference.encoders import load_teacher, sizes_and_thresholds
+from speechbrain_mrl.inference.optimize import prepare_cpu
+from speechbrain_mrl.inference.store import TeacherStore, fingerprint
+from speechbrain_mrl.utils import only_run
 
 CLIP_LISTS = ("domain", "cohort", "plda")
 

@@ -19,8 +19,8 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from speechbrain_mrl.audio import audio_info, check_audio
-from speechbrain_mrl.files import replacing, writing
+from speechbrain_mrl.dataio.audio import audio_info, check_audio
+from speechbrain_mrl.utils import replacing, writing
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""Recordings, their lists, and training data."""

@@ -1,0 +1,1 @@
+"""Verification: metrics, trials, calibration, reports, plots."""

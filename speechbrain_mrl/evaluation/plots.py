@@ -1,0 +1,284 @@
+"""Plots of a verification, readable in black and white, each with its numbers in a .csv beside it.
+
+They need matplotlib (the extra ``plots``) and leave its settings as they are.
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from speechbrain_mrl.evaluation.metrics import Ranking, eer_of_rates
+from speechbrain_mrl.evaluation.report import results_by_name
+from speechbrain_mrl.utils import replacing, require
+
+DET_TICKS = (0.001, 0.01, 0.1, 0.5, 1, 2, 5, 10, 20, 40)  # percent
+STYLES: tuple[dict[str, Any], ...] = (
+    {"color": "black", "linestyle": "-", "marker": "o"},
+    {"color": "tab:orange", "linestyle": "--", "marker": "s"},
+    {"color": "tab:blue", "linestyle": "-.", "marker": "^"},
+    {"color": "tab:red", "linestyle": ":", "marker": "D"},
+    {"color": "tab:green", "linestyle": (0, (6, 1, 1, 1, 1, 1)), "marker": "v"},
+    {"color": "tab:purple", "linestyle": (0, (1, 3)), "marker": "P"},
+    {"color": "tab:brown", "linestyle": (0, (8, 4)), "marker": "X"},
+)
+
+
+def write_plots(
+    report: Mapping[str, Any],
+    scores: Mapping[int, np.ndarray],
+    labels: npt.ArrayLike,
+    folder: str | os.PathLike[str],
+) -> None:
+    """Write eer_by_dim, det, scores and (if the report has it) eer_by_duration, .png and .csv.
+
+    Arguments
+    ---------
+    report : mapping
+        From ``make_report``; ``"by_duration"``, if there, from ``eer_by_duration``.
+    scores : mapping of int to array
+        Size -> scores of the report's trials, (n_trials,).
+    labels : array
+        (n_trials,).
+    folder : path
+        Must exist.
+
+    Example
+    -------
+    >>> from speechbrain_mrl.evaluation.report import make_report
+    >>> from speechbrain_mrl.evaluation.verification import Trials, evaluate_scores
+    >>> folder = getfixture("tmp_path")
+    >>> trials, scores = Trials.parse(["1 a/1 a/2", "0 a/1 b/1"]), {64: np.array([0.9, 0.1])}
+    >>> report = make_report(evaluate_scores(scores, trials), trials, {}, "demo", 10, 2.5)
+    >>> write_plots(report, scores, trials.labels, folder)
+    >>> sorted(path.name for path in folder.glob("*.png"))
+    ['det.png', 'eer_by_dim.png', 'scores.png']
+    """
+    folder = Path(folder)
+    plot_eer_by_dim(report, folder / "eer_by_dim.png")
+    plot_det(scores, labels, folder / "det.png")
+    thresholds = {int(size): result["threshold"] for size, result in report["dims"].items()}
+    plot_scores(scores, labels, thresholds, folder / "scores.png")
+    if "by_duration" in report:
+        plot_eer_by_duration(report["by_duration"], folder / "eer_by_duration.png")
+
+
+def _figure(size: tuple[float, float] = (6.4, 4.8)) -> Any:
+    require("matplotlib", "plots", "a plot")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)  # no pyplot: the caller's backend and rcParams stay as they are
+    return figure
+
+
+def _axes(x_label: str, y_label: str, title: str) -> Any:
+    axes = _figure().add_subplot(xlabel=x_label, ylabel=y_label, title=title)
+    axes.grid(color="0.9")
+    axes.set_axisbelow(True)
+    return axes
+
+
+def _save(
+    figure: Any, path: str | os.PathLike[str], header: Sequence[str], rows: Iterable[Sequence[Any]]
+) -> None:
+    """The picture at ``path``, its numbers beside it."""
+    with replacing(path) as part:
+        figure.savefig(part, dpi=150)
+    with (
+        replacing(Path(path).with_suffix(".csv")) as part,
+        open(part, "w", newline="", encoding="utf-8") as file,
+    ):
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows([f"{x:.6g}" if isinstance(x, float) else x for x in row] for row in rows)
+
+
+def plot_eer_by_dim(report: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Draw EER against size: the model, its steps, cuts of the best teacher, each teacher's line.
+
+    Bars are the model's 95 % intervals, where the report has them.
+
+    Example
+    -------
+    >>> from speechbrain_mrl.evaluation.report import make_report
+    >>> from speechbrain_mrl.evaluation.verification import Trials
+    >>> dims, path = {"64": {"eer": 0.25}, "128": {"eer": 0.2}}, getfixture("tmp_path") / "eer.png"
+    >>> trials = Trials.parse(["1 a b", "0 a c"])
+    >>> plot_eer_by_dim(make_report(dims, trials, {}, "demo", 10, 2.5), path)
+    >>> print(path.with_suffix(".csv").read_text())
+    name,size,eer
+    model,64,0.25
+    model,128,0.2
+    <BLANKLINE>
+    """
+    axes = _axes("embedding size (coordinates)", "EER (%)", "EER against embedding size")
+    rows, styles = [], itertools.cycle(STYLES)
+    for name, results in results_by_name(report).items():
+        sizes = sorted(map(int, results))
+        rates = [results[str(size)]["eer"] for size in sizes]
+        rows += [(name, size, rate) for size, rate in zip(sizes, rates)]
+        style = next(styles)
+        is_first = len(rows) == len(sizes)
+        fill = "full" if is_first else "none"  # what lies below stays visible
+        axes.plot(sizes, [100 * rate for rate in rates], **style, fillstyle=fill, label=name)
+        if is_first:
+            for size in sizes:
+                low, high = results[str(size)].get("eer_ci", (0, 0))
+                axes.vlines(size, 100 * low, 100 * high, color=style["color"], linewidth=1)
+    markers = itertools.cycle("*PXph")
+    for name, result in report["baselines"]["teachers"].items():
+        size, percent = result["dim"], 100 * result["eer"]
+        rows.append((f"teacher {name}", size, result["eer"]))
+        axes.axhline(percent, color="0.6", linestyle=":", linewidth=1)
+        axes.plot(size, percent, next(markers), color="0.4", markersize=10, label=f"teacher {name}")
+    ticks = sorted({size for _, size, _ in rows})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, ticks)
+    axes.set_ylim(bottom=0)
+    axes.figure.legend(loc="outside right upper")
+    _save(axes.figure, path, ["name", "size", "eer"], rows)
+
+
+def plot_det(
+    scores: Mapping[int, np.ndarray], labels: npt.ArrayLike, path: str | os.PathLike[str]
+) -> None:
+    """Draw a DET curve per size on probit axes, its EER marked.
+
+    ``scores`` come from ``score_trials``; ``labels`` are the trials'.
+
+    Example
+    -------
+    >>> path = getfixture("tmp_path") / "det.png"
+    >>> plot_det({64: [0.9, 0.4, 0.6, 0.1]}, [1, 1, 0, 0], path)
+    >>> print(path.with_suffix(".csv").read_text()[:70])
+    size,threshold,false_accept_rate,false_reject_rate
+    64,inf,0,1
+    64,0.9,0
+    """
+    probit = NormalDist().inv_cdf
+    axes = _axes("false accepts (%)", "false rejects (%)", "Detection error trade-off")
+    rows, lowest = [], 0.02
+    styles = itertools.cycle(STYLES)
+    for size, size_scores in scores.items():
+        ranking = Ranking(size_scores, labels)
+        far, frr = ranking.rates()
+        warped = torch.special.ndtri(torch.from_numpy(np.stack([far, frr]))).numpy()
+        steps = np.round(200 * warped)  # finer than a pixel
+        keep = np.append(True, (steps[:, 1:] != steps[:, :-1]).any(axis=0))
+        points = np.stack([ranking.thresholds, far, frr], axis=1)[keep]
+        rows += [(size, *point) for point in points.tolist()]
+        rate, _ = eer_of_rates(far, frr)
+        style = {**next(styles), "markevery": []}
+        inside = keep & np.isfinite(warped).all(axis=0)
+        axes.plot(*warped[:, inside], **style, label=f"{size}: EER {100 * rate:.2f} %")
+        if 0 < rate < 1:
+            lowest = min(lowest, rate / 10)
+            axes.plot(*[probit(rate)] * 2, **{**style, "markevery": None})
+    axes.axline((0, 0), slope=1, color="0.6", linewidth=1)
+    ticks = [tick for tick in DET_TICKS if lowest <= tick / 100]
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_ticks([probit(tick / 100) for tick in ticks], [f"{tick:g}" for tick in ticks])
+    limits = probit(lowest), probit(0.6)
+    axes.set(xlim=limits, ylim=limits, aspect="equal")
+    axes.legend(title="size", loc="upper right")
+    _save(axes.figure, path, ["size", "threshold", "false_accept_rate", "false_reject_rate"], rows)
+
+
+def plot_scores(
+    scores: Mapping[int, np.ndarray],
+    labels: npt.ArrayLike,
+    thresholds: Mapping[int, float],
+    path: str | os.PathLike[str],
+) -> None:
+    """Draw histograms of target and impostor scores, one above the other by size.
+
+    Arguments
+    ---------
+    scores : mapping of int to array
+        Size -> scores, (n_trials,).
+    labels : array
+        (n_trials,).
+    thresholds : mapping of int to float
+        Size -> threshold to draw.
+    path : path
+        Of the PNG.
+
+    Example
+    -------
+    >>> path = getfixture("tmp_path") / "scores.png"
+    >>> plot_scores({64: [0.9, 0.4, 0.6, 0.1]}, [1, 1, 0, 0], {64: 0.6}, path)
+    >>> path.with_suffix(".csv").read_text().splitlines()[0]
+    'size,from_score,target,impostor'
+    """
+    is_target = np.asarray(labels).astype(bool)
+    ends = [(np.min(values), np.max(values)) for values in scores.values()]
+    bins = np.linspace(min(low for low, _ in ends), max(high for _, high in ends), 61)
+    figure = _figure((6.4, 1.2 + 1.7 * len(scores)))
+    panels = figure.subplots(len(scores), sharex=True, squeeze=False)[:, 0]
+    rows = []
+    for axes, (size, values) in zip(panels, scores.items()):
+        values = np.asarray(values)
+        look = {"bins": bins, "density": True, "histtype": "stepfilled", "edgecolor": "black"}
+        impostors = f"impostor ({np.sum(~is_target)})"
+        axes.hist(values[~is_target], facecolor="0.75", label=impostors, **look)
+        targets = f"target ({np.sum(is_target)})"
+        axes.hist(values[is_target], facecolor="none", hatch="////", label=targets, **look)
+        axes.axvline(thresholds[size], color="black", linestyle="--", label="threshold (EER)")
+        axes.set_ylabel(f"size {size}")
+        axes.set_yticks([])
+        counts = [np.histogram(values[chosen], bins)[0] for chosen in (is_target, ~is_target)]
+        rows += [(size, *row) for row in zip(bins.tolist(), *(c.tolist() for c in counts))]
+    panels[-1].set_xlabel("score")
+    figure.suptitle("Scores of target and impostor trials")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    _save(figure, path, ["size", "from_score", "target", "impostor"], rows)
+
+
+def plot_eer_by_duration(bins: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
+    """Draw EER against the length of a trial's shorter clip, a line per size.
+
+    Arguments
+    ---------
+    bins : sequence of mapping
+        From ``eer_by_duration``.
+    path : path
+        Of the PNG.
+
+    Example
+    -------
+    >>> bins = [{"seconds": [1, 4], "target": 9, "impostor": 9, "eer": {"64": 0.1}}]
+    >>> path = getfixture("tmp_path") / "eer_by_duration.png"
+    >>> plot_eer_by_duration(bins, path)
+    >>> print(path.with_suffix(".csv").read_text())
+    size,from_seconds,to_seconds,target,impostor,eer
+    64,1,4,9,9,0.1
+    <BLANKLINE>
+    """
+    axes = _axes("length of the shorter clip (s)", "EER (%)", "EER against utterance length")
+    rows, styles = [], itertools.cycle(STYLES)
+    for size in dict.fromkeys(size for found in bins for size in found["eer"]):
+        found = [one for one in bins if size in one["eer"]]
+        rows += [
+            (size, *one["seconds"], one["target"], one["impostor"], one["eer"][size])
+            for one in found
+        ]
+        percents = [100 * one["eer"][size] for one in found]
+        axes.plot(range(len(found)), percents, **next(styles), label=size)
+    seconds = [one["seconds"] for one in bins if one["eer"]]
+    labels = [f"{low:.1f} to {high:.1f}" for low, high in seconds]
+    axes.set_xticks(range(len(labels)), labels)
+    axes.set_ylim(bottom=0)
+    axes.figure.legend(title="size", loc="outside right upper")
+    header = ["size", "from_seconds", "to_seconds", "target", "impostor", "eer"]
+    _save(axes.figure, path, header, rows)

@@ -1,0 +1,133 @@
+"""Loads any speaker encoder by name, file, folder, Hub id or module."""
+
+import copy
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from speechbrain_mrl.inference.optimize import for_inference
+from speechbrain_mrl.models.pretrained import RELEASES, load_pretrained_redimnet
+
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+
+
+class EncoderClassifierTeacher(nn.Module):
+    """A published SpeechBrain speaker encoder as a teacher.
+
+    Arguments
+    ---------
+    source : str
+        What ``EncoderClassifier.from_hparams`` takes: a folder or a Hub id.
+    device : str
+        Where it runs.
+    """
+
+    def __init__(self, source: str, device: str = "cpu") -> None:
+        super().__init__()
+        from speechbrain.inference.classifiers import EncoderClassifier  # slow to import
+
+        self.encoder = EncoderClassifier.from_hparams(source=source, run_opts={"device": device})
+
+    def forward(self, wavs: Tensor, wav_lens: Tensor | None = None) -> Tensor:
+        """Waveforms (B, T) to embeddings (B, D)."""
+        return self.encoder.encode_batch(wavs, wav_lens).squeeze(1)
+
+    def for_inference(self, precision: str = "float32") -> "EncoderClassifierTeacher":
+        """The same with its ReDimNet as ``optimize_for_inference`` arranges it; itself without one."""
+        network = self.encoder.mods.embedding_model
+        fast = for_inference(network, precision)
+        if fast is network:
+            return self
+        arranged, encoder = copy.copy(self), copy.copy(self.encoder)
+        arranged._modules = {"encoder": encoder}
+        mods = nn.ModuleDict({**self.encoder.mods, "embedding_model": fast})
+        encoder._modules = {**self.encoder._modules, "mods": mods}
+        return arranged
+
+
+def load_teacher(
+    teacher: str | os.PathLike[str] | nn.Module,
+    train_type: str = "ft_lm",
+    dataset: str = "vox2",
+    device: str = "cpu",
+) -> nn.Module:
+    """A teacher in eval mode without gradients, called as ``teacher(wavs, wav_lens)`` -> (B, D).
+
+    Arguments
+    ---------
+    teacher : str, path or torch.nn.Module
+        "b0" … "b6", "S" or "M" for a released ReDimNet; a ReDimNet checkpoint file; the folder or
+        Hub id of any SpeechBrain ``EncoderClassifier``; or a module.
+    train_type, dataset : str
+        Which release, for a released name.
+    device : str
+        Where it runs.
+    """
+    released = {name for release in RELEASES.values() for name in release["model_names"]}
+    if isinstance(teacher, nn.Module):
+        module = teacher
+    elif teacher in released:
+        module = load_pretrained_redimnet(teacher, train_type, dataset)
+    elif os.path.isfile(teacher):
+        module = load_pretrained_redimnet(source=teacher)
+    elif os.path.isdir(teacher) or HUB_ID.fullmatch(str(teacher)):
+        module = EncoderClassifierTeacher(str(teacher), device)
+    else:
+        raise FileNotFoundError(
+            f"{str(teacher)!r} is neither a file or folder, nor a released name {sorted(released)}, "
+            "nor a Hub id such as speechbrain/spkrec-ecapa-voxceleb"
+        )
+    return module.to(device).eval().requires_grad_(False)
+
+
+def sizes_and_thresholds(encoder: nn.Module, embed_dim: int) -> tuple[list[int], dict[int, float]]:
+    """The sizes at which an encoder's embedding is one, and the cosines to decide by.
+
+    Arguments
+    ---------
+    encoder : torch.nn.Module
+        As from ``load_teacher``.
+    embed_dim : int
+        Coordinates that it gives.
+
+    Returns
+    -------
+    sizes : list of int
+        Its ``mrl_dims`` up to ``embed_dim``; ``[embed_dim]`` of a model that names none.
+    thresholds : dict of int to float
+        Size -> threshold at the equal error rate, of a published model that has a report.
+    """
+    named = encoder.encoder.hparams if isinstance(encoder, EncoderClassifierTeacher) else encoder
+    sizes = [size for size in getattr(named, "mrl_dims", [embed_dim]) if size <= embed_dim]
+    thresholds = getattr(named, "thresholds", {})
+    return sizes, {int(size): found["eer"] for size, found in thresholds.items()}
+
+
+def load_teachers(
+    teachers: Mapping[str, Any] | Sequence[Any],
+    train_type: str = "ft_lm",
+    dataset: str = "vox2",
+    device: str = "cpu",
+) -> dict[str, nn.Module]:
+    """Teachers by name; a list names each after its release or file.
+
+    Raises
+    ------
+    ValueError
+        If there is none, or two have one name.
+    """
+    if not isinstance(teachers, Mapping):
+        named = {Path(str(teacher)).stem: teacher for teacher in teachers}
+        if len(named) < len(teachers):
+            raise ValueError(f"teachers {list(teachers)} share a name; give a mapping of names")
+        teachers = named
+    if not teachers:
+        raise ValueError("teachers is empty; name at least one, as in teachers: [b2]")
+    return {
+        name: load_teacher(teacher, train_type, dataset, device)
+        for name, teacher in teachers.items()
+    }

@@ -1,0 +1,216 @@
+"""Embeds clips and long recordings with one or several encoders, reading each file once."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from speechbrain_mrl.dataio.audio import read_audio
+from speechbrain_mrl.dataio.clips import Clip
+from speechbrain_mrl.inference.optimize import arrange
+from speechbrain_mrl.models.redimnet import ASTP, SAMPLE_RATE, ReDimNet, check_wavs
+
+Encoder = Callable[[Tensor, Tensor], Tensor]  # wavs (B, T) and wav_lens (B,) to embeddings (B, D)
+
+
+class _Batches(torch.utils.data.Dataset[Any]):
+    """Padded batches of clips, their relative lengths and their indices."""
+
+    def __init__(
+        self, clips: Sequence[Clip], batches: Sequence[list[int]], max_samples: int
+    ) -> None:
+        self.clips, self.batches, self.max_samples = clips, batches, max_samples
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor, list[int]]:
+        wavs = []
+        for index in self.batches[i]:
+            clip = self.clips[index]
+            wav = read_audio(clip.wav, clip.start, min(clip.num_frames, self.max_samples))
+            if not wav.any():
+                raise ValueError(f"{clip.wav} holds only zeros, nobody's voice; leave it out")
+            wavs.append(wav)
+        lengths = torch.tensor([len(wav) for wav in wavs])
+        padded = nn.utils.rnn.pad_sequence(wavs, batch_first=True)  # (B, T)
+        return padded, lengths / padded.shape[1], self.batches[i]
+
+
+def embed_clips(
+    encoders: Mapping[str, Encoder],
+    clips: Sequence[Clip],
+    device: str = "cpu",
+    batch_seconds: float = 60.0,
+    max_seconds: float = 30.0,
+    num_workers: int = 0,
+    progress: tqdm | None = None,
+) -> dict[str, Tensor]:
+    """Embeddings of all clips by all encoders; each file is read and decoded once.
+
+    Arguments
+    ---------
+    encoders : dict of str to torch.nn.Module or callable
+        Called as ``encoder(wavs (B, T), wav_lens (B,))``, to give (B, D). A module is put into
+        eval mode for the time of the call. On a CPU a ReDimNet runs as ``optimize_for_inference``
+        arranges it.
+    clips : sequence of Clip
+        N clips.
+    device : str
+        Where the encoders are.
+    batch_seconds : float
+        Seconds of audio in a batch, padding included. Clips of like length travel together.
+    max_seconds : float
+        Only that much of the beginning of a clip is read.
+    num_workers : int
+        Processes that read and decode; 0: this one.
+    progress : tqdm, optional
+        A bar that is moved on by the number of clips done.
+
+    Returns
+    -------
+    dict of str to torch.Tensor
+        (N, D) float32 on the CPU for each encoder, in the order of ``clips``.
+
+    Raises
+    ------
+    ValueError
+        If a file cannot be decoded or holds only zeros, or an embedding is not finite; names the
+        clip.
+    """
+    max_samples = int(max_seconds * SAMPLE_RATE)
+    lengths = [min(clip.num_frames, max_samples) for clip in clips]
+    batches = _batches_by_length(lengths, batch_seconds * SAMPLE_RATE)
+    loader = DataLoader(
+        _Batches(clips, batches, max_samples), batch_size=None, num_workers=num_workers
+    )
+    modules = [encoder for encoder in encoders.values() if isinstance(encoder, nn.Module)]
+    training = [module.training for module in modules]
+    for module in modules:
+        module.eval()
+    encoders = arrange(encoders, device)
+    results: dict[str, Tensor] = {}
+    with torch.inference_mode():
+        for wavs, wav_lens, indices in loader:
+            wavs, wav_lens = wavs.to(device), wav_lens.to(device)
+            for name, encoder in encoders.items():
+                embeddings = encoder(wavs, wav_lens).float().cpu()  # (B, D)
+                broken = ~embeddings.isfinite().all(dim=1)
+                if broken.any():
+                    clip = clips[indices[broken.int().argmax().item()]]
+                    raise ValueError(f"{name} gives an embedding that is not finite for {clip.wav}")
+                if name not in results:
+                    results[name] = torch.empty(len(clips), embeddings.shape[1])
+                results[name][indices] = embeddings
+            if progress is not None:
+                progress.update(len(indices))
+    for module, mode in zip(modules, training):
+        module.train(mode)
+    return results
+
+
+def _batches_by_length(lengths: Sequence[int], max_samples: float) -> list[list[int]]:
+    """Lists of indices, longest clips first, each list at most ``max_samples`` when padded.
+
+    No clip is padded by more than a quarter: that costs more than another batch saves.
+    """
+    batches: list[list[int]] = []
+    longest = 0
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        count = len(batches[-1]) + 1 if batches else 0
+        if not count or count * longest > max_samples or lengths[index] < 0.8 * longest:
+            batches.append([])
+            longest = lengths[index]
+        batches[-1].append(index)
+    return batches
+
+
+@torch.inference_mode()
+def embed_long(
+    model: ReDimNet, wav: Tensor, window_seconds: float = 30.0, margin_seconds: float = 6.0
+) -> Tensor:
+    """Embedding of one recording, its network run window by window.
+
+    Features are normalised by the whole recording, and frames of all windows are pooled as one
+    sequence, so nothing is averaged over windows: the result differs from the whole recording's
+    only by what self-attention and convolutions see beyond a window and its margins.
+
+    Arguments
+    ---------
+    model : ReDimNet
+        Or a subclass, or a copy by ``optimize_for_inference``; in eval mode.
+    wav : torch.Tensor
+        Float, 16 kHz, in [-1, 1]; (T,) or (1, T), at least 257 samples.
+    window_seconds : float
+        Of the frames that a window yields. Memory and attention grow with it.
+    margin_seconds : float
+        Heard on either side of a window, and not kept.
+
+    Returns
+    -------
+    torch.Tensor
+        (1, embed_dim), not length-normalised.
+
+    Raises
+    ------
+    ValueError
+        If ``model`` trains, the windows are empty, or ``wav`` is more than one recording.
+
+    Example
+    -------
+    >>> from speechbrain_mrl import ReDimNetMRL
+    >>> model = ReDimNetMRL(backbone="b0").eval()
+    >>> embed_long(model, torch.rand(32000), window_seconds=1.0).shape
+    torch.Size([1, 256])
+    """
+    if model.training:
+        raise ValueError("model is in training mode; call model.eval() first")
+    if not window_seconds > 0 or not margin_seconds >= 0:
+        raise ValueError(
+            f"window_seconds must be positive and margin_seconds at least 0, got "
+            f"{window_seconds} and {margin_seconds}"
+        )
+    wav = check_wavs(wav)
+    if len(wav) != 1:
+        raise ValueError(f"wav must be one recording, got {len(wav)}; embed them one by one")
+    feats, _ = model.spec(wav)  # (1, F, frames)
+    per_second = SAMPLE_RATE / model.spec.hop_length
+    window = max(1, round(window_seconds * per_second))
+    margin = round(margin_seconds * per_second)
+    frames: Any = None
+    for start in range(0, feats.shape[-1], window):
+        first = max(0, start - margin)
+        part = model.backbone(feats[:, None, :, first : start + window + margin])
+        part = part[..., start - first : start - first + window]  # (1, C, window)
+        if frames is None:
+            frames = part.new_empty(1, part.shape[1], feats.shape[-1])
+        frames[..., start : start + window] = part
+    embeddings = model.linear(model.bn(_pool(model.pool, frames, window)))
+    return (embeddings if model.bn2 is None else model.bn2(embeddings)).clone()
+
+
+def _pool(pool: nn.Module, frames: Tensor, window: int) -> Tensor:
+    """``pool(frames)`` with attentive weights of one window at a time, merged exactly."""
+    if not isinstance(pool, ASTP):
+        return pool(frames)
+    parts, bias = frames.split(window, dim=-1), None
+    if pool.global_context_att:
+        mean = frames.mean(dim=-1, keepdim=True)
+        squares = [((part - mean) ** 2).sum(-1, keepdim=True) for part in parts]
+        bias = pool.context_bias(mean, sum(squares) / (frames.shape[-1] - 1))
+    peak = torch.full_like(frames[..., 0], -torch.inf)
+    total = first = second = torch.zeros_like(peak)
+    for part in parts:
+        logits = pool.logits(part, bias)  # (1, C, window)
+        higher = logits.amax(dim=2).maximum(peak)  # (1, C)
+        old, weights = (peak - higher).exp(), (logits - higher.unsqueeze(2)).exp()
+        total = total * old + weights.sum(dim=2)
+        first = first * old + (weights * part).sum(dim=2)
+        second = second * old + (weights * part.square()).sum(dim=2)
+        peak = higher
+    mean = first / total
+    variance = second / total - mean.square()
+    return torch.cat([mean, variance.clamp_min(1e-7).sqrt()], dim=1)

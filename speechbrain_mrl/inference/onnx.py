@@ -1,0 +1,429 @@
+"""Exports a model as one ONNX file, waveforms to embeddings, and runs it with ONNX Runtime or OpenVINO.
+
+Needs the extra ``onnx`` or ``openvino``.
+"""
+
+import copy
+import functools
+import hashlib
+import json
+import os
+import queue
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from speechbrain_mrl.inference.optimize import FastAttention, packaged
+from speechbrain_mrl.models.redimnet import (
+    MIN_SAMPLES,
+    N_FFT,
+    SAMPLE_RATE,
+    Conv2d,
+    FrequencySE,
+    MapMix,
+    ReDimNet,
+    TimeContext,
+    To1d,
+    To2d,
+    TransformerLayer,
+    check_wavs,
+    sample_counts,
+)
+from speechbrain_mrl.utils import require
+
+METADATA_KEY = "speechbrain_mrl"
+ENGINES = ("onnxruntime", "openvino")
+GROUP_WIDTH = 16  # channels per group for which the engines have fast kernels on AVX-512
+
+_Run = Callable[[np.ndarray], np.ndarray]  # waveforms (B, T) to embeddings (B, embed_dim)
+
+
+def export_onnx(model: ReDimNet, path: str | os.PathLike[str]) -> None:
+    """Write ``model`` as an ONNX file that holds its features, network and embedding.
+
+    Input ``wavs`` (B, T), float32 at 16 kHz, any B, and any T from 257; outputs ``embeddings``
+    (B, embed_dim) and ``feats`` (B, F, frames). Clips of a batch have equal lengths. The sizes are
+    in the file's metadata, as JSON under ``speechbrain_mrl``.
+
+    Arguments
+    ---------
+    model : ReDimNet
+        Or a subclass, or the ``mods.embedding_model`` of a published model. Exported in eval
+        mode, unchanged.
+    path : path
+        The file to write.
+
+    Raises
+    ------
+    ImportError
+        If the extra ``onnx`` is not installed.
+    TypeError
+        If ``model`` is not a ReDimNet, or is a copy by ``optimize_for_inference``.
+    """
+    onnx = require("onnx", "onnx", "export_onnx")
+    require("onnxscript", "onnx", "export_onnx")  # torch.onnx uses it
+    model = packaged(model)
+    graph = _Graph(copy.deepcopy(model).float().cpu()).eval()
+    samples = torch.export.Dim("samples", max=2**31 - 1)  # torch 2.8 trips over a bound of its own
+    shapes = {"wavs": {0: torch.export.Dim("batch"), 1: samples}}
+    with torch.no_grad():
+        program: Any = torch.onnx.export(
+            graph,
+            (torch.randn(2, SAMPLE_RATE),),
+            input_names=["wavs"],
+            output_names=["embeddings", "feats"],
+            dynamic_shapes=shapes,
+            dynamo=True,
+            verbose=False,
+        )
+    exported = program.model_proto
+    mrl_dims = getattr(model, "mrl_dims", (model.embed_dim,))
+    facts = {"embed_dim": model.embed_dim, "mrl_dims": mrl_dims, "sample_rate": SAMPLE_RATE}
+    onnx.helper.set_model_props(exported, {METADATA_KEY: json.dumps(facts)})
+    onnx.save(exported, os.fspath(path))
+
+
+class _Mel(nn.Module):
+    """Power mel spectrogram (B, T) -> (B, F, frames) with the Fourier transform as a matrix product.
+
+    Not as a convolution over T samples, which an engine would prepare anew for each length.
+    """
+
+    waves: Tensor
+    filters: Tensor
+
+    def __init__(self, mel: Any) -> None:
+        super().__init__()
+        window = mel.spectrogram.window.double()
+        start = (N_FFT - len(window)) // 2  # torch.stft centres a window shorter than n_fft
+        angles = torch.outer(
+            torch.arange(N_FFT // 2 + 1).double(), torch.arange(start, start + len(window)).double()
+        ) * (2 * torch.pi / N_FFT)
+        waves = torch.cat([angles.cos(), angles.sin()]) * window  # (2 * bins, window)
+        self.register_buffer("waves", waves.T.float().contiguous())
+        self.register_buffer("filters", mel.mel_scale.fb.clone())  # (bins, F)
+        self.start, self.hop = start, mel.spectrogram.hop_length
+
+    def forward(self, wavs: Tensor) -> Tensor:
+        firsts = self.hop * torch.arange(1 + (wavs.shape[1] - N_FFT) // self.hop)
+        samples = self.start + torch.arange(len(self.waves))
+        frames = wavs[:, firsts.unsqueeze(1) + samples]  # (B, frames, window)
+        real, imaginary = (frames @ self.waves).chunk(2, dim=2)
+        return ((real.square() + imaginary.square()) @ self.filters).transpose(1, 2)
+
+
+def _join_groups(conv: Conv2d) -> None:
+    """Make a grouped convolution one of fewer, wider groups, whose further weights are zero."""
+    inputs = conv.weight.shape[1]  # of a group
+    joined = 1 if inputs == 1 else max(GROUP_WIDTH // inputs, 1)  # depthwise ones are fast
+    while conv.groups % joined:
+        joined -= 1
+    weight = conv.weight.detach().unflatten(0, (conv.groups // joined, joined, -1))
+    wide = torch.einsum("gjoixy,jk->gjokixy", weight, torch.eye(joined))
+    conv.weight = nn.Parameter(wide.flatten(3, 4).flatten(0, 2))
+    conv.groups //= joined
+
+
+class _Swap(nn.Module):
+    def __init__(self, *dims: int) -> None:
+        super().__init__()
+        self.dims = dims
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.transpose(*self.dims)
+
+
+class _To1d(To1d):
+    """(B, C, T, F) -> (B, T, F·C)."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return x.permute(0, 2, 3, 1).flatten(2)
+
+
+class _To2d(To2d):
+    """(B, T, f·c) -> (B, c, T, f)."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return x.unflatten(2, (self.f, self.c)).permute(0, 3, 1, 2)
+
+
+class _FrequencySE(FrequencySE):
+    """On (B, C, T, F)."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        pooled = x.mean(dim=1).mean(dim=1, keepdim=True)  # one mean over both is slower in OpenVINO
+        return x * self.gates(pooled).unsqueeze(1)
+
+
+_TURNED: dict[type, type] = {To1d: _To1d, To2d: _To2d, FrequencySE: _FrequencySE}
+
+
+def _product(conv: Any) -> nn.Linear:
+    """A convolution of one frame, for (B, T, C)."""
+    linear = nn.Linear(conv.in_channels, conv.out_channels)
+    linear.weight, linear.bias = nn.Parameter(conv.weight.detach().squeeze(2)), conv.bias
+    return linear
+
+
+def _turn(backbone: Any) -> None:
+    """Make the maps between stages (B, T, F·C), and within (B, C, T, F).
+
+    OpenVINO's convolutions keep channels innermost, where both are the same memory. And they walk
+    along rows: of 6 to 72 frequencies, which stay in the processor's cache, not of all frames.
+    """
+    backbone.stem.insert(0, _Swap(2, 3))
+    backbone.mfa = nn.Sequential(_Swap(1, 2), backbone.mfa)
+    for module in list(backbone.modules()):
+        if type(module) in _TURNED:
+            module.__class__ = _TURNED[type(module)]
+        elif isinstance(module, MapMix):
+            module.w = nn.Parameter(module.w.detach().transpose(2, 3))
+        elif isinstance(module, nn.Conv2d):
+            module.weight = nn.Parameter(module.weight.detach().transpose(2, 3).contiguous())
+            module.kernel_size, module.stride = module.kernel_size[::-1], module.stride[::-1]
+        elif isinstance(module, TimeContext):
+            context: Any = module
+            reduce, norm = context.red_dim_conv
+            context.red_dim_conv = nn.Sequential(_product(reduce), _Swap(1, 2), norm)
+            context.exp_dim_conv = nn.Sequential(_Swap(1, 2), _product(context.exp_dim_conv))
+
+
+class _Graph(nn.Module):
+    """The model as the engines run it best; ``model`` itself becomes that."""
+
+    def __init__(self, model: ReDimNet) -> None:
+        super().__init__()
+        _turn(model.backbone)
+        *before, mel = model.spec.torchfbank
+        model.spec.torchfbank = nn.Sequential(*before, _Mel(mel))
+        for module in model.modules():
+            if isinstance(module, Conv2d):
+                _join_groups(module)
+            if isinstance(module, TransformerLayer):
+                module.attention = FastAttention(module.attention)  # type: ignore[assignment]
+        self.model = model
+
+    def forward(self, wavs: Tensor) -> tuple[Tensor, Tensor]:
+        model = self.model
+        feats, _ = model.spec._features(wavs, None)
+        pooled = model.pool(model.backbone(feats.unsqueeze(1)), None)
+        embeddings = model.linear(model.bn(pooled))
+        return embeddings if model.bn2 is None else model.bn2(embeddings), feats
+
+
+def check_engine(engine: str, precision: str) -> None:
+    """Raise a ValueError unless the engine is known and has the precision."""
+    if engine not in ENGINES:
+        raise ValueError(f"engine must be one of {ENGINES}, got {engine!r}")
+    allowed = ("float32", "bfloat16") if engine == "openvino" else ("float32",)
+    if precision not in allowed:
+        raise ValueError(f"precision must be one of {allowed} with {engine}, got {precision!r}")
+
+
+class ExportedEncoder:
+    """An exported model: waveforms in, embeddings out, both numpy.
+
+    Arguments
+    ---------
+    path : path
+        A file that ``export_onnx`` wrote.
+    engine : str
+        "onnxruntime" or "openvino".
+    precision : str
+        "float32", or "bfloat16" for the network behind the features (OpenVINO, on a CPU that has
+        bfloat16 instructions).
+    threads : int, optional
+        Threads of the engine. None: its own choice.
+    streams : int
+        Clips that run at the same time, each on its share of the threads: more clips a second, and
+        more time for one.
+    shape : tuple of int, optional
+        A shape (B, T) that most waveforms have, as windows of one length do; with streams, B is 1.
+        The engine prepares itself for it too: in small models these take a tenth less time. Others
+        run as without it.
+
+    Raises
+    ------
+    ImportError
+        If the engine is not installed.
+    ValueError
+        For another engine, precision, number of streams or shape, or a file of another origin.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        engine: str = "onnxruntime",
+        precision: str = "float32",
+        threads: int | None = None,
+        streams: int = 1,
+        shape: tuple[int, int] | None = None,
+    ) -> None:
+        check_engine(engine, precision)
+        if streams < 1:
+            raise ValueError(f"streams must be at least 1, got {streams}")
+        if shape is not None and (len(shape) != 2 or shape[0] < 1 or shape[1] < MIN_SAMPLES):
+            raise ValueError(
+                f"shape must be (B, T), B at least 1 and T at least {MIN_SAMPLES} samples, got {shape}"
+            )
+        start = _openvino if engine == "openvino" else _onnxruntime
+        path, options = os.fspath(path), _Options(precision, threads, streams)
+        self._any_shape, facts = start(path, options)
+        fixed = options._replace(shape=shape)
+        self._fixed = {} if shape is None else {tuple(shape): start(path, fixed)[0]}
+        self._map: Any = map if streams == 1 else ThreadPoolExecutor(streams).map
+        self.streams = streams
+        if facts is None:
+            raise ValueError(f"{path} was not written by export_onnx")
+        facts = json.loads(facts)
+        self.embed_dim, self.mrl_dims = facts["embed_dim"], tuple(facts["mrl_dims"])
+        digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        self.fingerprint = f"{digest} {engine} {precision}"
+
+    def __call__(
+        self,
+        wavs: np.ndarray | Tensor,
+        wav_lens: Sequence[float] | Tensor | None = None,
+        target_dim: int | None = None,
+    ) -> Any:
+        """Embeddings of waveforms, or their prefixes; not length-normalised.
+
+        Padded clips are cut to their lengths and run each by itself, which is exact. An object of
+        this class can be given to ``embed_folder``.
+
+        Arguments
+        ---------
+        wavs : numpy.ndarray or torch.Tensor
+            Float, 16 kHz, in [-1, 1]; (T,) or (B, T), T at least 257.
+        wav_lens : sequence of float or torch.Tensor, optional
+            Lengths relative to T, in (0, 1], (B,). None: no clip is padded.
+        target_dim : int, optional
+            One of ``mrl_dims``: coordinates to return. None: all.
+
+        Returns
+        -------
+        numpy.ndarray or torch.Tensor, as ``wavs``
+            (B, target_dim), float32.
+
+        Raises
+        ------
+        ValueError
+            For another shape, type or size, or a clip of fewer than 257 samples.
+        """
+        if target_dim is not None and target_dim not in self.mrl_dims:
+            raise ValueError(
+                f"target_dim must be one of mrl_dims {list(self.mrl_dims)}, got {target_dim!r}"
+            )
+        signals = check_wavs(torch.as_tensor(wavs))
+        counts = sample_counts(
+            signals, None if wav_lens is None else torch.as_tensor(wav_lens, dtype=torch.float64)
+        )
+        batch = np.ascontiguousarray(signals.numpy(), dtype=np.float32)
+        if counts is None and (self.streams == 1 or len(batch) == 1):
+            found = self._run(batch)
+        else:
+            lengths = [batch.shape[1]] * len(batch) if counts is None else counts.tolist()
+            clips = [wav[None, :length] for wav, length in zip(batch, lengths)]
+            found = np.concatenate(list(self._map(self._run, clips)))
+        found = found[:, :target_dim]
+        return torch.from_numpy(found) if isinstance(wavs, Tensor) else found
+
+    def _run(self, wavs: np.ndarray) -> np.ndarray:
+        return self._fixed.get(wavs.shape, self._any_shape)(wavs)
+
+
+class _Options(NamedTuple):
+    """As of ``ExportedEncoder``; without a shape for any."""
+
+    precision: str
+    threads: int | None
+    streams: int
+    shape: tuple[int, int] | None = None
+
+
+# Each engine's start gives what runs a file, and the file's metadata.
+
+
+def _onnxruntime(path: str, options: _Options) -> tuple[_Run, Any]:
+    onnxruntime = require("onnxruntime", "onnx", "engine 'onnxruntime'")
+    settings, threads = onnxruntime.SessionOptions(), options.threads
+    if options.streams > 1:
+        threads = max(1, (threads or os.cpu_count() or 1) // options.streams)
+    settings.intra_op_num_threads = threads or 0
+    settings.add_session_config_entry("session.set_denormal_as_zero", "1")
+    for name, size in zip(("batch", "samples"), options.shape or ()):
+        settings.add_free_dimension_override_by_name(name, size)
+    session = onnxruntime.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
+
+    def run(wavs: np.ndarray) -> Any:
+        return session.run(["embeddings"], {"wavs": wavs})[0]
+
+    return run, session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
+
+
+def _openvino(path: str, options: _Options) -> tuple[_Run, Any]:
+    core = _openvino_core()
+    import openvino
+    from openvino import opset13
+
+    model = core.read_model(path)
+    if options.shape is not None:
+        model.reshape(list(options.shape))
+    where = ["framework", METADATA_KEY]
+    facts = model.get_rt_info(where).astype(str) if model.has_rt_info(where) else None
+    settings: dict[str, Any] = {"NUM_STREAMS": options.streams, "CPU_DENORMALS_OPTIMIZATION": True}
+    if options.threads:
+        settings["INFERENCE_NUM_THREADS"] = options.threads
+    wavs_in, results = model.get_parameters()[0], {r.get_any_name(): r for r in model.outputs}
+    embeddings, feats = (results[name].get_node() for name in ("embeddings", "feats"))
+    # Features are a graph of their own. They stay float32, for bfloat16 has 8 bits for a Fourier
+    # transform; and the network is prepared anew for other frames only, not for each sample more.
+    exact = {**settings, "INFERENCE_PRECISION_HINT": "f32"}
+    front = core.compile_model(openvino.Model([feats], [wavs_in]), "CPU", exact)
+    source = feats.input_value(0)
+    feats_in = opset13.parameter(source.get_partial_shape(), np.float32, name="feats_in")
+    for target in list(source.get_target_inputs()):
+        target.replace_source_output(feats_in.output(0))
+    hint = {"INFERENCE_PRECISION_HINT": "f32" if options.precision == "float32" else "bf16"}
+    network = core.compile_model(
+        openvino.Model([embeddings], [wavs_in, feats_in]), "CPU", settings | hint
+    )
+    features = _shared([front.create_infer_request() for _ in range(options.streams)])
+    embedded = _shared([network.create_infer_request() for _ in range(options.streams)])
+    return lambda wavs: embedded(wavs, features(wavs)), facts
+
+
+@functools.cache
+def _openvino_core() -> Any:
+    """The process' only ``openvino.Core``, kept until its end.
+
+    A core puts the signal stack of its thread aside for its own, and puts that back when it is
+    freed. Of two cores freed in the order they were made, the second puts back the first one's freed
+    stack, and the next signal that Python handles (a worker that ends) kills the process.
+    """
+    # OpenVINO would report its use to its makers, over the network and from a fork of this process,
+    # with the threads of whatever runs here; it does without where its reporter is not installed.
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    return require("openvino", "openvino", "engine 'openvino'").Core()
+
+
+def _shared(requests: list[Any]) -> Callable[..., np.ndarray]:
+    """A function that several threads may call; each call uses a request that no other does."""
+    idle: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    for request in requests:
+        idle.put(request)
+
+    def run(*inputs: np.ndarray) -> np.ndarray:
+        request = idle.get()
+        try:
+            return request.infer(list(inputs))[0]
+        finally:
+            idle.put(request)
+
+    return run

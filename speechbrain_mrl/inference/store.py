@@ -1,0 +1,258 @@
+"""A store of embeddings on disk, computed once: of teachers for training, or of a folder in bulk."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from speechbrain.utils.distributed import ddp_barrier, if_main_process
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from speechbrain_mrl.dataio.clips import Clip, find_clips, read_clips, write_clips
+from speechbrain_mrl.inference.extract import Encoder, embed_clips
+from speechbrain_mrl.utils import only_run, replacing
+
+SHARD_SIZE = 1024  # clips; what a killed run computes again at most
+
+
+class TeacherStore:
+    """Embeddings of a set of clips by several teachers, on disk, each computed once.
+
+    A teacher has a folder of shards (safetensors) and a manifest that says of which weights and
+    which clips they are. Shards are written whole or not at all, so a killed run goes on where it
+    was; with several processes (``torchrun``) each fills its part. Another run that wants the same
+    store waits, and finds it filled.
+
+    Arguments
+    ---------
+    folder : path
+        Where the store is or will be.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder)
+        self.rows: dict[str, int] = {}
+        self.embeddings: dict[str, Tensor] = {}
+
+    def fill(
+        self,
+        teachers: Mapping[str, nn.Module],
+        clips: Sequence[Clip],
+        device: str = "cpu",
+        batch_seconds: float = 60.0,
+        max_seconds: float = 30.0,
+        num_workers: int = 0,
+    ) -> None:
+        """Compute what is missing, then hold all embeddings in memory (4 bytes a coordinate).
+
+        Arguments and errors are those of ``compute``.
+        """
+        clips = self.compute(teachers, clips, device, batch_seconds, max_seconds, num_workers)
+        self.rows = {clip.id: row for row, clip in enumerate(clips)}
+        n_shards = -(-len(clips) // SHARD_SIZE)
+        self.embeddings = {
+            name: torch.cat([self.shard(name, number) for number in range(n_shards)])
+            for name in teachers
+        }
+
+    def compute(
+        self,
+        teachers: Mapping[str, Encoder],
+        clips: Sequence[Clip],
+        device: str = "cpu",
+        batch_seconds: float = 60.0,
+        max_seconds: float = 30.0,
+        num_workers: int = 0,
+    ) -> list[Clip]:
+        """Write the shards that are missing, and hold no more than one in memory.
+
+        Arguments
+        ---------
+        teachers : dict of str to torch.nn.Module or callable
+            As from ``load_teachers``, or as ``fingerprint`` takes them.
+        clips : sequence of Clip
+            With distinct ids.
+        device, batch_seconds, max_seconds, num_workers
+            As for ``embed_clips``.
+
+        Returns
+        -------
+        list of Clip
+            The clips in the order of the rows in the shards.
+
+        Raises
+        ------
+        ValueError
+            If the folder holds embeddings of other weights, clips or ``max_seconds``.
+        """
+        # Neighbours in length share a shard, so that its batches are little padded.
+        clips = sorted(clips, key=lambda clip: (-clip.num_frames, clip.id))
+        shards = [clips[i : i + SHARD_SIZE] for i in range(0, len(clips), SHARD_SIZE)]
+        data = _fingerprint_clips(clips)
+        with only_run(self.folder, patience=-1):
+            for name, teacher in teachers.items():
+                manifest = {
+                    "teacher": fingerprint(teacher),
+                    "clips": data,
+                    "max_seconds": max_seconds,
+                    "shard_size": SHARD_SIZE,
+                }
+                self._claim(name, manifest)
+            ddp_barrier()
+
+            rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+            todo = []
+            for i, shard in list(enumerate(shards))[rank::world_size]:
+                missing = {n: t for n, t in teachers.items() if not self._path(n, i).exists()}
+                if missing:
+                    todo.append((i, shard, missing))
+            total = sum(len(shard) for _, shard, _ in todo)
+            with tqdm(total=total, unit="clip", desc="Embedding", disable=not todo) as bar:
+                for i, shard, missing in todo:
+                    found = embed_clips(
+                        missing, shard, device, batch_seconds, max_seconds, num_workers, bar
+                    )
+                    for name, embeddings in found.items():
+                        with replacing(self._path(name, i)) as part:
+                            save_file({"embeddings": embeddings}, part)
+            ddp_barrier()
+
+        return clips
+
+    def shard(self, name: str, number: int) -> Tensor:
+        """One teacher's embeddings of the clips of one shard, (at most SHARD_SIZE, D)."""
+        return load_file(self._path(name, number))["embeddings"]
+
+    def lookup(self, ids: Sequence[str]) -> dict[str, Tensor]:
+        """Embeddings of the clips of these ids, {teacher: (B, D)}."""
+        rows = torch.tensor([self.rows[clip_id] for clip_id in ids])
+        return {name: embeddings[rows] for name, embeddings in self.embeddings.items()}
+
+    def targets(self, batch: Any) -> dict[str, Tensor]:
+        """Embeddings of a SpeechBrain batch's clips, by its ``id``."""
+        return self.lookup(batch.id)
+
+    def _path(self, name: str, shard: int) -> Path:
+        return self.folder / name / f"{shard:05d}.safetensors"
+
+    def _claim(self, name: str, manifest: dict[str, Any]) -> None:
+        """Write a teacher's manifest, or compare with the one that is there."""
+        path = self.folder / name / "manifest.json"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as part:
+                part.write_text(json.dumps(manifest, indent=1))
+        found = json.loads(path.read_text())
+        changed = [key for key in manifest if found.get(key) != manifest[key]]
+        if changed:
+            raise ValueError(
+                f"{path.parent} was filled with other {' and '.join(changed)}; delete that folder "
+                "or name another one"
+            )
+
+
+def fingerprint(encoder: Encoder) -> str:
+    """SHA-256 over a module's class and all its tensors: changes when a single weight does.
+
+    A callable that is no module must have an attribute ``fingerprint``, a string that does the same.
+    """
+    if not isinstance(encoder, nn.Module):
+        given = getattr(encoder, "fingerprint", None)
+        if not isinstance(given, str):
+            raise ValueError(
+                f"{encoder} is neither a torch.nn.Module nor has it an attribute fingerprint; set it "
+                "to a string that names its weights, so that embeddings of others are not mixed in"
+            )
+        return given
+    digest = hashlib.sha256(type(encoder).__qualname__.encode())
+    # not encoder.state_dict(): a copy made for inference refuses that, lest it be saved
+    for key, value in sorted(nn.Module.state_dict(encoder).items()):
+        digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
+        value = value.detach().cpu().contiguous()
+        digest.update(value.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _fingerprint_clips(clips: Sequence[Clip]) -> str:
+    """SHA-256 over the clips' ids, segments and file sizes."""
+    digest = hashlib.sha256()
+    for clip in clips:
+        size = os.path.getsize(clip.wav)
+        digest.update(f"{clip.id} {clip.start} {clip.stop} {size}\n".encode())
+    return digest.hexdigest()
+
+
+NAME = "embeddings"  # of the subfolder
+
+
+def embed_folder(
+    encoder: Encoder,
+    source: str | os.PathLike[str],
+    output_folder: str | os.PathLike[str],
+    device: str = "cpu",
+    batch_seconds: float = 60.0,
+    max_seconds: float = 30.0,
+    num_workers: int = 0,
+) -> Path:
+    """Embeddings of all recordings of a folder, in shards on disk that ``read_embeddings`` reads.
+
+    Clips of like length travel together; no more than one shard is in memory. A killed call goes on
+    at the shard where it was, and with several processes (``torchrun``) each computes its part.
+
+    Arguments
+    ---------
+    encoder : torch.nn.Module or callable
+        Called as ``encoder(wavs (B, T), wav_lens (B,))``, to give (B, D); a callable that is no
+        module needs a string ``fingerprint`` that names its weights.
+    source : path
+        Folder of recordings of any structure, or a CSV with columns ID, wav, start and stop
+        (samples at 16 kHz).
+    output_folder : path
+        Holds afterwards ``clips.csv``, in the order of the rows, and the shards (safetensors).
+    device, batch_seconds, max_seconds, num_workers
+        As for ``embed_clips``.
+
+    Returns
+    -------
+    Path
+        ``output_folder``.
+
+    Raises
+    ------
+    ValueError
+        If a recording cannot be read, or the folder holds embeddings of another encoder, other
+        recordings or another ``max_seconds``.
+
+    Example
+    -------
+    >>> import soundfile, torch
+    >>> folder = getfixture("tmp_path")
+    >>> for n in (3, 5):
+    ...     soundfile.write(folder / f"{n}.wav", torch.full((1000 * n,), 0.5), 16000)
+    >>> def mean(wavs, wav_lens): return wavs.mean(dim=1, keepdim=True) / wav_lens[:, None]
+    >>> mean.fingerprint = "mean"
+    >>> embedded = embed_folder(mean, folder, folder / "out")
+    >>> [(ids, found.shape) for ids, found in read_embeddings(embedded)]
+    [(['5.wav', '3.wav'], torch.Size([2, 1]))]
+    """
+    folder = Path(output_folder)
+    clips = read_clips(source) if Path(source).is_file() else find_clips(source)
+    clips = TeacherStore(folder).compute(
+        {NAME: encoder}, clips, device, batch_seconds, max_seconds, num_workers
+    )
+    if if_main_process():
+        write_clips(clips, folder / "clips.csv")
+    return folder
+
+
+def read_embeddings(folder: str | os.PathLike[str]) -> Iterator[tuple[list[str], Tensor]]:
+    """Ids and embeddings (n, D) of a folder that ``embed_folder`` wrote, shard after shard."""
+    ids = [clip.id for clip in read_clips(Path(folder) / "clips.csv")]
+    store = TeacherStore(folder)
+    for number, first in enumerate(range(0, len(ids), SHARD_SIZE)):
+        yield ids[first : first + SHARD_SIZE], store.shard(NAME, number)

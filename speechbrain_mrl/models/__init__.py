@@ -1,0 +1,1 @@
+"""The networks, their releases, and combinations of them."""

@@ -1,0 +1,260 @@
+"""Released ReDimNet checkpoints: where they are, under which licence, and how they are loaded."""
+
+import hashlib
+import http.client
+import os
+import urllib.error
+import urllib.request
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from tqdm import tqdm
+
+from speechbrain_mrl.models.redimnet import (
+    MatryoshkaReDimNet,
+    ReDimNet,
+    check_state_dict,
+    read_tensors,
+    refuse_foreign_weights,
+)
+
+PATIENCE = 60  # seconds without an answer
+URL = "https://github.com/IDRnD/ReDimNet/releases/download/latest/"
+# Train types by dataset, and the licence of the weights. vox2: VoxCeleb2, CC BY 4.0; vb2:
+# VoxBlink2, whose licence forbids commercial use of what is trained on it; cnc: CN-Celeb.
+RELEASES = {
+    "vox2": {
+        "model_names": ("b0", "b1", "b2", "b3", "b4", "b5", "b6"),
+        "train_types": ("ptn", "ft_lm"),
+        "license": "cc-by-4.0",
+    },
+    "vb2": {"model_names": ("S", "M"), "train_types": ("ptn",), "license": "non-commercial"},
+    "vb2+vox2+cnc": {
+        "model_names": ("S", "M"),
+        "train_types": ("ft_mix",),
+        "license": "non-commercial",
+    },
+}
+
+
+def parse_release(release: str) -> tuple[str, str, str]:
+    """Model name, dataset and train type out of a release's name.
+
+    Example
+    -------
+    >>> parse_release("b2-vox2-ft_lm")
+    ('b2', 'vox2', 'ft_lm')
+    """
+    parts = release.split("-")
+    if len(parts) != 3 or parts[1] not in RELEASES:
+        raise ValueError(
+            f"a release is named like b2-vox2-ft_lm (model, dataset of {list(RELEASES)}, "
+            f"training), got {release!r}"
+        )
+    model_name, dataset, train_type = parts
+    return model_name, dataset, train_type
+
+
+def load_pretrained_redimnet(
+    model_name: str = "b2",
+    train_type: str = "ft_lm",
+    dataset: str = "vox2",
+    source: str | os.PathLike[str] | None = None,
+    sha256: str | None = None,
+) -> ReDimNet:
+    """A pretrained ReDimNet in eval mode, built from the checkpoint's own configuration.
+
+    Arguments
+    ---------
+    model_name : str
+        "b0" … "b6" (vox2), "S" or "M" (vb2, vb2+vox2+cnc).
+    train_type : str
+        "ptn" (pretrained), "ft_lm" (large-margin fine-tuned) or "ft_mix".
+    dataset : str
+        "vox2", "vb2" or "vb2+vox2+cnc".
+    source : path, optional
+        None: the authors' release, kept in torch.hub's cache. Else a checkpoint file, or a folder
+        that holds ``{model_name}-{dataset}-{train_type}.pt``.
+    sha256 : str, optional
+        The file's expected SHA-256, in hexadecimal.
+
+    Returns
+    -------
+    ReDimNet
+        With ``embed_dim`` coordinates (192 in every release).
+
+    Raises
+    ------
+    ValueError
+        For a model that was not released, or a file that is damaged, of another layout, or does
+        not fill every tensor of the network.
+    FileNotFoundError
+        If ``source`` does not hold the file.
+    ConnectionError
+        If the release cannot be downloaded.
+    """
+    if source is not None and os.path.isfile(source):
+        path = Path(source)
+    else:
+        path = _find_release(model_name, train_type, dataset, source)
+    checkpoint = read_checkpoint(path, sha256)
+    model = ReDimNet.from_config(checkpoint["model_config"])
+    load_strictly(model, checkpoint["state_dict"], path)
+    return model.eval()
+
+
+class ReDimNetMRL(MatryoshkaReDimNet):
+    __doc__ = str(MatryoshkaReDimNet.__doc__).replace("MatryoshkaReDimNet(", "ReDimNetMRL(")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model_name: str = "b2",
+        train_type: str = "ptn",
+        dataset: str = "vox2",
+        source: str | os.PathLike[str] | None = None,
+        embed_dim: int = 256,
+        mrl_dims: Iterable[int] = (64, 128, 192, 256),
+    ) -> "ReDimNetMRL":
+        """A student that starts as the pretrained model: every tensor is the checkpoint's.
+
+        Its first coordinates (192 for a release) are the checkpoint's embedding; the others start
+        small and random. ``rotate_head`` puts the principal axes first.
+
+        Arguments are those of ``load_pretrained_redimnet`` and of the class.
+        """
+        redimnet = load_pretrained_redimnet(model_name, train_type, dataset, source)
+        return cls.from_redimnet(redimnet, embed_dim, mrl_dims)
+
+
+def read_checkpoint(path: str | os.PathLike[str], sha256: str | None = None) -> dict[str, Any]:
+    """``{"model_config": ..., "state_dict": ...}`` out of a release file; runs no code of it.
+
+    Raises
+    ------
+    ValueError
+        If the file's SHA-256 is another, or it is damaged or not a release's checkpoint.
+    """
+    if sha256 is not None:
+        digest = hashlib.sha256()
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+        found = digest.hexdigest()
+        if found != sha256.lower():
+            raise ValueError(
+                f"{path} has SHA-256 {found}, expected {sha256}; delete it and load it again"
+            )
+    checkpoint = read_tensors(path)
+    keys = {"model_config", "state_dict"}
+    if not isinstance(checkpoint, dict) or not keys <= set(checkpoint):
+        raise ValueError(f"{path} is not a ReDimNet release: it must hold {sorted(keys)}")
+    if not isinstance(checkpoint["state_dict"], dict):
+        found = type(checkpoint["state_dict"]).__name__
+        raise ValueError(f"{path} is not a ReDimNet release: its state_dict is a {found}")
+    return checkpoint
+
+
+def load_strictly(
+    model: ReDimNet, state_dict: dict[str, Any], where: str | os.PathLike[str]
+) -> None:
+    """Load a checkpoint's tensors, all of them and no others; subnormal numbers become zero.
+
+    Raises
+    ------
+    ValueError
+        If a key is missing, unexpected, of another shape, or holds NaN or infinity. Lists them.
+    """
+    refuse_foreign_weights(model, state_dict, where)
+    if problems := check_state_dict(model, state_dict):
+        found = "; ".join(f"{len(keys)} {what}: {keys}" for what, keys in problems.items())
+        raise ValueError(f"{where} does not fit the model: {found}")
+    # Subnormal weights slow a CPU down by up to 25 times.
+    tiny = torch.finfo(torch.float32).tiny
+    model.load_state_dict(
+        {key: value.where(value.abs() >= tiny, 0) for key, value in state_dict.items()}
+    )
+
+
+def _find_release(
+    model_name: str, train_type: str, dataset: str, folder: str | os.PathLike[str] | None
+) -> Path:
+    """Path of a release file, in a folder or, downloaded if need be, in torch.hub's cache."""
+    name = f"{model_name}-{dataset}-{train_type}.pt"
+    release = RELEASES.get(dataset, {"model_names": (), "train_types": ()})
+    released = model_name in release["model_names"] and train_type in release["train_types"]
+    if folder is not None:
+        path = Path(folder) / name
+        if not path.is_file():
+            hint = f"; download it from {URL}{name}" if released else ""
+            raise FileNotFoundError(
+                f"source {str(folder)!r} is neither a checkpoint nor a folder that holds {name}"
+                + hint
+            )
+        return path
+    if not released:
+        known = [
+            f"{'/'.join(entry['model_names'])}-{data}-{'/'.join(entry['train_types'])}"
+            for data, entry in RELEASES.items()
+        ]
+        raise ValueError(f"{name} was never released; released are {', '.join(known)}")
+    path = Path(torch.hub.get_dir()) / "checkpoints" / name
+    if not path.is_file():
+        try:
+            download(URL + name, path)
+        except (OSError, EOFError, http.client.HTTPException) as error:
+            raise ConnectionError(
+                f"cannot download {URL}{name} ({error}); get that file elsewhere and put it at "
+                f"{path}, or name it with source="
+            ) from error
+    return path
+
+
+def download(url: str, path: Path) -> None:
+    """Download to ``path``: with a progress bar, atomically, and where possible from where an
+    interrupted download stopped. Of several processes one does it, and the others wait.
+
+    Raises
+    ------
+    OSError
+        If the server cannot be reached or refuses.
+    EOFError, http.client.IncompleteRead
+        If the connection ended early; what has come is kept for the next try.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name(f".{path.name}.lock")):
+        if not path.exists():
+            _download_alone(url, path)
+
+
+def _download_alone(url: str, path: Path) -> None:
+    part = path.with_name(path.name + ".part")
+    start = part.stat().st_size if part.exists() else 0
+    headers = {"Range": f"bytes={start}-"} if start else {}
+    try:
+        request = urllib.request.Request(url, headers=headers)
+        response = urllib.request.urlopen(request, timeout=PATIENCE)
+    except urllib.error.HTTPError as error:
+        if error.code != 416:  # the part cannot be continued
+            raise
+        part.unlink()
+        return _download_alone(url, path)
+    with response:
+        if response.status != 206:
+            start = 0
+        length = response.headers.get("Content-Length")
+        total = None if length is None else start + int(length)
+        with (
+            open(part, "ab" if start else "wb") as file,
+            tqdm(total=total, initial=start, unit="B", unit_scale=True, desc=path.name) as bar,
+        ):
+            while block := response.read(1 << 18):
+                file.write(block)
+                bar.update(len(block))
+            done = file.tell()
+    if total is not None and done != total:
+        raise EOFError(f"the connection ended after {done} of {total} bytes")
+    os.replace(part, path)

@@ -1,0 +1,1 @@
+"""Models as folders, on the Hub, and back."""

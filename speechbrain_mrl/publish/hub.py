@@ -1,0 +1,303 @@
+"""Checks an exported folder as a stranger would, and publishes it."""
+
+import inspect
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub  # its classes cost a second and load on first use
+import torch
+
+from speechbrain_mrl.evaluation.calibration import check_calibration
+from speechbrain_mrl.publish.card import card_for, card_problems
+from speechbrain_mrl.publish.export import FILES, foreign_files, probe_wavs
+
+# What space.py imports, besides Gradio
+SPACE_PACKAGES = ("speechbrain", "torch", "torchaudio", "av", "matplotlib", "scikit-learn")
+
+
+def push_to_hub(
+    folder: str | os.PathLike[str],
+    repo_id: str,
+    token: str | bool | None = None,
+    private: bool = False,
+    revision: str | None = None,
+    dry_run: bool = False,
+    tag: str | None = None,
+) -> str:
+    """Check an exported folder, upload it in one commit, tag it, and print how to use it.
+
+    An upload that fails leaves the repo as it was.
+
+    Arguments
+    ---------
+    folder : path
+        From ``export_model``, with a report.
+    repo_id : str
+        "organisation/name". Created if need be.
+    token : str, optional
+        None: the login that huggingface_hub knows.
+    private : bool
+        Create the repo as private. A public repo is then refused.
+    revision : str, optional
+        Branch; created if need be. None: main.
+    dry_run : bool
+        Check and print only.
+    tag : str, optional
+        A name for this version. None: the next of v1, v2, …
+
+    Returns
+    -------
+    str
+        The address of the repo.
+
+    Raises
+    ------
+    ValueError
+        If the folder fails ``check_folder``, the tag exists, or the repo is not private enough.
+
+    Example
+    -------
+    >>> push_to_hub(getfixture("tmp_path"), "org/name")
+    Traceback (most recent call last):
+    ...
+    ValueError: ... lacks ['README.md', 'check.json', ...
+    """
+    folder = Path(folder)
+    check_folder(folder)
+    api = huggingface_hub.HfApi(token=token)
+    address = f"{api.endpoint}/{repo_id}"
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    if dry_run:
+        for path in paths:
+            print(f"{path.stat().st_size:>12,}  {path.relative_to(folder)}")
+        print(f"would be uploaded to {address}")
+        return address
+
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    if private and not api.model_info(repo_id).private:
+        raise ValueError(f"{repo_id} exists and is public; nothing was uploaded")
+    tags = {ref.name for ref in api.list_repo_refs(repo_id).tags}
+    if tag in tags:
+        raise ValueError(f"{repo_id} has the tag {tag!r} already; nothing was uploaded")
+    if tag is None:
+        tag = next(name for i in range(1, len(tags) + 2) if (name := f"v{i}") not in tags)
+    if revision is not None:
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+
+    contents: dict[str, Any] = {path.relative_to(folder).as_posix(): str(path) for path in paths}
+    contents["README.md"] = card_for(folder, repo_id, api.endpoint).encode()
+    there = api.list_repo_files(repo_id, revision=revision)
+    commit = api.create_commit(
+        repo_id,
+        [huggingface_hub.CommitOperationAdd(name, content) for name, content in contents.items()]
+        + [
+            huggingface_hub.CommitOperationDelete(name)
+            for name in there
+            if name not in contents and name.split("/")[0] in FILES
+        ],
+        commit_message=f"Model {tag}",
+        revision=revision,
+    )
+    api.create_tag(repo_id, tag=tag, revision=commit.oid)
+    print(f"{address} has it as {tag}. To use it:")
+    print("from speechbrain.inference.speaker import SpeakerRecognition")
+    print(f'model = SpeakerRecognition.from_hparams(source="{repo_id}")')
+    print('score, same_speaker = model.verify_files("one.wav", "two.wav")')
+    return address
+
+
+SPACE_CARD = """\
+---
+title: Voices at several sizes
+emoji: 🪆
+colorFrom: yellow
+colorTo: red
+sdk: gradio
+sdk_version: {gradio}
+python_version: "{python}"
+app_file: app.py
+license: apache-2.0
+short_description: Compare voices, find one among some, see a map of them
+models:
+- {model}
+---
+
+Compare two voices at every size of [{model}](https://huggingface.co/{model}), find one among a few,
+and see a map of many. Recordings are deleted once they have been read.
+
+The model is loaded at the commit that `model.json` names, never at a later one: loading a SpeechBrain
+model runs the code in it. A private model needs the Space's secret `HF_TOKEN`.
+"""
+
+
+def push_space(
+    repo_id: str,
+    model: str,
+    token: str | bool | None = None,
+    private: bool = False,
+    revision: str | None = None,
+) -> str:
+    """Publish a page for trying a published model out: a Space, which needs SpeechBrain alone.
+
+    Arguments
+    ---------
+    repo_id : str
+        The Space's "organisation/name". Created if need be.
+    model : str
+        The published model's. The Space is pinned to the commit that it has now.
+    token : str, optional
+        None: the login that huggingface_hub knows.
+    private : bool
+        Create the Space as private. A public one is then refused.
+    revision : str, optional
+        The model's branch, tag or commit. None: main.
+
+    Returns
+    -------
+    str
+        The address of the Space.
+
+    Raises
+    ------
+    ValueError
+        If the Space is not private enough.
+    PackageNotFoundError
+        If what the page needs (the extra ``space``) is not installed here: its versions are pinned.
+    """
+    api = huggingface_hub.HfApi(token=token)
+    commit = api.model_info(model, revision=revision).sha
+    pinned = [f"{name}=={version(name).split('+')[0]}" for name in SPACE_PACKAGES]
+    contents = {
+        "app.py": Path(__file__).with_name("space.py").read_text(encoding="utf-8"),
+        "model.json": json.dumps({"model": model, "revision": commit}) + "\n",
+        "requirements.txt": "\n".join(pinned) + "\n",
+        "README.md": SPACE_CARD.format(
+            model=model,
+            gradio=version("gradio"),
+            python=".".join(platform.python_version_tuple()[:2]),
+        ),
+    }
+    api.create_repo(repo_id, repo_type="space", space_sdk="gradio", private=private, exist_ok=True)
+    if private and not api.space_info(repo_id).private:
+        raise ValueError(f"{repo_id} exists and is public; nothing was uploaded")
+    api.create_commit(
+        repo_id,
+        [
+            huggingface_hub.CommitOperationAdd(name, text.encode())
+            for name, text in contents.items()
+        ],
+        commit_message=f"{model} at {commit}",
+        repo_type="space",
+    )
+    address = f"{api.endpoint}/spaces/{repo_id}"
+    print(f"{address} shows {model} at {commit}")
+    return address
+
+
+def add_calibration(folder: str | os.PathLike[str], calibration: str | os.PathLike[str]) -> None:
+    """Let an exported folder with a report travel with what ``verify.py`` fitted for its sizes.
+
+    Raises
+    ------
+    ValueError
+        If a size lacks a calibration, or the scores were not plain cosines.
+    """
+    report = json.loads(Path(folder, "report.json").read_text(encoding="utf-8"))
+    check_calibration(calibration, [int(size) for size in report["dims"]])
+    shutil.copyfile(calibration, Path(folder, "calibration.json"))
+
+
+def check_folder(folder: str | os.PathLike[str]) -> None:
+    """Raise unless ``folder`` is a complete export that a stranger's machine can load.
+
+    Loads it in a fresh process, offline and without this package, at every size, and compares its
+    embeddings with the exported model's; checks labels, card, licence and report. Runs its code.
+
+    Raises
+    ------
+    ValueError
+        Listing everything that is wrong.
+
+    Example
+    -------
+    >>> check_folder(getfixture("tmp_path"))
+    Traceback (most recent call last):
+    ...
+    ValueError: ... lacks ['README.md', 'check.json', ...
+    """
+    folder = Path(folder).absolute()
+    optional = {"calibration.json", "report.json", "eer_by_dim.png", "examples"}
+    missing = [name for name in FILES if name not in optional and not (folder / name).is_file()]
+    if missing:
+        raise ValueError(f"{folder} lacks {missing}; write it with export_model")
+    if foreign := foreign_files(folder):
+        raise ValueError(f"{folder} holds {foreign}, which no export wrote; take them out")
+    found = _ask_stranger(folder)
+    problems = card_problems(folder, found["labels"], sorted(map(int, found["embeddings"])))
+    if (calibration := folder / "calibration.json").is_file():
+        try:
+            check_calibration(calibration, [int(size) for size in found["embeddings"]])
+        except ValueError as error:
+            problems.append(str(error))
+    check = json.loads((folder / "check.json").read_text(encoding="utf-8"))
+    expected = torch.tensor(check["embedding"])
+    for size, embedding in found["embeddings"].items():
+        own = expected[: int(size)]
+        if (torch.tensor(embedding) - own).norm() > check["tolerance"] * own.norm():
+            problems.append(f"at target_dim {size} the embedding is not the exported model's")
+    if not found.get("refuses"):
+        problems.append("a target_dim that the model was not trained for is not refused")
+    if problems:
+        raise ValueError(f"{folder} cannot be published: " + "; ".join(problems))
+
+
+def _ask_stranger(folder: Path) -> dict[str, Any]:
+    script = "\n".join(
+        ["import json, sys", "sys.modules['speechbrain_mrl'] = None  # as if not installed"]
+        + ["import torch", inspect.getsource(probe_wavs), inspect.getsource(_report_as_stranger)]
+        + ["_report_as_stranger(sys.argv[1])"]
+    )
+    with tempfile.TemporaryDirectory() as elsewhere:
+        done = subprocess.run(
+            [sys.executable, "-c", script, str(folder)],
+            cwd=elsewhere,
+            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+            capture_output=True,
+            text=True,
+        )
+    if done.returncode:
+        raise ValueError(
+            f"{folder} does not load with SpeechBrain alone: {done.stderr.strip()[-2000:]}"
+        )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _report_as_stranger(folder: str) -> None:
+    """What a machine without this package finds in ``folder``; runs in a process of its own."""
+    from speechbrain.inference.classifiers import EncoderClassifier
+
+    def load(**overrides: object) -> EncoderClassifier:
+        return EncoderClassifier.from_hparams(
+            source=folder, overrides=overrides, run_opts={"device": "cpu"}
+        )
+
+    model, wavs = load(), probe_wavs()
+    found: dict[str, Any] = {"embeddings": {}, "labels": len(model.hparams.label_encoder)}
+    for size in model.hparams.mrl_dims:
+        model = load(target_dim=size)
+        found["embeddings"][size] = model.encode_batch(wavs).flatten().tolist()
+        if found["labels"]:
+            model.classify_batch(wavs)
+    try:
+        load(target_dim=size + 1)
+    except ValueError:
+        found["refuses"] = True
+    print(json.dumps(found))

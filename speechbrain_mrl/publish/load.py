@@ -1,0 +1,155 @@
+"""Reads an exported folder as data, without running its code: what it is, and the model itself."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from ruamel.yaml import YAML
+from speechbrain.dataio.encoder import CategoricalEncoder
+from torch import Tensor
+
+from speechbrain_mrl.models.pretrained import ReDimNetMRL, load_strictly
+from speechbrain_mrl.publish.card import Provenance
+from speechbrain_mrl.publish.export import FILES
+
+
+def find_published(source: str | os.PathLike[str]) -> Path:
+    """The folder of an exported model; one on the Hub is downloaded, or found in the Hub's cache.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such folder, no such model on the Hub or no way to it, or it is another kind.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        try:
+            folder = Path(snapshot_download(str(source), allow_patterns=[*FILES, "examples/*"]))
+        except (OSError, ValueError) as error:
+            raise FileNotFoundError(
+                f"{source} is no folder here, and the Hub does not give it ({error})"
+            ) from error
+    missing = [name for name in ("hyperparams.yaml", "config.json") if not (folder / name).exists()]
+    if missing:
+        raise FileNotFoundError(
+            f"{source} lacks {missing}, so it is no model that export_model wrote"
+        )
+    return folder
+
+
+def read_provenance(source: str | os.PathLike[str]) -> Provenance:
+    """What a published model says that it was made from; all "not stated" if it says nothing."""
+    config = json.loads((find_published(source) / "config.json").read_text(encoding="utf-8"))
+    return Provenance(**config.get("provenance", {}))
+
+
+def read_report(source: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """The report.json of a published model; None without one."""
+    path = find_published(source) / "report.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def load_published(source: str | os.PathLike[str]) -> ReDimNetMRL:
+    """A published model as a ``ReDimNetMRL`` in eval mode, to export again, grow or train further.
+
+    No code of the folder is run: architecture and sizes are read, tensors are loaded strictly.
+
+    Arguments
+    ---------
+    source : path
+        A folder from ``export_model``, or a Hub id.
+
+    Raises
+    ------
+    ValueError
+        If the tensors do not fill the network.
+
+    Example
+    -------
+    >>> from speechbrain_mrl import export_model
+    >>> model = ReDimNetMRL(embed_dim=64, mrl_dims=(32, 64), backbone="b0").eval()
+    >>> folder = export_model(model, getfixture("tmp_path") / "model")
+    >>> wavs = torch.randn(1, 16000)
+    >>> torch.equal(load_published(folder)(wavs), model(wavs))
+    True
+    """
+    folder = find_published(source)
+    network = _hyperparams(folder)["embedding_model"]
+    path = folder / "embedding_model.ckpt"
+    state_dict = torch.load(path, map_location="cpu", weights_only=True)
+    config = _plain(network["model_config"])
+    model = ReDimNetMRL(config["embed_dim"], _hyperparams(folder)["mrl_dims"], config)
+    load_strictly(model, state_dict, path)
+    return model.eval()
+
+
+def read_speakers(source: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Label -> vector (D,) of a published model's classifier; empty if it names nobody."""
+    folder = find_published(source)
+    weight = torch.load(folder / "classifier.ckpt", map_location="cpu", weights_only=True)["weight"]
+    labels = CategoricalEncoder()
+    if len(weight):
+        labels.load(folder / "label_encoder.ckpt")
+    return {labels.ind2lab[i]: row.float() for i, row in enumerate(weight)}
+
+
+def model_info(source: str | os.PathLike[str]) -> dict[str, Any]:
+    """What a published model is, as plain values: sizes, teachers, corpus, error rates, licence.
+
+    Arguments
+    ---------
+    source : path
+        A folder from ``export_model``, or a Hub id.
+
+    Returns
+    -------
+    dict
+        ``title``, ``license``, ``training_data``, ``teachers`` (name -> licence), ``mrl_dims``,
+        ``params``, ``megabytes`` (10^6 bytes, of the weights), ``speakers`` (how many it names), and
+        of its report ``corpus``, ``list`` (of trials), ``trials``, ``dims`` (size -> ``eer``,
+        ``min_dcf``, fractions, and ``threshold``, a cosine); None or empty without one.
+
+    Example
+    -------
+    >>> from speechbrain_mrl import export_model
+    >>> model = ReDimNetMRL(embed_dim=64, mrl_dims=(32, 64), backbone="b0")
+    >>> provenance = Provenance("Random weights", "cc0-1.0", "Nothing.")
+    >>> info = model_info(export_model(model, getfixture("tmp_path") / "model", provenance))
+    >>> info["title"], info["license"], info["mrl_dims"]
+    ('Random weights', 'cc0-1.0', [32, 64])
+    """
+    folder = find_published(source)
+    provenance, report = read_provenance(folder), read_report(folder) or {}
+    return {
+        "source": str(source),
+        "title": provenance.title,
+        "license": provenance.license,
+        "training_data": provenance.training_data,
+        "teachers": dict(provenance.teachers),
+        "mrl_dims": list(_hyperparams(folder)["mrl_dims"]),
+        "params": sum(p.numel() for p in load_published(folder).parameters()),
+        "megabytes": round((folder / "embedding_model.ckpt").stat().st_size / 1e6, 2),
+        "speakers": len(read_speakers(folder)),
+        "corpus": report.get("corpus"),
+        "list": provenance.trials or None,
+        "trials": report.get("trials"),
+        "dims": {
+            size: {key: found[key] for key in ("eer", "min_dcf", "threshold")}
+            for size, found in report.get("dims", {}).items()
+        },
+    }
+
+
+def _hyperparams(folder: Any) -> Any:
+    """The YAML's values; its tags are left alone, so nothing of it is built or run."""
+    return YAML().load(folder / "hyperparams.yaml")
+
+
+def _plain(value: Any) -> Any:
+    """Lists and dicts out of ruamel.yaml's."""
+    return json.loads(json.dumps(value))

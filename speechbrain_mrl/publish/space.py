@@ -1,0 +1,516 @@
+"""A page for trying a published model out: compare two voices, find one among some, see a map.
+
+python -m speechbrain_mrl.publish.space --model results/mrl_distill/1986/model
+
+This one file is everything that the model's Space runs: it is copied there unchanged, so it imports
+SpeechBrain, Gradio, scikit-learn, matplotlib and PyAV (the extra ``space``), never this package.
+Nothing that a visitor gives is kept: a recording is deleted once it has been read, its embedding
+stays in memory and is forgotten an hour after the last click.
+"""
+
+from __future__ import annotations
+
+import argparse
+import html
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+SAMPLE_RATE = 16000  # Hz
+MIN_SECONDS, MAX_SECONDS = 1, 60  # of a recording; more is not listened to
+SILENCE = 1e-4  # a recording whose loudest sample is below has no voice in it
+SEARCHED, RUNS = 100_000, 7  # voices of the search that is timed, and how often it is
+KEPT_SECONDS = 600
+MIN_TSNE = 12  # recordings; fewer are drawn along their principal axes
+# FFmpeg's formats that hold sound of their own; playlists, which name other files, are not read
+FORMATS = "aac,aiff,amr,caf,flac,matroska,mov,mp3,ogg,w64,wav"
+
+Voice = tuple[np.ndarray, float]  # embedding (D,) and seconds of a recording
+
+
+class Refusal(Exception):
+    """What is wrong with what the visitor gave, in one sentence for the page."""
+
+
+def read_voice(path: str | os.PathLike[str]) -> torch.Tensor:
+    """The first minute of a recording of any usual format, mono at 16 kHz, (T,).
+
+    Raises
+    ------
+    Refusal
+        If it is no sound, shorter than a second, or silent.
+
+    Example
+    -------
+    >>> path = getfixture("tmp_path") / "notes.txt"
+    >>> _ = path.write_text("not a voice")
+    >>> read_voice(path)
+    Traceback (most recent call last):
+    ...
+    speechbrain_mrl.publish.space.Refusal: “notes.txt” cannot be read as sound; ...
+    """
+    import av
+
+    name = f"“{Path(path).name}”"
+    blocks, seconds = [], 0.0
+    try:
+        with av.open(os.fspath(path), options={"format_whitelist": FORMATS}) as container:
+            to_mono = av.AudioResampler(format="flt", layout="mono", rate=SAMPLE_RATE)
+            for frame in container.decode(audio=0):
+                blocks += [part.to_ndarray()[0] for part in to_mono.resample(frame)]
+                seconds += frame.samples / frame.sample_rate
+                if seconds > MAX_SECONDS:
+                    break
+            blocks += [part.to_ndarray()[0] for part in to_mono.resample(None)]
+    except (av.FFmpegError, IndexError, OSError):  # IndexError: no audio stream
+        raise Refusal(
+            f"{name} cannot be read as sound; give a WAV, FLAC, Ogg, MP3 or M4A file."
+        ) from None
+    wav = torch.from_numpy(np.concatenate(blocks or [np.zeros(0, np.float32)]))
+    wav = wav[: MAX_SECONDS * SAMPLE_RATE]
+    if len(wav) < MIN_SECONDS * SAMPLE_RATE:
+        raise Refusal(
+            f"{name} lasts {len(wav) / SAMPLE_RATE:.1f} s; at least {MIN_SECONDS} s is needed."
+        )
+    if not wav.abs().max() > SILENCE:
+        raise Refusal(f"{name} is silent; check the microphone.")
+    return wav
+
+
+class Model:
+    """A published model: embeddings of recordings, and what their cosines mean at every size.
+
+    Arguments
+    ---------
+    source : str
+        Exported folder, or id on the Hub. Loading it runs the code in it.
+    revision : str, optional
+        Commit hash of the Hub's version to load. None: the newest.
+    """
+
+    def __init__(self, source: str, revision: str | None = None) -> None:
+        from huggingface_hub import snapshot_download
+        from speechbrain.inference.classifiers import EncoderClassifier
+
+        folder = source if os.path.isdir(source) else snapshot_download(source, revision=revision)
+        self.name = Path(source).name if os.path.isdir(source) else source
+        self.encoder = EncoderClassifier.from_hparams(source=str(folder))
+        self.sizes = list(self.encoder.hparams.mrl_dims)
+        self.thresholds = {
+            int(size): found["eer"] for size, found in self.encoder.hparams.thresholds.items()
+        }
+        self.calibration = _read_json(Path(folder, "calibration.json")).get("dims")
+        self.report = _read_json(Path(folder, "report.json"))
+
+    def embed(self, path: str) -> Voice:
+        """Embedding (D,) and seconds of a recording, which is deleted."""
+        try:
+            wav = read_voice(path)
+        finally:
+            Path(path).unlink(missing_ok=True)
+        with torch.no_grad():
+            embedding = self.encoder.encode_batch(wav.unsqueeze(0))[0, 0]
+        return embedding.cpu().numpy(), len(wav) / SAMPLE_RATE
+
+    def log_ratio(self, size: int, cosine: float, seconds: tuple[float, float]) -> float:
+        """Calibrated: log-likelihood ratio of one person against two."""
+        found = self.calibration[str(size)]
+        logs = np.log(sorted(seconds))  # the shorter clip first
+        if bounds := found.get("bounds"):  # no further than it was fitted
+            logs = logs.clip(*np.transpose(bounds))
+        quality = sum(factor * log for factor, log in zip(found["quality"], logs))
+        return float(found["offset"] + found["scale"] * cosine + quality)
+
+    def is_same(self, size: int, cosine: float, seconds: tuple[float, float]) -> bool | None:
+        """One person or not; None where the model came without calibration and threshold."""
+        if self.calibration:
+            return self.log_ratio(size, cosine, seconds) > 0
+        return cosine >= self.thresholds[size] if size in self.thresholds else None
+
+    def basis(self) -> str:
+        """What verdicts rest on, in words."""
+        corpus = Path(self.report.get("corpus", "")).name
+        trials = f"the model's own trials ({corpus})" if corpus else "the model's own trials"
+        if self.calibration:
+            return (
+                "Calibrated: a probability holds if both answers are equally likely before "
+                "listening, and above 50 % the verdict is “same”. It was learned from recordings "
+                "of other people (calibration.json) and can be wrong where rooms, microphones or "
+                "the lengths of recordings differ from theirs."
+            )
+        if self.thresholds:
+            return (
+                "Not calibrated: the model came without calibration.json, so a cosine is no "
+                f"probability. The threshold is where both kinds of error are equally frequent on "
+                f"{trials}."
+            )
+        return "The model came without thresholds and calibration.json: cosines only, no verdict."
+
+
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def prefix_cosines(size: int, one: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Cosines of the first ``size`` coordinates of ``one`` (D,) with ``others`` (N, D).
+
+    Example
+    -------
+    >>> prefix_cosines(2, np.array([3.0, 4.0, 9.0]), np.array([[4.0, 3.0, -9.0]])).tolist()
+    [0.96]
+    """
+    one, others = one[:size], others[:, :size]
+    return others @ one / (np.linalg.norm(others, axis=1) * np.linalg.norm(one))
+
+
+def time_searches(sizes: list[int], n: int = SEARCHED, runs: int = RUNS) -> dict[int, float]:
+    """Seconds, by size, that comparing one voice with ``n`` takes here and now: the shortest of ``runs``.
+
+    One product and the place of the largest cosine, which is what an exact search does; its time
+    does not depend on the numbers.
+    """
+    numbers, seconds = np.ones(n * max(sizes), np.float32), {}
+    for size in sizes:
+        voices, times = numbers[: n * size].reshape(n, size), []
+        for _ in range(runs):
+            start = time.perf_counter()
+            (voices @ voices[0]).argmax()
+            times.append(time.perf_counter() - start)
+        seconds[size] = min(times)
+    return seconds
+
+
+def compare(model: Model, recordings: list[str | None], heard: dict[str, Voice]) -> str:
+    """Two recordings, at every size side by side. ``heard``: embeddings by path, added to."""
+    voices = []
+    for which, path in zip(("first", "second"), recordings):
+        if path is None:
+            raise Refusal(f"Record or upload the {which} voice too.")
+        if path not in heard:
+            heard[path] = model.embed(path)
+        voices.append(heard[path])
+    (one, length), (two, other) = voices
+    seconds, searches = (length, other), time_searches(model.sizes)
+    cards = []
+    for size in model.sizes:
+        cosine = float(prefix_cosines(size, one, two[None])[0])
+        same = model.is_same(size, cosine, seconds)
+        verdict = {True: "Same person", False: "Different people", None: "No verdict"}[same]
+        if model.calibration:
+            certainty = _percent(model.log_ratio(size, cosine, seconds))
+            about = f"Probability of one person: <b>{certainty}</b><br>cosine {cosine:.2f}"
+        elif size in model.thresholds:
+            about = f"cosine <b>{cosine:.2f}</b><br>threshold {model.thresholds[size]:.2f}"
+        else:
+            about = f"cosine <b>{cosine:.2f}</b>"
+        cards.append(
+            f'<div class="card {str(same).lower()}"><h3>{size} coordinates</h3>'
+            f"<p class=verdict>{verdict}</p><p>{about}</p>"
+            f"<p>Search of {SEARCHED:,} voices:<br><b>{1000 * searches[size]:.1f} ms</b>, "
+            f"{SEARCHED * size * 4 / 1e6:.0f} MB</p></div>"
+        )
+    return (
+        f"<div class=cards>{''.join(cards)}</div><p>{model.basis()}</p>"
+        "<p>Search times were measured just now on the computer that serves this page, the best of "
+        f"{RUNS}: one voice compared with each of {SEARCHED:,}, without an index, at 4 bytes per "
+        "coordinate. Ten times the voices take ten times as long.</p>"
+    )
+
+
+def _percent(log_ratio: float) -> str:
+    percent = 100 / (1 + math.exp(-max(-50.0, log_ratio)))
+    return (
+        "over 99.9 %" if percent > 99.9 else "under 0.1 %" if percent < 0.1 else f"{percent:.1f} %"
+    )
+
+
+def enrol(model: Model, path: str | None, name: str, people: dict[str, list[Voice]]) -> str:
+    """Adds a recording to ``people``: name -> list of embeddings and seconds."""
+    name = name.strip()
+    if path is None:
+        raise Refusal("Record or upload a voice to enrol.")
+    if not name:
+        raise Refusal("Type a name for this voice.")
+    people.setdefault(name, []).append(model.embed(path))
+    return enrolled(people)
+
+
+def enrolled(people: dict[str, list[Voice]]) -> str:
+    """Who is enrolled, for the page."""
+    names = [f"{html.escape(name)} ({len(voices)})" for name, voices in people.items()]
+    return f"<p>Enrolled (recordings): {', '.join(names) or 'nobody yet'}.</p>"
+
+
+def find(model: Model, path: str | None, people: dict[str, list[Voice]]) -> str:
+    """The enrolled voices nearest to a recording, at every size side by side."""
+    if not people:
+        raise Refusal("Enrol a voice or two first.")
+    if path is None:
+        raise Refusal("Record or upload the voice to be found.")
+    embedding, seconds = model.embed(path)
+    columns = []
+    for size in model.sizes:
+        found = []
+        for name, voices in people.items():
+            units = [v[:size] / np.linalg.norm(v[:size]) for v, _ in voices]
+            cosine = float(prefix_cosines(size, embedding, np.mean(units, axis=0)[None])[0])
+            lengths = seconds, max(length for _, length in voices)
+            found.append((cosine, name, model.is_same(size, cosine, lengths)))
+        columns.append(sorted(found, key=lambda one: one[0], reverse=True)[:5])
+    heads = "".join(f"<th>{size}</th>" for size in model.sizes)
+    rows = "".join(
+        f"<tr><th>{rank}</th>"
+        + "".join(
+            f'<td class="{str(same).lower()}">{html.escape(name)} {cosine:.2f}</td>'
+            for cosine, name, same in row
+        )
+        + "</tr>"
+        for rank, row in enumerate(zip(*columns), 1)
+    )
+    cosine, best, same = columns[-1][0]
+    verdict = {
+        True: f"Most like {html.escape(best)}, and near enough to be the same person.",
+        False: f"Most like {html.escape(best)}, but probably nobody who is enrolled.",
+        None: f"Most like {html.escape(best)}.",
+    }[same]
+    return (
+        f"<p class=verdict>{verdict}</p><div class=scroll><table><caption>Cosine of "
+        f"the first … coordinates</caption><tr><th></th>{heads}</tr>{rows}"
+        "</table></div><p>Names are in the order of their cosines, which stand beside them; those "
+        f"in bold are taken for the same person. {model.basis()}</p>"
+    )
+
+
+def draw_map(
+    model: Model, size: int, voices: Sequence[tuple[str, np.ndarray]]
+) -> tuple[object, str]:
+    """A figure of the recordings in two dimensions, and a sentence about it.
+
+    ``voices`` are pairs of a name and an embedding (D,).
+    """
+    from matplotlib.figure import Figure
+    from sklearn.cluster import AgglomerativeClustering
+    from sklearn.decomposition import PCA
+    from sklearn.manifold import TSNE
+
+    if len(voices) < 3:
+        raise Refusal(f"A map needs at least 3 recordings; there are {len(voices)}.")
+    points = np.stack([embedding[:size] for _, embedding in voices])
+    points /= np.linalg.norm(points, axis=1, keepdims=True)
+    if len(voices) < MIN_TSNE:
+        how, places = "PCA", PCA(2).fit_transform(points)
+    else:
+        perplexity = min(30, (len(voices) - 1) / 3)
+        how = "t-SNE"
+        places = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(points)
+    groups = np.zeros(len(voices), int)
+    about = f"{len(voices)} recordings by {how} of {size} coordinates: near points sound alike."
+    if size in model.thresholds:
+        clustering = AgglomerativeClustering(
+            n_clusters=None,
+            distance_threshold=1 - model.thresholds[size],
+            metric="cosine",
+            linkage="average",
+        )
+        groups = clustering.fit_predict(points)
+        about += (
+            f" Colour and shape: {groups.max() + 1} voices that the model tells apart (average "
+            f"linkage, cosine {model.thresholds[size]:.2f})."
+        )
+    figure = Figure(figsize=(6.4, 5.6), layout="constrained")
+    axes = figure.add_subplot(xticks=[], yticks=[], title=f"Voices at {size} coordinates ({how})")
+    for group in range(groups.max() + 1):
+        x, y = places[groups == group].T
+        color, marker = f"C{group % 10}", "osD^vP*X"[group % 8]
+        axes.scatter(x, y, s=60, color=color, marker=marker, edgecolors="black", linewidths=0.5)
+    if len(voices) <= 40:
+        for (name, _), place in zip(voices, places):
+            label = name if len(name) <= 16 else f"{name[:15]}…"
+            axes.annotate(
+                label,
+                place,
+                xytext=(6, 4),
+                textcoords="offset points",
+                fontsize=8,
+                parse_math=False,
+            )
+    axes.margins(0.15)
+    return figure, about
+
+
+def build(model: Model) -> Any:
+    """The page, a ``gradio.Blocks``."""
+    import gradio as gr
+
+    def guarded(function: Callable[..., list[Any]], *unchanged: Any) -> Callable[..., list[Any]]:
+        """A refusal becomes its sentence on the page; other outputs stay as they are."""
+
+        def call(*arguments: Any) -> list[Any]:
+            try:
+                return function(*arguments)
+            except Refusal as refusal:
+                return [f"<p class=refusal role=alert>{html.escape(str(refusal))}</p>", *unchanged]
+
+        return call
+
+    def on_compare(one: str | None, two: str | None, heard: dict[str, Voice]) -> list[Any]:
+        return [compare(model, [one, two], heard), heard]
+
+    def on_enrol(path: str | None, name: str, people: dict[str, list[Voice]]) -> list[Any]:
+        return [enrol(model, path, name, people), None, "", people]
+
+    def on_find(path: str | None, people: dict[str, list[Voice]]) -> list[Any]:
+        return [find(model, path, people), None]
+
+    def on_files(paths: list[str], size: int, voices: list[tuple[str, np.ndarray]]) -> list[Any]:
+        bad = []
+        for path in paths:
+            try:
+                voices = [*voices, (Path(path).stem, model.embed(path)[0])]
+            except Refusal as refusal:
+                bad.append(str(refusal))
+        return [*on_size(size, voices, bad), None, voices]
+
+    def on_size(
+        size: int, voices: list[tuple[str, np.ndarray]], bad: Sequence[str] = ()
+    ) -> list[Any]:
+        figure = None
+        try:
+            figure, about = draw_map(model, int(size), voices)
+        except Refusal as refusal:
+            about, bad = "", [str(refusal), *bad]
+        notes = "".join(f"<p class=refusal role=alert>{html.escape(note)}</p>" for note in bad)
+        return [figure, f"{notes}<p>{html.escape(about)}</p>"]
+
+    def voice(label: str, elem_id: str) -> Any:
+        sources: list[Literal["upload", "microphone"]] = ["upload", "microphone"]
+        return gr.Audio(
+            sources=sources,
+            type="filepath",
+            label=label,
+            elem_id=elem_id,
+            editable=False,
+            buttons=[],
+        )
+
+    def memory(value: Any) -> Any:
+        return gr.State(value, time_to_live=KEPT_SECONDS)
+
+    with gr.Blocks(
+        title="Voices at several sizes", analytics_enabled=False, delete_cache=(60, KEPT_SECONDS)
+    ) as page:
+        gr.HTML(INTRODUCTION.format(sizes=_listed(model.sizes), model=html.escape(model.name)))
+        with gr.Tab("Compare"):
+            with gr.Row():
+                one, two = voice("First voice", "first"), voice("Second voice", "second")
+            button, heard = gr.Button("Same or different?", variant="primary"), memory({})
+            result = gr.HTML(elem_id="comparison")
+            button.click(guarded(on_compare, {}), [one, two, heard], [result, heard])
+        with gr.Tab("Find"):
+            people = memory({})
+            with gr.Row():
+                with gr.Column():
+                    new = voice("A voice to enrol", "new")
+                    name = gr.Textbox(label="Name", max_length=40, elem_id="name")
+                    add = gr.Button("Enrol")
+                with gr.Column():
+                    asked = voice("Whose voice is this?", "asked")
+                    search = gr.Button("Find the nearest", variant="primary")
+            with gr.Row():
+                listing = gr.HTML(enrolled({}), elem_id="enrolled", scale=4)
+                forget = gr.Button("Forget all", size="sm", scale=1)
+            nearest = gr.HTML(elem_id="nearest")
+            kept = [gr.skip(), gr.skip(), gr.skip()]
+            add.click(guarded(on_enrol, *kept), [new, name, people], [listing, new, name, people])
+            search.click(guarded(on_find, gr.skip()), [asked, people], [nearest, asked])
+            forget.click(lambda: [enrolled({}), "", {}], None, [listing, nearest, people])
+        with gr.Tab("Map"):
+            voices = memory([])
+            files = gr.File(
+                file_count="multiple", label="Recordings, at least three", elem_id="files"
+            )
+            with gr.Row():
+                folder = gr.UploadButton(
+                    "Add a folder", file_count="directory", size="sm", elem_id="folder"
+                )
+                clear = gr.Button("Forget all", size="sm")
+            size = gr.Radio(model.sizes, value=model.sizes[0], label="Coordinates")
+            note, plot = gr.HTML(elem_id="map"), gr.Plot(show_label=False)
+            for source in (files, folder):
+                source.upload(on_files, [source, size, voices], [plot, note, source, voices])
+            size.input(on_size, [size, voices], [plot, note])
+            clear.click(lambda: [None, "", []], None, [plot, note, voices])
+        gr.HTML(PRIVACY)
+    return page
+
+
+def _listed(sizes: list[int]) -> str:
+    *others, last = map(str, sizes)
+    return f"{', '.join(others)} or {last}" if others else last
+
+
+INTRODUCTION = """
+<h1>Voices at several sizes</h1>
+<p>The model <b>{model}</b> turns a recording into a list of numbers, the <i>coordinates</i> of its
+voice. The first {sizes} of them can be compared on their own: fewer are searched faster, more tell
+voices apart better. Their cosine says how alike two voices are: 1 alike, 0 unrelated.</p>
+"""
+
+PRIVACY = f"""
+<p class=small><b>Recordings are not kept:</b> each is deleted as soon as it has been read (at the
+latest after {KEPT_SECONDS // 60 + 1} minutes if you upload it and click nothing), and its coordinates,
+which stay in memory, are forgotten an hour after your last click at the latest. A recording must last at least
+{MIN_SECONDS} second; of a longer one the first {MAX_SECONDS} seconds are used. Try only voices of
+people who agree to it. A verdict is no proof: voices can be imitated, and errors differ between
+languages, accents, ages and microphones.</p>
+"""
+
+CSS = """
+.cards, .scroll {margin-bottom: 12px}
+.cards {display: grid; grid-template-columns: repeat(auto-fit, minmax(136px, 1fr)); gap: 10px}
+.card {border: 1px solid #8888; border-top: 6px solid #888; border-radius: 8px; padding: 6px 10px}
+.card.true {border-top-color: #1a7f37} .card.false {border-top-color: #b35900}
+.card h3 {margin: 0; font-size: 1em} .card p {margin: 6px 0}
+.verdict {font-size: 1.2em; font-weight: bold}
+.scroll {overflow-x: auto} caption {text-align: left} td, th {padding: 4px 10px; text-align: left} td.true {font-weight: bold}
+.refusal {border-left: 6px solid #b35900; padding: 6px 10px; font-weight: bold}
+.small {font-size: .9em}
+"""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Serve the page; in a Space, of the model and version that model.json beside this file names."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    given_by = Path(__file__).with_name("model.json")
+    parser.add_argument(
+        "--model", required=not given_by.is_file(), help="exported folder, or id on the Hub"
+    )
+    parser.add_argument("--revision", help="commit hash of the Hub's version; default: the newest")
+    given = parser.parse_args(arguments)
+    pinned = _read_json(given_by) if given.model is None else vars(given)
+    launch(Model(pinned["model"], pinned["revision"]))
+
+
+def launch(model: Model, **options: Any) -> Any:
+    """Serve ``model``'s page; ``options`` are those of ``gradio.Blocks.launch``."""
+    import gradio as gr
+
+    # Fonts of the visitor's own system: a page that fetches none tells nobody of the visit.
+    fonts: dict[str, Any] = {
+        "font": ["system-ui", "sans-serif"],
+        "font_mono": ["ui-monospace", "monospace"],
+    }
+    return build(model).launch(
+        theme=gr.themes.Default(**fonts), css=CSS, max_file_size="50mb", footer_links=[], **options
+    )
+
+
+if __name__ == "__main__":
+    main()

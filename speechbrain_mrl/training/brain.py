@@ -1,0 +1,292 @@
+"""SpeechBrain's Brain for a Matryoshka student: steps, validation, checkpoints."""
+
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import speechbrain as sb
+import torch
+import torch.distributed as dist
+import yaml
+from speechbrain.utils.checkpoints import (
+    mark_as_loader,
+    mark_as_saver,
+    register_checkpoint_hooks,
+)
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from speechbrain_mrl.dataio.clips import SAMPLE_RATE
+from speechbrain_mrl.dataio.dataset import SeededClips, seed_draws
+from speechbrain_mrl.dataio.shards import ShardedClips
+from speechbrain_mrl.evaluation.report import agreement
+from speechbrain_mrl.evaluation.verification import Trials, evaluate
+from speechbrain_mrl.training.augment import draw_recordings
+
+logger = logging.getLogger(__name__)
+
+AGREEMENT_CLIPS = 1_000  # validation clips whose pairs are compared with the teachers', at most
+
+
+def batch_statistics(modules: nn.Module) -> list[torch.Tensor]:
+    """Running means, variances and counts of all BatchNorm layers."""
+    norms = (m for m in modules.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+    return [buffer for norm in norms for buffer in norm.buffers()]
+
+
+@register_checkpoint_hooks
+class MRLBrain(sb.Brain):
+    """Trains ``modules.student`` by ``modules.objective``, validates by EER at every size.
+
+    A killed training that is started again ends in the weights of one that was not killed: what is
+    random in a step follows from the seed, the epoch and the step. A batch whose loss or gradients
+    are not finite is reported and changes nothing; more than ``nonfinite_patience`` of them in an
+    epoch (a run option) stop the training.
+
+    Takes from ``hparams``: ``mrl_dims``, ``labels``, ``wav_augment`` (or None), ``train_logger``,
+    ``stage``. The checkpoint with the lowest ``valid_error`` is kept: the mean EER over sizes, or
+    without trials the objective's loss, which is the disagreement with the teachers.
+
+    Arguments
+    ---------
+    stores : dict of Stage to TeacherStore or LiveTeachers
+        Teachers' embeddings of training and validation clips.
+    valid_trials : Trials or None
+        Of validation clips.
+    lr_schedule : callable
+        Called as ``lr_schedule(optimizer, number_of_the_step)`` before each step.
+    margin_steps : int
+        Steps over which the margins of the term ``aam`` rise linearly from 0.
+    frozen : sequence of str
+        Parts of the student that stay as they are, BatchNorm statistics included.
+    part_lrs : mapping of str to float, optional
+        Highest learning rate of a part of the student, where it is not that of ``opt_class``.
+    **brain_arguments
+        Those of ``speechbrain.Brain``.
+    """
+
+    optimizer_step_limit: Any
+    epoch: Any
+    sums: dict[str, float]
+    embeddings: dict[str, Tensor]
+
+    def __init__(
+        self,
+        *,
+        stores: Mapping[sb.Stage, Any],
+        valid_trials: Trials | None,
+        lr_schedule: Callable[..., Any],
+        margin_steps: int = 0,
+        frozen: Sequence[str] = (),
+        part_lrs: Mapping[str, float] | None = None,
+        **brain_arguments: Any,
+    ) -> None:
+        super().__init__(**brain_arguments)
+        if self.optimizer_step_limit is not None:  # from the command line SpeechBrain has a string
+            self.optimizer_step_limit = int(self.optimizer_step_limit)
+        self.stores, self.valid_trials, self.lr_schedule = stores, valid_trials, lr_schedule
+        self.margin_steps, self.frozen, self.part_lrs = margin_steps, frozen, part_lrs or {}
+        self.unwrapped = brain_arguments["modules"]  # neither compiled nor distributed
+        self.statistics = batch_statistics(self.modules)
+        self.kept_statistics = [buffer.clone() for buffer in self.statistics]
+
+    def fit_batch(self, batch: Any) -> Tensor:
+        """One step, or none where the loss or a gradient is not finite."""
+        torch._foreach_copy_(self.kept_statistics, self.statistics)
+        loss = super().fit_batch(batch)
+        if self.finite:
+            return loss
+        torch._foreach_copy_(self.statistics, self.kept_statistics)
+        self.nonfinite_count += 1
+        report = f"loss or gradients of these clips are not finite: {', '.join(batch.id)}"
+        if self.nonfinite_count > self.nonfinite_patience:
+            raise ValueError(
+                f"{report}; nonfinite_patience allows {self.nonfinite_patience} such batches in an "
+                "epoch. Look at the clips, or lower the learning rate"
+            )
+        logger.warning("%s; the batch is left out, number %d", report, self.nonfinite_count)
+        return loss
+
+    def check_loss_isfinite(self, loss: Tensor) -> None:
+        """Remembers it for ``fit_batch``; all processes of a distributed run go on to backward."""
+        self.finite = bool(loss.isfinite())
+
+    def optimizers_step(self) -> Any:
+        """As SpeechBrain's, but only with finite gradients, which all processes share."""
+        grads = [p.grad for p in self.modules.parameters() if p.grad is not None]
+        if not self.scaler.is_enabled():  # else it looks itself, and adapts its scale
+            self.finite &= bool(torch.stack(torch._foreach_norm(grads)).isfinite().all())
+        if self.finite or self.scaler.is_enabled():
+            return super().optimizers_step()
+        self.zero_grad(set_to_none=True)
+
+    def compute_forward(self, batch: Any, stage: sb.Stage) -> Tensor:
+        """A batch of waveforms to embeddings (B, D), augmented in training."""
+        batch = batch.to(self.device)
+        wavs, wav_lens = batch.sig
+        if stage == sb.Stage.TRAIN and self.hparams.wav_augment is not None:
+            wavs, wav_lens = self.hparams.wav_augment(wavs, wav_lens)
+        return self._parts(stage)["student"](wavs, wav_lens)
+
+    def _parts(self, stage: sb.Stage) -> Any:
+        """Distributed modules must be called equally often on all ranks; shares may differ by one."""
+        return self.modules if stage == sb.Stage.TRAIN else self.unwrapped
+
+    def compute_objectives(self, embeddings: Tensor, batch: Any, stage: sb.Stage) -> Tensor:
+        """The objective's loss; an augmented copy learns what the clean whole clip gives."""
+        if stage != sb.Stage.TRAIN:
+            self.embeddings.update(zip(batch.id, embeddings.float().cpu(), strict=True))
+        copies = len(embeddings) // len(batch.id)
+        targets = {}
+        if stage in self.stores:
+            found = self.stores[stage].targets(batch)
+            targets = {name: x.to(self.device).repeat(copies, 1) for name, x in found.items()}
+        labels = None
+        if self.hparams.labels and stage == sb.Stage.TRAIN:  # the others' speakers are no classes
+            labels = batch.label.repeat(copies)
+        loss, values = self._parts(stage)["objective"](embeddings, targets, labels)
+        if loss.isfinite():
+            for name, value in values.items():
+                self.sums[name] = self.sums.get(name, 0.0) + value
+            self.n_batches += 1
+        self.n_clips += len(batch.id)
+        return loss
+
+    def on_fit_start(self) -> None:
+        """As SpeechBrain's; then augmentation draws as ``draw_recordings`` says."""
+        super().on_fit_start()
+        if self.hparams.wav_augment is not None:
+            wavs = torch.zeros(self.hparams.batch_size, SAMPLE_RATE, device=self.device)
+            draw_recordings(self.hparams.wav_augment, wavs)
+
+    def on_stage_start(self, stage: sb.Stage, epoch: int | None = None) -> None:
+        """Forgets the last stage's values, but not those of an epoch that goes on."""
+        self.epoch = epoch
+        self.n_clips, self.started = 0, time.perf_counter()
+        if self.step == 0:
+            self.sums, self.n_batches, self.embeddings = {}, 0, {}
+        if stage != sb.Stage.TRAIN and dist.is_initialized():
+            for buffer in self.unwrapped["student"].buffers():  # ranks' statistics may differ
+                dist.broadcast(buffer, 0)
+
+    def init_optimizers(self) -> None:
+        """One optimizer; parts with a learning rate of their own are its further groups."""
+        if not self.part_lrs:
+            return super().init_optimizers()
+        parts = {name: getattr(self.unwrapped["student"], name) for name in self.part_lrs}
+        apart = {id(p) for part in parts.values() for p in part.parameters()}
+        rest = [p for p in self.modules.parameters() if id(p) not in apart and p.requires_grad]
+        groups: list[dict[str, Any]] = [{"params": rest}]
+        for name, part in parts.items():
+            groups.append({"params": list(part.parameters()), "highest_lr": self.part_lrs[name]})
+        self.optimizer = self.opt_class([group for group in groups if group["params"]])
+        self.optimizers_dict = {"opt_class": self.optimizer}
+        self.checkpointer.add_recoverable("optimizer", self.optimizer)
+
+    def on_fit_batch_start(self, batch: Any, should_step: bool) -> None:
+        """Sets seed, learning rates and margins of the step; keeps frozen parts in eval mode."""
+        seed_draws(self.epoch, self.step)
+        self.lr_schedule(self.optimizer, self.optimizer_step + 1)
+        highest_lr = self.optimizer.defaults["lr"]
+        for group in self.optimizer.param_groups:
+            group["lr"] *= group.get("highest_lr", highest_lr) / highest_lr
+        if 0 < self.margin_steps >= self.optimizer_step:
+            fraction = self.optimizer_step / self.margin_steps
+            self.unwrapped["objective"].scale_margins(fraction)
+        for name in self.frozen:
+            getattr(self.unwrapped["student"], name).eval()
+
+    def on_stage_end(self, stage: sb.Stage, stage_loss: float, epoch: int | None = None) -> None:
+        """Logs the stage; after validation, keeps the checkpoint if it is the best."""
+        if stage != sb.Stage.TRAIN and dist.is_initialized():
+            stage_loss = self._gather_ranks(stage_loss)
+        stats = {"loss": stage_loss}
+        stats.update({name: total / self.n_batches for name, total in self.sums.items()})
+        if stage == sb.Stage.TRAIN:
+            stats["clips_per_second"] = self.n_clips / (time.perf_counter() - self.started)
+            self.train_stats = stats
+            return
+        stats.update(self._eers() | self._agreement())
+        self.hparams.train_logger.log_stats(  # writes on the main process, all must call it
+            {
+                **({"stage": self.hparams.stage} if self.hparams.stage else {}),
+                "epoch": epoch,
+                "lr": self.optimizer.param_groups[0]["lr"],
+            },
+            train_stats=self.train_stats,
+            valid_stats=stats,
+        )
+        eers = [value for name, value in stats.items() if name.startswith("eer/")]
+        error = sum(eers) / len(eers) if eers else stage_loss
+        self.checkpointer.save_and_keep_only(meta={"valid_error": error}, min_keys=["valid_error"])
+
+    def _fit_train(self, train_set: Any, epoch: Any, enable: bool) -> None:
+        seed_draws(epoch, 0)  # a DataLoader that shuffles by torch's generator begins here
+        dataset = getattr(train_set, "dataset", None)
+        if isinstance(dataset, (SeededClips, ShardedClips)):
+            dataset.epoch.fill_(epoch)
+        if isinstance(dataset, ShardedClips):
+            dataset.done.fill_(self.step)
+        super()._fit_train(train_set, epoch, enable)
+
+    def _fit_valid(self, valid_set: Any, epoch: int | None, enable: bool) -> None:
+        super()._fit_valid(valid_set, epoch, enable)
+        if valid_set is None:
+            self.checkpointer.save_and_keep_only()
+
+    @mark_as_saver
+    def _save(self, path: str | os.PathLike[str]) -> None:
+        super()._save(path)
+        with open(path, "a", encoding="utf-8") as file:
+            yaml.safe_dump({"sums": self.sums, "n_batches": self.n_batches}, file)
+
+    @mark_as_loader
+    def _recover(self, path: str | os.PathLike[str], end_of_epoch: bool) -> None:
+        super()._recover(path, end_of_epoch)
+        with open(path, encoding="utf-8") as file:
+            saved = yaml.safe_load(file)
+        self.sums, self.n_batches = saved.get("sums", {}), saved.get("n_batches", 0)
+        self.embeddings = {}
+
+    def _gather_ranks(self, loss: float) -> float:
+        """Every rank's validation clips on every rank; returns the mean loss of all batches."""
+        found: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(found, (self.embeddings, self.sums, self.n_batches, loss))
+        self.embeddings, self.sums, self.n_batches, total = {}, {}, 0, 0.0
+        for embeddings, sums, n_batches, mean in found:
+            self.embeddings.update(embeddings)
+            for name, value in sums.items():
+                self.sums[name] = self.sums.get(name, 0.0) + value
+            self.n_batches += n_batches
+            total += n_batches * mean
+        return total / max(1, self.n_batches)
+
+    def _wrap_distributed(self) -> None:
+        """As SpeechBrain does, but on CPUs without SyncBatchNorm, which only GPUs have.
+
+        There each process normalises by its own clips, and rank 0's statistics are kept.
+        """
+        if not self.distributed_launch or torch.device(self.device).type != "cpu":
+            return super()._wrap_distributed()
+        for name, module in self.modules.items():
+            if any(p.requires_grad for p in module.parameters()):
+                self.modules[name] = DistributedDataParallel(
+                    module, find_unused_parameters=self.find_unused_parameters
+                )
+
+    def _eers(self) -> dict[str, float]:
+        if self.valid_trials is None:
+            return {}
+        clips = self.valid_trials.stack(self.embeddings)
+        results = evaluate(clips, self.valid_trials, self.hparams.mrl_dims)
+        return {f"eer/{dim}": result["eer"] for dim, result in results.items()}
+
+    def _agreement(self) -> Any:
+        if sb.Stage.VALID not in self.stores or len(self.embeddings) < 2:
+            return {}
+        ids = sorted(self.embeddings)[:: -(-len(self.embeddings) // AGREEMENT_CLIPS)]
+        student = torch.stack([self.embeddings[clip_id] for clip_id in ids])
+        found = agreement(student, self.stores[sb.Stage.VALID].lookup(ids), self.hparams.mrl_dims)
+        return {f"agreement/{dim}": value for dim, value in found.items()}

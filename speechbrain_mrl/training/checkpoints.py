@@ -1,0 +1,69 @@
+"""SpeechBrain's checkpoints, each complete or not there."""
+
+import os
+import shutil
+from typing import Any
+
+from speechbrain.utils.checkpoints import Checkpoint, Checkpointer
+from speechbrain.utils.distributed import ddp_barrier, if_main_process
+
+from speechbrain_mrl.utils import writing
+
+PARTIAL = "partial+"  # in front of a checkpoint's name: none that SpeechBrain lists
+
+
+class AtomicCheckpointer(Checkpointer):
+    """SpeechBrain's ``Checkpointer``, whose checkpoints appear when they are complete.
+
+    SpeechBrain's own writes the file first by which a folder is known as a checkpoint, so what a
+    killed run or a full disk left would be loaded. Arguments are those of ``Checkpointer``.
+
+    Example
+    -------
+    >>> import torch
+    >>> folder, layer = getfixture("tmp_path"), torch.nn.Linear(2, 1)
+    >>> checkpointer = AtomicCheckpointer(folder, {"layer": layer})
+    >>> saved = checkpointer.save_checkpoint(name="first")
+    >>> saved.path.name, checkpointer.recover_if_possible().path == saved.path
+    ('CKPT+first', True)
+    """
+
+    def save_checkpoint(self, *arguments: Any, **options: Any) -> Any:
+        """As SpeechBrain's.
+
+        Raises
+        ------
+        OSError
+            If it cannot be written; the earlier checkpoints are as they were.
+        """
+        if if_main_process():
+            self._clear()
+        try:
+            with writing(self.checkpoints_dir):
+                saved = super().save_checkpoint(*arguments, **options)
+                if saved is not None:  # the main process
+                    for path in saved.path.iterdir():
+                        with open(path, "rb") as file:
+                            os.fsync(file.fileno())
+                    path = saved.path.with_name(saved.path.name.removeprefix(PARTIAL))
+                    os.replace(saved.path, path)
+        except OSError:
+            self._clear()
+            raise
+        ddp_barrier()  # SpeechBrain deletes old ones next, for which all must see the same
+        if saved is None:
+            return None
+        paramfiles = {name: path / file.name for name, file in saved.paramfiles.items()}
+        return Checkpoint(path, saved.meta, paramfiles)
+
+    def _clear(self) -> None:
+        for path in self.checkpoints_dir.glob(f"{PARTIAL}*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def _new_checkpoint_dirpath(self) -> Any:
+        path = super()._new_checkpoint_dirpath()
+        return path.with_name(PARTIAL + path.name)
+
+    def _custom_checkpoint_dirpath(self, name: str) -> Any:
+        path = super()._custom_checkpoint_dirpath(name)
+        return path.with_name(PARTIAL + path.name)

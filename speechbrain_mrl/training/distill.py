@@ -1,0 +1,265 @@
+"""Trains a Matryoshka student: the data pipelines and the order of events."""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import speechbrain as sb
+import torch
+import torch.distributed as dist
+from speechbrain.nnet.schedulers import WarmCoolDecayLRSchedule
+from speechbrain.utils.epoch_loop import EpochCounter
+from torch import nn
+from torch.utils.data import DataLoader
+
+from speechbrain_mrl.dataio.clips import find_clips, read_clips, write_clips
+from speechbrain_mrl.dataio.dataset import train_dataset, valid_dataset
+from speechbrain_mrl.evaluation.verification import Trials
+from speechbrain_mrl.inference.encoders import load_teachers
+from speechbrain_mrl.inference.store import TeacherStore
+from speechbrain_mrl.losses import MatryoshkaDistillationLoss
+from speechbrain_mrl.models.pretrained import ReDimNetMRL
+from speechbrain_mrl.models.redimnet import MatryoshkaReDimNet, ReDimNet
+from speechbrain_mrl.training.brain import MRLBrain
+from speechbrain_mrl.training.checkpoints import AtomicCheckpointer
+from speechbrain_mrl.training.logger import TrainingLog
+from speechbrain_mrl.training.projection import align_head, finish_head, fit_objective, spread
+from speechbrain_mrl.training.teachers import LiveTeachers
+from speechbrain_mrl.utils import only_run
+
+
+def train_student(
+    student: MatryoshkaReDimNet,
+    objective: nn.Module,
+    train_set: Any,
+    valid_set: Any,
+    hparams: dict[str, Any],
+    run_opts: dict[str, Any],
+    stores: Mapping[sb.Stage, Any],
+    valid_trials: Trials | None = None,
+) -> MRLBrain:
+    """Train a student, or go on with a killed training, and recover its best checkpoint.
+
+    Arguments
+    ---------
+    student : MatryoshkaReDimNet
+        Changed in place.
+    objective : torch.nn.Module
+        Called as ``MatryoshkaDistillationLoss``; fitted on the training clips' embeddings.
+    train_set : DynamicItemDataset or DataLoader
+        As from ``train_dataset`` or ``shard_loader``.
+    valid_set : DynamicItemDataset or None
+        As from ``valid_dataset``; each process takes its share of it.
+    hparams : dict
+        The loaded YAML.
+    run_opts : dict
+        SpeechBrain's run options. The schedules end with ``optimizer_step_limit``, if it is there.
+    stores : dict of Stage to TeacherStore or LiveTeachers
+        For TRAIN and VALID; empty for a training without teachers.
+    valid_trials : Trials, optional
+        Of validation clips. None: the checkpoint that agrees best with the teachers is kept.
+
+    Returns
+    -------
+    MRLBrain
+        Its ``modules.student`` is the best of the run.
+    """
+    checkpointer = hparams["checkpointer"]
+    checkpointer.add_recoverables({"student": student, "objective": objective})
+    if valid_set is not None and dist.is_initialized():
+        valid_set.data_ids = valid_set.data_ids[dist.get_rank() :: dist.get_world_size()]
+    if stores and checkpointer.find_checkpoint() is None and not objective.fitted:
+        fit_objective(objective, stores[sb.Stage.TRAIN])
+    part_lrs = hparams["unfreeze"] or {}
+    frozen = [name for name in hparams["freeze"] or () if name not in part_lrs]
+    _freeze(student, frozen, part_lrs)
+
+    n_batches = len(train_set)
+    if not isinstance(train_set, DataLoader):
+        world_size = int(os.environ.get("WORLD_SIZE", 1))
+        n_batches //= hparams["batch_size"] * world_size
+        if n_batches == 0:
+            raise ValueError(
+                f"the training clips give {len(train_set)} chunks, fewer than batch_size "
+                f"{hparams['batch_size']} on {world_size} processes; give a smaller batch_size"
+            )
+    n_steps = hparams["number_of_epochs"] * n_batches
+    n_steps = min(n_steps, int(run_opts.get("optimizer_step_limit") or n_steps))
+    brain = MRLBrain(
+        modules={"student": student, "objective": objective},
+        opt_class=hparams["opt_class"],
+        hparams=hparams,
+        run_opts=run_opts,
+        checkpointer=checkpointer,
+        stores=stores,
+        valid_trials=valid_trials,
+        lr_schedule=hparams["lr_schedule"](
+            warmup=max(1, round(hparams["warmup"] * n_steps)),
+            cooldown=max(1, round(hparams["cooldown"] * n_steps)),
+            total_steps=n_steps,
+        ),
+        margin_steps=round(hparams["margin_epochs"] * n_batches),
+        frozen=frozen,
+        part_lrs=part_lrs,
+    )
+    with only_run(checkpointer.checkpoints_dir):
+        brain.fit(
+            hparams["epoch_counter"],
+            train_set,
+            valid_set,
+            train_loader_kwargs=hparams["train_loader"],
+            valid_loader_kwargs=hparams["valid_loader"],
+        )
+    checkpointer.recover_if_possible(min_key="valid_error")
+    return brain
+
+
+def _freeze(student: nn.Module, frozen: Sequence[str], part_lrs: Mapping[str, float]) -> None:
+    """Gradients for all parts of the student but the frozen ones."""
+    parts = [name for name, _ in student.named_children()]
+    unknown = sorted({*frozen, *part_lrs} - set(parts))
+    if unknown:
+        raise ValueError(f"freeze and unfreeze name parts of the student, {parts}, got {unknown}")
+    for name, part in student.named_children():
+        part.requires_grad_(name not in frozen)
+
+
+def train_distilled_mrl(
+    teachers: Mapping[str, Any],
+    student_config: dict[str, Any],
+    data: Any,
+    epochs: int = 30,
+    *,
+    output_folder: str | os.PathLike[str] = "results/distilled",
+    objective: nn.Module | None = None,
+    wav_augment: Callable[..., Any] | None = None,
+    batch_size: int = 64,
+    chunk_seconds: float = 3.0,
+    max_seconds: float = 20.0,
+    lr: float = 1e-3,
+    num_workers: int = 0,
+    device: str = "cpu",
+) -> ReDimNetMRL:
+    """Distil teachers into one Matryoshka student, without a YAML and without labels.
+
+    A call that was interrupted goes on where it was when it is made again. One clip in twenty, at
+    most 500, is held out; the checkpoint that agrees best with the teachers on those is returned,
+    centred on the training clips and turned to their principal axes.
+
+    Arguments
+    ---------
+    teachers : dict of str to teacher
+        What ``load_teacher`` takes: modules, released names, checkpoint files, Hub ids.
+    student_config : dict
+        Arguments of ``ReDimNetMRL``: ``embed_dim``, ``mrl_dims``, ``backbone``. A ``ReDimNet`` as
+        ``backbone`` is where the student starts from.
+    data : path or torch.utils.data.DataLoader
+        A folder of recordings of any structure, a CSV (ID, wav, start and stop in samples at
+        16 kHz), or a DataLoader of SpeechBrain batches with ``id`` and ``sig``, which the teachers
+        then hear at every step; with it nothing is held out, and the last weights are returned as
+        they are.
+    epochs : int
+        Passes over the data.
+    output_folder : path
+        Checkpoints, log and the teachers' embeddings.
+    objective : torch.nn.Module, optional
+        Default: ``MatryoshkaDistillationLoss``, all teachers for every size, cosine and contrastive.
+    wav_augment : callable, optional
+        SpeechBrain ``Augmenter``: (wavs, wav_lens) to augmented ones.
+    batch_size : int
+        Chunks in a step.
+    chunk_seconds, max_seconds : float
+        Length of a training chunk, and of what teachers and validation hear of a clip at most.
+    lr : float
+        Largest learning rate (AdamW, warm-up of 5 %, linear cool-down over the second half).
+    num_workers : int
+        Processes that read and decode.
+    device : str
+        Where student and teachers are.
+
+    Returns
+    -------
+    ReDimNetMRL
+        In eval mode.
+    """
+    sizes = {key: value for key, value in student_config.items() if key != "backbone"}
+    backbone = student_config.get("backbone", "b2")
+    if isinstance(backbone, ReDimNet):
+        student = ReDimNetMRL.from_redimnet(backbone, **sizes)
+    else:
+        student = ReDimNetMRL(backbone=backbone, **sizes)
+    if objective is None:
+        objective = MatryoshkaDistillationLoss(
+            student.mrl_dims, "all", terms={"cosine": 1.0, "contrastive": 0.1}
+        )
+    folder = Path(output_folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    teachers = load_teachers(teachers, device=device)
+
+    valid_set = None
+    stores: dict[sb.Stage, Any] = {}
+    if isinstance(data, DataLoader):
+        train_set: Any = data
+        stores[sb.Stage.TRAIN] = LiveTeachers(teachers, data, device)
+    else:
+        clips = find_clips(data) if Path(data).is_dir() else read_clips(data)
+        held_out = clips[::20][:500]
+        splits = {
+            sb.Stage.TRAIN: [clip for clip in clips if clip not in set(held_out)],
+            sb.Stage.VALID: held_out,
+        }
+        for stage, split in splits.items():
+            write_clips(split, folder / f"{stage.name.lower()}.csv")
+            stores[stage] = TeacherStore(folder / "teachers" / stage.name.lower())
+            stores[stage].fill(
+                teachers, split, device, max_seconds=max_seconds, num_workers=num_workers
+            )
+        train_set = train_dataset(folder / "train.csv", chunk_seconds)
+        valid_set = valid_dataset(folder / "valid.csv", max_seconds)
+
+    epoch_counter = EpochCounter(epochs)
+    hparams = {
+        "mrl_dims": student.mrl_dims,
+        "stage": "",
+        "labels": False,
+        "margin_epochs": 0,
+        "freeze": None,
+        "unfreeze": None,
+        "wav_augment": wav_augment,
+        "train_logger": TrainingLog(folder / "train_log.txt"),
+        "ckpt_interval_minutes": 0 if valid_set is None else 15,
+        "checkpointer": AtomicCheckpointer(
+            folder / "checkpoints", {"epoch_counter": epoch_counter}
+        ),
+        "epoch_counter": epoch_counter,
+        "number_of_epochs": epochs,
+        "batch_size": batch_size,
+        "warmup": 0.05,
+        "cooldown": 0.5,
+        "opt_class": partial(torch.optim.AdamW, lr=lr, weight_decay=1e-4),
+        "lr_schedule": partial(WarmCoolDecayLRSchedule, lr=lr, decay_factor=1.0),
+        "train_loader": {
+            "batch_size": batch_size,
+            "shuffle": True,
+            "drop_last": True,
+            "num_workers": num_workers,
+        },
+        "valid_loader": {"batch_size": 16, "num_workers": num_workers},
+    }
+    run_opts = {"device": device}
+    embed_options: dict[str, Any] = {
+        "device": device,
+        "max_seconds": max_seconds,
+        "num_workers": num_workers,
+    }
+    fresh = hparams["checkpointer"].find_checkpoint() is None
+    if isinstance(backbone, ReDimNet) and valid_set is not None and fresh:
+        student.to(device)
+        some, store = spread(splits[sb.Stage.TRAIN]), stores[sb.Stage.TRAIN]
+        align_head(student, backbone.embed_dim, objective, store, some, **embed_options)
+    train_student(student, objective, train_set, valid_set, hparams, run_opts, stores)
+    if valid_set is not None:
+        finish_head(student, spread(splits[sb.Stage.TRAIN]), **embed_options)
+    return student.eval()

@@ -1,0 +1,251 @@
+"""Fits a student's output layer in closed form: before the first step, when it grows, and at the end."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from speechbrain_mrl.dataio.clips import Clip
+from speechbrain_mrl.evaluation.verification import Trials, evaluate
+from speechbrain_mrl.inference.extract import embed_clips
+from speechbrain_mrl.inference.store import TeacherStore
+from speechbrain_mrl.losses import MatryoshkaDistillationLoss
+from speechbrain_mrl.models.redimnet import MatryoshkaReDimNet
+from speechbrain_mrl.rotation import aligning_rotation, matryoshka_rotation
+from speechbrain_mrl.training.teachers import LiveTeachers
+
+logger = logging.getLogger(__name__)
+
+FIT_CLIPS = 50_000  # clips that rotations are fitted on, at most
+HEAD_CLIPS = 4_000  # training clips that a head is fitted on, at most
+
+
+def fit_objective(objective: Any, store: TeacherStore | LiveTeachers) -> nn.Module:
+    """Fit an objective's rotations on the teachers' embeddings of at most 50,000 clips."""
+    embeddings = store.embeddings
+    step = -(-len(next(iter(embeddings.values()))) // FIT_CLIPS)
+    return objective.fit({name: found[::step] for name, found in embeddings.items()})
+
+
+def align_head(
+    student: MatryoshkaReDimNet,
+    n_coordinates: int,
+    objective: Any,
+    store: TeacherStore,
+    clips: Sequence[Clip],
+    **embed_options: Any,
+) -> None:
+    """Turn a pretrained student's first coordinates towards what the teachers will ask of it.
+
+    A rotation: no cosine of these coordinates changes. The objective is fitted first.
+
+    Arguments
+    ---------
+    student : MatryoshkaReDimNet
+        Changed in place.
+    n_coordinates : int
+        How many came with the pretrained weights, at most ``embed_dim``.
+    objective : torch.nn.Module
+        Fitted on the ``store``.
+    store : TeacherStore
+        Holds the ``clips``.
+    clips : sequence of Clip
+        A few thousand of the training clips.
+    **embed_options
+        As for ``finish_head``.
+    """
+    fit_objective(objective, store)
+    targets = objective.targets(store.lookup([clip.id for clip in clips]))
+    target = targets[max(targets)][:, :n_coordinates]
+    target = nn.functional.pad(target, (0, n_coordinates - target.shape[1]))
+    found = embed_clips({"student": student}, clips, **embed_options)["student"]
+    student.rotate_head(aligning_rotation(found[:, :n_coordinates], target))
+
+
+def finish_head(
+    student: MatryoshkaReDimNet,
+    clips: Sequence[Clip],
+    held_out: Sequence[Clip] = (),
+    trials: Trials | None = None,
+    **embed_options: Any,
+) -> None:
+    """Centre a trained student, and turn it to its principal axes where that makes prefixes better.
+
+    Both go into the linear layer. Centred embeddings have mean zero, so that cosines compare what
+    tells clips apart, not what all speech shares. The axes change no cosine of the whole embedding;
+    they are taken if the mean EER over sizes on held-out trials falls, and always without trials.
+    No label of ``clips`` is read.
+
+    Arguments
+    ---------
+    student : MatryoshkaReDimNet
+        Changed in place.
+    clips : sequence of Clip
+        A few thousand of the training clips.
+    held_out : sequence of Clip
+        Those of the trials.
+    trials : Trials, optional
+        Of validation speakers.
+    **embed_options
+        ``device``, ``batch_seconds``, ``max_seconds`` and ``num_workers`` of ``embed_clips``.
+    """
+    embeddings = embed_clips({"student": student}, clips, **embed_options)["student"]
+    principal = matryoshka_rotation(embeddings, [student.embed_dim])
+    student.rotate_head(torch.eye(student.embed_dim), principal.mean)
+    if trials is not None:
+        found = embed_clips({"student": student}, held_out, **embed_options)["student"]
+        centred = trials.stack(dict(zip((clip.id for clip in held_out), found, strict=True)))
+        as_it_is, rotated = (
+            np.mean([one["eer"] for one in evaluate(x, trials, student.mrl_dims).values()])
+            for x in (centred, centred @ principal.matrix.T)
+        )
+        if rotated >= as_it_is:
+            return
+    student.rotate_head(principal.matrix)
+    logger.info("The head was turned to the principal axes of %d clips", len(clips))
+
+
+def spread(clips: Sequence[Clip]) -> Sequence[Clip]:
+    """At most 4,000 of the clips, evenly over the list, on which a head is fitted."""
+    return clips[:: -(-len(clips) // HEAD_CLIPS)]
+
+
+RIDGE = 0.01  # of the mean variance of a pooled feature
+
+
+def start_new_coordinates(
+    student: MatryoshkaReDimNet,
+    old_dim: int,
+    objective: MatryoshkaDistillationLoss,
+    teacher_embeddings: Mapping[str, Tensor],
+    clips: Sequence[Clip],
+    **embed_options: Any,
+) -> None:
+    """Fit a grown student's new coordinates, in closed form, to what its old ones do not explain.
+
+    The objective's nested target is first turned, without changing a cosine of the whole, so that
+    its first coordinates are what the old prefix already has and the rest are the principal axes of
+    the residual (``EnsembleRotation.align``). The new rows of the linear layer are then the ridge
+    regression of those axes on the student's pooled features. Old rows stay bit for bit.
+
+    Arguments
+    ---------
+    student : MatryoshkaReDimNet
+        As from ``expand_model``; changed in place.
+    old_dim : int
+        Coordinates that it had before.
+    objective : MatryoshkaDistillationLoss
+        Fitted to the teachers; its targets are turned in place.
+    teacher_embeddings : mapping of str to torch.Tensor
+        Of the clips, {name: (N, D_t)}.
+    clips : sequence of Clip
+        N clean training clips.
+    **embed_options
+        Of ``embed_clips``.
+    """
+    pooled = pooled_features(student, clips, **embed_options)
+    with torch.no_grad():
+        weight, bias = student.linear.weight.cpu(), student.linear.bias.cpu()
+        prefix = pooled @ weight[:old_dim].T + bias[:old_dim]  # (N, old_dim)
+        objective.align(teacher_embeddings, prefix)
+        target = objective.targets(teacher_embeddings)[student.embed_dim]
+        fit_new_rows(student.linear, old_dim, pooled, _scaled_like(target, prefix)[:, old_dim:])
+    _same_on_all_ranks(student, objective)
+
+
+def pooled_features(
+    student: MatryoshkaReDimNet, clips: Sequence[Clip], **embed_options: Any
+) -> Tensor:
+    """What the linear layer of a student hears of each clip, (N, 2 * channels), on the CPU."""
+    pooled = _Pooled(student).train(student.training)
+    return embed_clips({"student": pooled}, clips, **embed_options)["student"]
+
+
+class _Pooled(nn.Module):
+    """A student up to the input of its linear layer."""
+
+    def __init__(self, student: MatryoshkaReDimNet) -> None:
+        super().__init__()
+        self.student = student
+
+    def forward(self, wavs: Tensor, wav_lens: Tensor) -> Tensor:
+        found = []
+        hook = self.student.linear.register_forward_pre_hook(
+            lambda module, arguments: found.append(arguments[0])
+        )
+        try:
+            self.student(wavs, wav_lens)
+        finally:
+            hook.remove()
+        return found[0]
+
+
+@torch.no_grad()
+def fit_new_rows(
+    linear: nn.Linear, old_dim: int, features: Tensor, targets: Tensor, ridge: float = RIDGE
+) -> None:
+    """Set a linear layer's rows from ``old_dim`` on to the ridge regression of targets on features.
+
+    Arguments
+    ---------
+    linear : torch.nn.Linear
+        Changed in place; its first ``old_dim`` rows are not.
+    old_dim : int
+        Rows to leave.
+    features : torch.Tensor
+        Inputs of the layer, (N, in_features).
+    targets : torch.Tensor
+        What the new rows shall give, (N, out_features - old_dim).
+    ridge : float
+        Penalty on the squared weights, as a fraction of the mean variance of a feature.
+
+    Example
+    -------
+    >>> linear, features = nn.Linear(2, 2), torch.randn(50, 2)
+    >>> fit_new_rows(linear, 1, features, features[:, :1] + 3 * features[:, 1:] + 4, ridge=0)
+    >>> round(linear(torch.tensor([[1.0, 2.0]]))[0, 1].item(), 3)
+    11.0
+    """
+    x, y = features.double(), targets.double()
+    x_mean, y_mean = x.mean(dim=0), y.mean(dim=0)
+    x, y = x - x_mean, y - y_mean
+    moment = x.T @ x
+    moment.diagonal().add_(ridge * moment.diagonal().mean())
+    weight = torch.linalg.solve(moment, x.T @ y).T  # (out - old_dim, in)
+    linear.weight[old_dim:] = weight.to(linear.weight)
+    linear.bias[old_dim:] = (y_mean - weight @ x_mean).to(linear.bias)
+
+
+@torch.no_grad()
+def carry_over(objective: nn.Module, previous: nn.Module) -> None:
+    """What an earlier stage's objective learned, as far as sizes and classes are the same.
+
+    Of the classifier the coordinates that both have, and the linear maps of the sizes that both have.
+    """
+    new, old = objective.state_dict(), previous.state_dict()
+    for key, value in new.items():
+        if key == "classifier.weight" and key in old and len(value) == len(old[key]):
+            shared = min(value.shape[1], old[key].shape[1])
+            value[:, :shared] = old[key][:, :shared]
+        elif key.startswith("maps.") and key in old:
+            value.copy_(old[key])
+
+
+def _scaled_like(target: Tensor, prefix: Tensor) -> Tensor:
+    """``target`` times the factor that brings its first coordinates nearest to ``prefix``."""
+    known = target[:, : prefix.shape[1]]
+    return target * ((known * prefix).sum() / known.square().sum())
+
+
+def _same_on_all_ranks(*modules: nn.Module) -> None:
+    """Rank 0's tensors everywhere: axes of nearly equal variance may differ between processes."""
+    if not dist.is_initialized():
+        return
+    states = [[module.state_dict() for module in modules]]
+    dist.broadcast_object_list(states)
+    for module, state in zip(modules, states[0]):
+        module.load_state_dict(state)

@@ -1,0 +1,43 @@
+"""Teachers that embed every batch as it is trained on."""
+
+from collections.abc import Iterable, Mapping
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from speechbrain_mrl.inference.optimize import arrange
+
+
+class LiveTeachers:
+    """Teachers that hear every batch, for data whose clips have no lasting identity.
+
+    Arguments
+    ---------
+    teachers : dict of str to torch.nn.Module
+        As from ``load_teachers``, on ``device``.
+    loader : iterable
+        Of batches with ``sig`` (waveforms and relative lengths); the first ``fit_batches`` of it
+        give ``embeddings``, on which rotations are fitted.
+    device : str
+        Where the teachers are.
+    fit_batches : int
+        How many.
+    """
+
+    def __init__(
+        self,
+        teachers: Mapping[str, nn.Module],
+        loader: Iterable[Any],
+        device: str = "cpu",
+        fit_batches: int = 200,
+    ) -> None:
+        self.teachers = arrange(teachers, device)
+        found = [self.targets(batch.to(device)) for batch in islice(loader, fit_batches)]
+        self.embeddings = {name: torch.cat([one[name].cpu() for one in found]) for name in teachers}
+
+    @torch.no_grad()
+    def targets(self, batch: Any) -> dict[str, Tensor]:
+        """Embeddings of a SpeechBrain batch's signals, ``sig``."""
+        return {name: teacher(*batch.sig) for name, teacher in self.teachers.items()}

@@ -1,0 +1,151 @@
+"""Atomic files, locks between runs, and optional imports."""
+
+import contextlib
+import importlib
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+from speechbrain.utils.distributed import if_main_process
+
+logger = logging.getLogger(__name__)
+
+PATIENCE = 20  # seconds; a killed run's reading processes live on for some
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Any]:
+    """For ``with``: a temporary path to write, that takes ``path``'s place when it is complete.
+
+    Whenever the process or the machine dies, ``path`` is as it was or complete.
+
+    Arguments
+    ---------
+    path : path
+        Of a file, or of a folder that does not exist. The temporary one is beside it, hidden.
+
+    Raises
+    ------
+    OSError
+        If it cannot be written, as on a full disk; ``path`` is as it was.
+
+    Example
+    -------
+    >>> path = getfixture("tmp_path") / "report.json"
+    >>> with replacing(path) as part:
+    ...     _ = part.write_text("{}")
+    >>> path.read_text(), [found.name for found in path.parent.iterdir()]
+    ('{}', ['report.json'])
+    """
+    path = Path(path)
+    part = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        with writing(path):
+            yield part
+            for file in part.iterdir() if part.is_dir() else [part]:
+                with open(file, "rb") as written:
+                    os.fsync(written.fileno())
+            os.replace(part, path)
+    finally:
+        if part.is_dir():
+            shutil.rmtree(part)
+        else:
+            part.unlink(missing_ok=True)
+
+
+def _wait(lock: Any, folder: Any, patience: float) -> None:
+    try:
+        lock.acquire(timeout=patience)
+    except Timeout:
+        raise ValueError(
+            f"another run works in {folder}; wait for its end or choose another output_folder"
+        ) from None
+
+
+@contextlib.contextmanager
+def writing(path: str | os.PathLike[str]) -> Iterator[Any]:
+    """For ``with``: what torch, safetensors or the system say of a failed write, as one sentence."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise OSError(
+            f"cannot write {path}: {error}. What was there is as it was; make room or choose "
+            "another folder, and start again"
+        ) from error
+
+
+@contextlib.contextmanager
+def only_run(folder: str | os.PathLike[str], patience: float = PATIENCE) -> Iterator[Any]:
+    """For ``with``: no other run works in ``folder``, which is made if need be.
+
+    The lock is the system's, so a killed run leaves none behind. Processes of one distributed run
+    share it.
+
+    Arguments
+    ---------
+    folder : path
+        A file ``.lock`` in it is locked.
+    patience : float
+        Seconds to wait for another run; -1: as long as it takes.
+
+    Raises
+    ------
+    ValueError
+        If another run has the folder all that time.
+    """
+    if not if_main_process():
+        yield
+        return
+    with writing(folder):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        lock = FileLock(Path(folder, ".lock"))
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            logger.warning("waiting for another run that works in %s", folder)
+            _wait(lock, folder, patience)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def require(module: str, extra: str, purpose: str) -> Any:
+    """An optional module.
+
+    Arguments
+    ---------
+    module : str
+        Its name, with dots if it is part of another.
+    extra : str
+        The extra of this package that brings it.
+    purpose : str
+        What the caller was asked to do, for the error message.
+
+    Raises
+    ------
+    ImportError
+        If it is not installed, naming the extra, or is and cannot be imported, with the reason.
+
+    Example
+    -------
+    >>> require("parrot", "birds", "talking")
+    Traceback (most recent call last):
+    ...
+    ImportError: talking needs parrot, which is not installed: pip install 'speechbrain_mrl[birds]'
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        absent = isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(
+            f"{error.name}."
+        )
+        reason = "is not installed" if absent else f"cannot be imported ({error}); install it again"
+        raise ImportError(
+            f"{purpose} needs {module}, which {reason}: pip install 'speechbrain_mrl[{extra}]'"
+        ) from error

@@ -1,0 +1,88 @@
+import pytest
+import torch
+from torch import nn
+
+from speechbrain_mrl.dataio.audio import read_audio
+from speechbrain_mrl.dataio.clips import Clip, read_clips
+from speechbrain_mrl.inference.extract import embed_clips
+from speechbrain_mrl.models import redimnet
+
+
+class NanForShortClips(nn.Module):
+    def forward(self, wavs, wav_lens):
+        lengths = (wav_lens * wavs.shape[1]).round()
+        return torch.where(lengths < 9000, torch.nan, lengths).unsqueeze(1)
+
+
+class Counter(nn.Module):
+    """Samples of each clip, its mean, and whether the module was in training mode."""
+
+    def forward(self, wavs, wav_lens):
+        lengths = (wav_lens * wavs.shape[1]).round()
+        return torch.stack([lengths, wavs.sum(1) / lengths, 0 * lengths + self.training], dim=1)
+
+
+def test_every_clip_has_the_embedding_that_it_has_alone(small_clips, random_model, tiny_config):
+    model = random_model(tiny_config)
+    found = embed_clips({"model": model}, small_clips[:20], batch_seconds=3.0)["model"]
+    for clip, embedding in zip(small_clips, found, strict=False):
+        alone = model(read_audio(clip.wav, clip.start, clip.num_frames))[0]
+        assert torch.nn.functional.cosine_similarity(embedding, alone, dim=0) > 0.9999
+
+
+def test_on_a_cpu_a_redimnet_runs_in_its_fast_form(
+    small_clips, random_model, tiny_config, monkeypatch
+):
+    model = random_model(tiny_config).train()
+    monkeypatch.setattr(redimnet.Backbone, "forward", None)  # calling it would be an error
+    embed_clips({"model": model}, small_clips[:2])
+    assert model.training and next(model.parameters()).requires_grad
+
+
+def test_several_encoders_share_one_pass_in_the_order_of_the_clips(small_clips):
+    found = embed_clips({"a": Counter(), "b": Counter()}, small_clips, batch_seconds=5.0)
+    expected = torch.tensor([float(clip.num_frames) for clip in small_clips])
+    torch.testing.assert_close(found["a"][:, 0], expected)
+    torch.testing.assert_close(found["a"], found["b"])
+
+
+def test_encoders_run_in_eval_mode_and_keep_their_own(small_clips):
+    counter = Counter().train()
+    assert embed_clips({"a": counter}, small_clips[:3])["a"][:, 2].sum() == 0
+    assert counter.training
+
+
+def test_a_batch_is_as_long_as_told_and_pads_little(small_clips):
+    seen = []
+
+    def encoder(wavs, wav_lens):
+        seen.append((wavs.numel(), wav_lens.min().item(), len(wavs)))
+        return wav_lens.unsqueeze(1)
+
+    embed_clips({"a": encoder}, small_clips, batch_seconds=5.0)
+    samples, shares, counts = zip(*seen)
+    assert max(samples) <= 5 * 16000 and min(shares) >= 0.8 - 1e-6
+    lengths = [clip.num_frames for clip in small_clips]
+    assert max(lengths) > 2 * min(lengths) and sum(counts) == len(lengths) > 3 * len(counts)
+
+
+def test_only_the_beginning_of_a_long_clip_is_read(small_clips):
+    found = embed_clips({"a": Counter()}, small_clips[:5], max_seconds=0.25)["a"]
+    assert found[:, 0].tolist() == [4000.0] * 5
+
+
+def test_workers_give_what_one_process_gives(small_clips):
+    alone = embed_clips({"a": Counter()}, small_clips[:9], batch_seconds=2.0)["a"]
+    shared = embed_clips({"a": Counter()}, small_clips[:9], batch_seconds=2.0, num_workers=2)["a"]
+    torch.testing.assert_close(alone, shared)
+
+
+def test_an_embedding_that_is_not_finite_is_an_error_with_the_path(small_clips):
+    with pytest.raises(ValueError, match=r"bad .*not finite.*id00.*\.wav"):
+        embed_clips({"bad": NanForShortClips()}, small_clips[:4])
+
+
+def test_clips_come_out_of_a_csv(tmp_path):
+    path = tmp_path / "clips.csv"
+    path.write_text("ID,duration,wav,start,stop,spk_id\na/0/1.wav,1.0,/x/1.wav,16,16016,a\n")
+    assert read_clips(path) == [Clip("a/0/1.wav", "/x/1.wav", 16, 16016)]

@@ -1,0 +1,172 @@
+import copy
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from speechbrain_mrl.inference import onnx as engines
+from speechbrain_mrl.inference.onnx import ExportedEncoder, export_onnx
+from speechbrain_mrl.inference.optimize import optimize_for_inference
+from speechbrain_mrl.models import redimnet
+from speechbrain_mrl.models.redimnet import MatryoshkaReDimNet
+
+pytest.importorskip("onnxscript")
+
+
+@pytest.fixture(scope="module")
+def exported(tiny_config, random_model, tmp_path_factory):
+    """A tiny Matryoshka model and its ONNX file."""
+    redimnet = random_model(tiny_config)
+    model = MatryoshkaReDimNet.from_redimnet(redimnet, embed_dim=32, mrl_dims=(8, 32)).eval()
+    path = tmp_path_factory.mktemp("onnx") / "model.onnx"
+    export_onnx(model, path)
+    return model, path
+
+
+@pytest.fixture(params=["onnxruntime", "openvino"])
+def engine(request):
+    pytest.importorskip(request.param)
+    return request.param
+
+
+def test_embeddings_agree_at_every_length_and_batch(exported, engine, voices):
+    model, path = exported
+    encoder = ExportedEncoder(path, engine, threads=1)
+    assert encoder.mrl_dims == (8, 32) and encoder.embed_dim == 32
+    for batch, seconds in ((1, 0.02), (2, 0.7), (3, 1.3)):
+        wavs = torch.stack([voices(i, seconds) for i in range(batch)])
+        with torch.no_grad():
+            expected = model(wavs).numpy()
+        np.testing.assert_allclose(encoder(wavs.numpy()), expected, rtol=1e-4, atol=1e-4)
+        assert (encoder(wavs.numpy(), target_dim=8) == encoder(wavs.numpy())[:, :8]).all()
+
+
+@pytest.mark.parametrize("config", ["b2", "b5", "syn_att_convnext", "syn_conv_fwse", "mfa"])
+def test_the_graph_is_the_model_in_another_arrangement(
+    config, tiny_config, parity, random_model, voices
+):
+    if config == "mfa":
+        config = {**tiny_config, "out_channels": 20}
+    else:
+        config = parity(config)["model_config"]
+    model = random_model(config)
+    for module in model.modules():
+        if isinstance(module, redimnet.MapMix) and module.w.requires_grad:
+            module.w.data.normal_()  # weights that differ between channels
+    wavs = torch.stack([voices(i, 0.5) for i in range(2)])
+    with torch.no_grad():
+        expected, (found, _) = model(wavs), engines._Graph(copy.deepcopy(model)).eval()(wavs)
+    scale = expected.abs().max().clamp_min(1)
+    assert (found - expected).abs().max() < 1e-4 * scale
+
+
+def test_padded_clips_are_embedded_as_alone(exported, engine, voices):
+    model, path = exported
+    wavs, wav_lens = torch.stack([voices(0, 1.0), voices(1, 1.0)]), [1.0, 0.6]
+    with torch.no_grad():
+        expected = model(wavs, torch.tensor(wav_lens)).numpy()
+    found = ExportedEncoder(path, engine, threads=1)(wavs.numpy(), wav_lens)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_clips_side_by_side_are_embedded_as_alone(exported, engine, voices):
+    model, path = exported
+    encoder = ExportedEncoder(path, engine, threads=2, streams=2)
+    wavs = torch.stack([voices(i, 0.8) for i in range(7)])
+    wav_lens = torch.linspace(0.3, 1.0, 7)
+    with torch.no_grad():
+        whole, padded = model(wavs), model(wavs, wav_lens)
+    torch.testing.assert_close(encoder(wavs), whole, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(encoder(wavs, wav_lens), padded, rtol=1e-4, atol=1e-4)
+    assert encoder(wavs[:1].numpy(), target_dim=8).shape == (1, 8)
+
+
+def test_a_fixed_shape_has_a_graph_of_its_own_and_others_still_run(exported, engine, voices):
+    model, path = exported
+    encoder = ExportedEncoder(path, engine, threads=1, shape=(2, 12000))
+    wavs = torch.stack([voices(i, 0.75) for i in range(2)])
+    for given in (wavs, wavs[:1], wavs[:, :9000]):
+        with torch.no_grad():
+            torch.testing.assert_close(encoder(given), model(given), rtol=1e-4, atol=1e-4)
+    encoder._any_shape = None
+    assert encoder(wavs).shape == (2, 32)
+
+
+@pytest.mark.parametrize("shape", [(1,), (0, 16000), (1, 256)])
+def test_a_fixed_shape_that_no_waveforms_have_is_refused(exported, engine, shape):
+    with pytest.raises(
+        ValueError, match=r"shape must be \(B, T\), B at least 1 and T at least 257"
+    ):
+        ExportedEncoder(exported[1], engine, shape=shape)
+
+
+@pytest.mark.parametrize(
+    "groups, inputs, outputs, left",
+    [(8, 4, 4, 2), (6, 4, 2, 2), (3, 8, 8, 3), (5, 1, 1, 5), (1, 6, 4, 1), (2, 24, 24, 2)],
+)
+def test_joined_groups_give_the_same_convolution(groups, inputs, outputs, left):
+    conv = redimnet.Conv2d(groups * inputs, groups * outputs, 3, groups=groups)
+    x = torch.randn(2, groups * inputs, 5, 6)
+    expected = conv(x)
+    engines._join_groups(conv)
+    assert conv.groups == left and conv.weight.shape[1] <= max(inputs, 16)
+    torch.testing.assert_close(conv(x), expected)
+
+
+def test_signals_are_handled_after_two_openvino_encoders_in_turn(exported):
+    pytest.importorskip("openvino")
+    code = (
+        "import os, signal, sys\n"
+        "from speechbrain_mrl.inference.onnx import ExportedEncoder\n"
+        "signal.signal(signal.SIGUSR1, lambda *_: print('handled'))\n"
+        "first, second = (ExportedEncoder(sys.argv[1], 'openvino', threads=1) for _ in '12')\n"
+        "del first\n"
+        "del second\n"
+        "os.kill(os.getpid(), signal.SIGUSR1)\n"
+    )
+    command = [sys.executable, "-c", code, str(exported[1])]
+    assert subprocess.run(command, check=True, capture_output=True).stdout == b"handled\n"
+
+
+def test_openvino_reports_nothing_over_the_network(exported):
+    pytest.importorskip("openvino")
+    code = (
+        "import multiprocessing, sys\n"
+        "def refuse(*_, **__): open(sys.argv[1] + '.told', 'w')\n"
+        "multiprocessing.Process.start = refuse\n"  # how the reporter reaches the network
+        "from speechbrain_mrl.inference.onnx import ExportedEncoder\n"
+        "ExportedEncoder(sys.argv[1], 'openvino', threads=1)\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(exported[1])], check=True)
+    assert not Path(f"{exported[1]}.told").exists()
+
+
+def test_bfloat16_comes_close(exported, voices):
+    pytest.importorskip("openvino")
+    model, path = exported
+    wav = voices(0, 1.0)
+    with torch.no_grad():
+        expected = model(wav)
+    found = ExportedEncoder(path, "openvino", "bfloat16", threads=1)(wav.numpy())
+    assert torch.cosine_similarity(torch.from_numpy(found), expected).item() > 0.999
+
+
+def test_what_an_exported_model_cannot_do_is_refused(exported, engine):
+    encoder, wavs = ExportedEncoder(exported[1], engine, threads=1), np.zeros((1, 16000), "f4")
+    with pytest.raises(ValueError, match="target_dim must be one of"):
+        encoder(wavs, target_dim=9)
+    with pytest.raises(ValueError, match="at least 257"):
+        encoder(wavs[:, :100])
+    with pytest.raises(ValueError, match="engine must be one of"):
+        ExportedEncoder(exported[1], "tensorrt")
+    with pytest.raises(ValueError, match="precision must be one of"):
+        ExportedEncoder(exported[1], engine, "int4")
+    with pytest.raises(ValueError, match="streams must be at least 1, got 0"):
+        ExportedEncoder(exported[1], engine, streams=0)
+    with pytest.raises(TypeError, match="must be a ReDimNet"):
+        export_onnx(torch.nn.Linear(1, 1), "x.onnx")
+    with pytest.raises(TypeError, match="pass the model it was made of"):
+        export_onnx(optimize_for_inference(exported[0]), "x.onnx")

@@ -1,0 +1,314 @@
+"""The recipe end to end: lists, teachers, student, report; from the YAML, as a user runs it."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import speechbrain as sb
+import torch
+import train
+from huggingface_hub import ModelCard
+from shards import write_shards
+from speechbrain.inference.classifiers import EncoderClassifier
+
+from speechbrain_mrl import MatryoshkaDistillationLoss, ReDimNetMRL, load_pretrained_redimnet
+from speechbrain_mrl.dataio.clips import read_clips, write_clips
+from speechbrain_mrl.dataio.dataset import SeededClips
+from speechbrain_mrl.inference.extract import embed_clips
+from speechbrain_mrl.inference.store import TeacherStore
+
+SIZES = {"embed_dim": 48, "mrl_dims": "[8, 16, 32, 48]"}
+
+
+@pytest.fixture
+def run(small_corpus, release_file, tiny_config, tmp_path):
+    """``run(key=value, ...)`` trains on the small corpus with two tiny teachers; its folder."""
+    first = release_file(tiny_config, name="first", seed=1)
+    second = release_file({**tiny_config, "embed_dim": 24}, name="second", seed=2)
+
+    def call(*flags, yaml="hparams/mrl_distill.yaml", **changes):
+        options = {
+            "data_folder": small_corpus,
+            "output_folder": tmp_path / "run",
+            "teachers": [str(first), str(second)],
+            "backbone": first,
+            "valid_speakers": 4,
+            "test_speakers": 6,
+            "chunk_seconds": 0.5,
+            "batch_size": 8,
+            "num_workers": 0,
+            "number_of_epochs": 2,
+            "device": "cpu",
+            **SIZES,
+            **changes,
+        }
+        student = train.main([yaml, *flags, *(f"--{k}={v}" for k, v in options.items())])
+        return student, Path(options["output_folder"])
+
+    return call
+
+
+def test_training_ends_in_a_report_of_every_size_and_its_baselines(run):
+    _, folder = run()
+    report = json.loads((folder / "report.json").read_text())
+    assert sorted(report["dims"], key=int) == ["8", "16", "32", "48"]
+    for results in report["dims"].values():
+        assert 0 <= results["eer"] <= 1 and 0 <= results["min_dcf"] <= 1
+        assert -1 <= results["threshold"] <= 1
+    baselines = report["baselines"]
+    assert set(baselines["teachers"]) == {"first", "second"}
+    best = min(baselines["teachers"], key=lambda name: baselines["teachers"][name]["eer"])
+    assert baselines["teacher"] == best
+    sizes = {"first": {"8", "16", "32"}, "second": {"8", "16"}}[best]
+    assert set(baselines["naive_truncation"]) == set(baselines["pca_truncation"]) == sizes
+    assert report["trials"]["target"] > 0 and report["trials"]["impostor"] > 0
+    for name in ("eer_by_dim.png", "det.png", "train_log.txt", "hyperparams.yaml"):
+        assert (folder / name).stat().st_size > 0
+
+
+def test_training_is_recorded_as_a_table_and_as_curves(run):
+    _, folder = run(number_of_epochs=1, tensorboard=True)
+    with open(folder / "train_log.csv", newline="") as file:
+        (row,) = csv.DictReader(file)
+    for size in (8, 16, 32, 48):
+        assert float(row[f"train cosine/{size}"]) > 0 and 0 <= float(row[f"valid eer/{size}"]) <= 1
+        assert -1 <= float(row[f"valid agreement/{size}"]) <= 1
+    assert float(row["train clips_per_second"]) > 0 and row["lr"]
+    assert list((folder / "tensorboard").glob("events*"))
+
+
+def test_the_model_folder_loads_with_speechbrain_and_gives_the_students_embeddings(run):
+    student, folder = run(number_of_epochs=1)
+    wavs, wav_lens = torch.randn(2, 16000) * 0.1, torch.tensor([1.0, 0.6])
+    loaded = EncoderClassifier.from_hparams(source=str(folder / "model"))
+    with torch.no_grad():
+        expected = student.eval()(wavs, wav_lens)
+    torch.testing.assert_close(loaded.encode_batch(wavs, wav_lens)[:, 0], expected)
+    with open(folder / "lists" / "train.csv", newline="") as file:
+        train_speakers = {row["spk_id"] for row in csv.DictReader(file)}
+    assert set(loaded.hparams.label_encoder.lab2ind) == train_speakers
+
+
+def test_training_may_end_with_the_upload_of_a_model_with_examples(run, monkeypatch):
+    pushed = []
+    monkeypatch.setattr(train, "push_to_hub", lambda *arguments: pushed.append(arguments))
+    _, folder = run(number_of_epochs=1, push_to_hub="org/tiny", card_examples=2)
+    assert pushed == [(folder / "model", "org/tiny")]
+    card = ModelCard.load(folder / "model" / "README.md")
+    assert [Path(widget["src"]).suffix for widget in card.data.widget] == [".wav", ".wav"]
+    assert all(widget["output"] for widget in card.data.widget)
+    measured = {result.metric_value for result in card.data.eval_results}
+    report = json.loads((folder / "report.json").read_text())
+    assert {results["eer"] for results in report["dims"].values()} <= measured
+
+
+def test_the_same_command_again_only_reports(run, monkeypatch):
+    student, folder = run()
+    weights = {key: value.clone() for key, value in student.state_dict().items()}
+    log = (folder / "train_log.txt").read_text()
+    again, _ = run()
+    assert (folder / "train_log.txt").read_text() == log
+    for key, value in again.state_dict().items():
+        torch.testing.assert_close(value, weights[key], rtol=0, atol=0)
+
+
+def test_teachers_are_in_neither_optimizer_nor_checkpoint(run):
+    student, folder = run(number_of_epochs=1)
+    (checkpoint,) = (folder / "checkpoints").glob("CKPT*")
+    tensors = torch.load(checkpoint / "student.ckpt", weights_only=True)
+    assert tensors.keys() == student.state_dict().keys()
+    optimizer = torch.load(checkpoint / "optimizer.ckpt", weights_only=True)
+    n_trained = len(list(student.parameters())) + 1  # and the term aam's classifier
+    assert len(optimizer["param_groups"][0]["params"]) == n_trained
+    names = {path.stem for path in checkpoint.glob("*.ckpt")}
+    assert names == {
+        "student",
+        "objective",
+        "optimizer",
+        "epoch_counter",
+        "brain",
+        "dataloader-TRAIN",
+    }
+
+
+def test_debug_runs_two_batches_and_the_same_command_without_it_trains(run, monkeypatch):
+    pushed = []
+    monkeypatch.setattr(train, "push_to_hub", lambda *arguments: pushed.append(arguments))
+    _, folder = run("--debug", push_to_hub="org/tiny")
+    assert not list((folder / "checkpoints").glob("CKPT*")) and not pushed
+    assert json.loads((folder / "report.json").read_text())["trials"]["target"] <= 8
+    run(number_of_epochs=1, push_to_hub="org/tiny")
+    assert list((folder / "checkpoints").glob("CKPT*")) and pushed
+    assert len((folder / "train_log.csv").read_text().splitlines()) == 2  # heads, one epoch
+    assert json.loads((folder / "report.json").read_text())["trials"]["target"] > 8
+
+
+def test_labels_train_without_any_teacher(run):
+    student, folder = run(
+        yaml="hparams/mrl_supervised.yaml", teachers="null", stages="null", number_of_epochs=1
+    )
+    assert "train aam/8" in (folder / "train_log.txt").read_text()
+    baselines = json.loads((folder / "report.json").read_text())["baselines"]
+    assert baselines["teacher"] is None and baselines["teachers"] == {}
+
+
+def test_training_from_shards_ends_in_a_report(run, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="smaller batch_size"):  # the lists are made
+        run(batch_size=4000)
+    written = write_shards(tmp_path / "run" / "lists" / "train.csv", tmp_path / "shards", 4)
+    heard, drawn = [], SeededClips.draw
+
+    def draw(clips, position, row):
+        heard.append((row["id"], row["wav"].name))
+        return drawn(clips, position, row)
+
+    monkeypatch.setattr(SeededClips, "draw", draw)
+    _, folder = run(shards=written, number_of_epochs=1)
+    assert len(dict(heard)) == len(heard) == 56  # of 60 clips, seven batches of 8
+    assert all(".tar/" in name for _, name in heard)
+    report = json.loads((folder / "report.json").read_text())
+    assert sorted(report["dims"], key=int) == ["8", "16", "32", "48"]
+
+
+def test_bf16_trains_to_finite_weights(run):
+    student, _ = run("--precision=bf16", number_of_epochs=1)
+    assert all(value.isfinite().all() for value in student.state_dict().values())
+
+
+def test_two_processes_train_one_student(small_corpus, release_file, tiny_config, tmp_path):
+    """With torchrun and gloo; each fills its part of the store, one writes the report."""
+    teacher = release_file(tiny_config, name="first")
+    options = {
+        "data_folder": small_corpus,
+        "output_folder": tmp_path / "run",
+        "teachers": [str(teacher)],
+        "backbone": teacher,
+        "valid_speakers": 4,
+        "test_speakers": 6,
+        "chunk_seconds": 0.5,
+        "batch_size": 8,
+        "num_workers": 0,
+        "number_of_epochs": 1,
+        "device": "cpu",
+        "distributed_backend": "gloo",
+        **SIZES,
+    }
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += ["recipes/voxceleb/train.py", "hparams/mrl_distill.yaml"]
+    command += [f"--{key}={value}" for key, value in options.items()]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr[-6000:]
+    log = (tmp_path / "run" / "train_log.txt").read_text().splitlines()
+    assert len(log) == 1
+    assert done.stdout.count("teachers, at full size") == 1
+    assert (tmp_path / "run" / "model" / "hyperparams.yaml").exists()
+
+
+def test_an_unknown_key_is_refused(run):
+    with pytest.raises(Exception, match="chunk_secs"):
+        run(chunk_secs=2)
+
+
+def test_a_speaker_in_both_train_and_test_is_refused(run, tmp_path):
+    with pytest.raises(ValueError, match="smaller batch_size"):  # the lists are made
+        run(batch_size=4000)
+    train_csv, test_csv = (tmp_path / "run" / "lists" / f"{name}.csv" for name in ("train", "test"))
+    with open(train_csv, "a") as file:
+        file.write(test_csv.read_text().splitlines()[1] + "\n")
+    with pytest.raises(ValueError, match=r"speaker 'id\d+' is in .*train.csv and in .*test.csv"):
+        run(batch_size=4000)
+
+
+def test_a_batch_larger_than_the_corpus_is_refused(run):
+    with pytest.raises(ValueError, match="smaller batch_size"):
+        run(batch_size=4000)
+
+
+def test_the_untrained_student_verifies_as_its_backbone_does(
+    small_corpus, release_file, tiny_config, small_clips
+):
+    """All cosines of the first 32 coordinates equal the checkpoint's; the other 16 are small."""
+    path = release_file(tiny_config, name="first")
+
+    hparams = {
+        "backbone": path,
+        "pretrained": True,
+        "student_train_type": "ptn",
+        "student_dataset": "vox2",
+        "embed_dim": 48,
+        "mrl_dims": [8, 32, 48],
+        "checkpointer": SimpleNamespace(find_checkpoint=lambda: None),
+    }
+    csv_path = path.with_suffix(".csv")
+    write_clips(small_clips, csv_path)
+    corpus = SimpleNamespace(train_csv=csv_path)
+    student = train.make_student(hparams, corpus, None, {})
+    encoders = {"student": student, "backbone": load_pretrained_redimnet(source=path)}
+    found = embed_clips(encoders, read_clips(csv_path))
+    cosines = {
+        name: torch.nn.functional.normalize(embeddings[:, :32].double(), dim=1)
+        for name, embeddings in found.items()
+    }
+    torch.testing.assert_close(
+        cosines["student"] @ cosines["student"].T,
+        cosines["backbone"] @ cosines["backbone"].T,
+        rtol=0,
+        atol=1e-5,
+    )
+    assert found["student"][:, 32:].abs().mean() < 0.05 * found["student"][:, :32].abs().mean()
+    # The principal axes come first: eight rotated coordinates hold more than the first eight did.
+    spread = {n: z - z.mean(0) for n, z in found.items()}
+    kept = {n: (z[:, :8].square().sum() / z[:, :32].square().sum()) for n, z in spread.items()}
+    assert kept["student"] > kept["backbone"]
+
+
+def test_the_untrained_student_agrees_with_its_teachers(
+    release_file, random_model, tiny_config, small_clips, tmp_path
+):
+    """Two teachers of one geometry in two unrelated spaces, the backbone one of them: a rotation
+    that changes no cosine reaches their common target."""
+    model = random_model(tiny_config)
+    model.linear.bias.data -= embed_clips({"it": model}, small_clips)["it"].mean(0)
+    mixing, _ = torch.linalg.qr(torch.randn(32, 32))
+    mixed = random_model(tiny_config)
+    mixed.linear.weight.data = mixing @ model.linear.weight.data
+    mixed.linear.bias.data = mixing @ model.linear.bias.data
+    store = TeacherStore(tmp_path / "store")
+    store.fill({"one": model, "two": mixed}, small_clips)
+    write_clips(small_clips, tmp_path / "train.csv")
+    corpus = SimpleNamespace(train_csv=tmp_path / "train.csv")
+    hparams = {
+        "backbone": release_file(tiny_config, model.state_dict()),
+        "pretrained": True,
+        "student_train_type": "ptn",
+        "student_dataset": "vox2",
+        "embed_dim": 48,
+        "mrl_dims": [8, 32, 48],
+        "checkpointer": SimpleNamespace(find_checkpoint=lambda: None),
+    }
+    objective = MatryoshkaDistillationLoss((8, 32, 48), "all", terms={"cosine": 1.0})
+    student = train.make_student(hparams, corpus, objective, {sb.Stage.TRAIN: store})
+    found = embed_clips({"student": student}, small_clips)["student"]
+    targets = store.lookup([clip.id for clip in small_clips])
+    _, values = objective(found, targets)
+    assert max(values.values()) < 0.05  # near 1 between unrelated directions
+
+
+def test_a_teacher_module_without_arguments_survives_the_stages():
+    teachers = "{mine: !new:torch.nn.Identity []}"
+    overrides = f"data_folder: /data\nteachers: {teachers}\n"
+    (text,) = train.resolve_stages(train.read_yaml("hparams/mrl_distill.yaml", overrides))
+    assert f"teachers: {teachers}" in text
+
+
+def test_a_random_student_has_the_sizes_of_the_yaml(tiny_config):
+    hparams = {"backbone": tiny_config, "pretrained": False, "embed_dim": 48, "mrl_dims": [8, 48]}
+    student = train.make_student(hparams, None, None, {})
+    assert isinstance(student, ReDimNetMRL)
+    assert student.mrl_dims == (8, 48)

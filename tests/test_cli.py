@@ -1,0 +1,257 @@
+"""The command line, in process; and once as a user types it."""
+
+import functools
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+import torch.nn.functional as F
+from huggingface_hub import ModelCard
+
+from speechbrain_mrl import cli as command_line
+from speechbrain_mrl.cli import main, parser
+from speechbrain_mrl.models.redimnet import MatryoshkaReDimNet
+from speechbrain_mrl.publish.card import Provenance
+from speechbrain_mrl.publish.export import export_model
+
+SIZES = (8, 16, 32)
+COMMANDS = ("embed", "verify", "convert", "export", "publish", "info")
+EERS = {"8": 0.125, "16": 0.0625, "32": 0.03125}
+
+
+@pytest.fixture(scope="module")
+def student(tiny_config, random_model):
+    return MatryoshkaReDimNet.from_redimnet(random_model(tiny_config), 32, SIZES).eval()
+
+
+@pytest.fixture(scope="module")
+def folder(student, tmp_path_factory):
+    """An exported model with report, licence, a teacher and two speakers."""
+    return export_model(
+        student,
+        tmp_path_factory.mktemp("published") / "model",
+        Provenance(
+            "Tiny ReDimNet",
+            "cc-by-4.0",
+            "Random numbers.",
+            teachers={"b0": "cc-by-4.0"},
+            trials="a list",
+        ),
+        report={
+            "dims": {s: {"eer": e, "min_dcf": 0.5, "threshold": 0.25} for s, e in EERS.items()},
+            "trials": {"target": 30, "impostor": 150},
+            "corpus": "demo",
+        },
+        speakers={"ann": torch.ones(32), "bob": -torch.ones(32)},
+    )
+
+
+@pytest.fixture(scope="module")
+def recordings(voices, tmp_path_factory):
+    """Two recordings of one voice and one of another."""
+    place = tmp_path_factory.mktemp("recordings")
+    for name, speaker, clip in (("a1", 1, 0), ("a2", 1, 1), ("b1", 2, 0)):
+        soundfile.write(place / f"{name}.wav", voices(speaker, 1.0, clip).numpy(), 16000)
+    return place
+
+
+def as_json(capsys, *arguments):
+    assert main([str(argument) for argument in [*arguments, "--json"]]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def expected(student, recordings, name, size=32):
+    wav, _ = soundfile.read(recordings / f"{name}.wav", dtype="float32")
+    with torch.no_grad():
+        return F.normalize(student(torch.from_numpy(wav))[0, :size], dim=0)
+
+
+def test_embed_writes_unit_prefixes_of_every_recording_of_a_folder(
+    student, folder, recordings, tmp_path, capsys
+):
+    output = tmp_path / "voices.npz"
+    arguments = ["embed", str(folder), str(recordings), "--target_dim=16", f"--output={output}"]
+    assert main(arguments) == 0
+    found = np.load(output)
+    assert [name.rsplit("/", 1)[1] for name in found["ids"]] == ["a1.wav", "a2.wav", "b1.wav"]
+    for name, row in zip(("a1", "a2", "b1"), found["embeddings"]):
+        np.testing.assert_allclose(row, expected(student, recordings, name, 16), atol=1e-5)
+    assert "3 embeddings of 16 coordinates" in capsys.readouterr().out
+
+
+def test_embed_without_a_file_prints_the_embeddings_as_json(student, folder, recordings, capsys):
+    found = as_json(capsys, "embed", folder, recordings / "a1.wav")
+    (one,) = found["recordings"]
+    assert one["seconds"] == 1.0 and found["target_dim"] == 32
+    own = expected(student, recordings, "a1")
+    np.testing.assert_allclose(one["embedding"], own, atol=1e-5)
+
+
+def test_verify_scores_every_size_and_decides_by_the_models_threshold(
+    student, folder, recordings, capsys
+):
+    pair = recordings / "a1.wav", recordings / "b1.wav"
+    found = as_json(capsys, "verify", folder, *pair)["scores"]
+    assert [one["size"] for one in found] == list(SIZES)
+    for one in found:
+        first, second = (expected(student, recordings, n, one["size"]) for n in ("a1", "b1"))
+        assert one["score"] == pytest.approx((first @ second).item(), abs=1e-5)
+        assert one["threshold"] == 0.25 and one["same"] == (one["score"] >= 0.25)
+    found = as_json(capsys, "verify", folder, *pair, "--threshold=1.01")["scores"]
+    assert not any(one["same"] for one in found)
+
+
+def test_verify_of_a_list_reports_error_rates_at_every_size(folder, recordings, tmp_path, capsys):
+    trials = tmp_path / "trials.txt"
+    trials.write_text("1 a1.wav a2.wav\n0 a1.wav b1.wav\n")
+    arguments = ["verify", str(folder), f"--trials={trials}", f"--data_folder={recordings}"]
+    assert main([*arguments, f"--output={tmp_path / 'report'}"]) == 0
+    assert "EER %" in capsys.readouterr().out
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert list(report["dims"]) == ["8", "16", "32"]
+    assert report["trials"] == {"target": 1, "impostor": 1}
+
+
+def test_convert_keeps_a_releases_embedding(
+    release_file, tiny_config, random_model, recordings, tmp_path, capsys
+):
+    path, out = release_file(tiny_config, name="b2-vox2-ft_lm"), tmp_path / "b2"
+    found = as_json(capsys, "convert", "b2-vox2-ft_lm", out, f"--source={path}")
+    assert found["license"] == "cc-by-4.0" and found["mrl_dims"] == [32]
+    (one,) = as_json(capsys, "embed", out, recordings / "a1.wav")["recordings"]
+    own = expected(random_model(tiny_config), recordings, "a1")
+    np.testing.assert_allclose(one["embedding"], own, atol=1e-5)
+
+
+def test_convert_puts_the_recordings_principal_axes_first(
+    release_file, tiny_config, random_model, small_corpus, tmp_path, capsys
+):
+    path, out = release_file(tiny_config, name="b2-vox2-ft_lm"), tmp_path / "b2"
+    arguments = [
+        "convert",
+        "b2-vox2-ft_lm",
+        out,
+        f"--source={path}",
+        f"--recordings={small_corpus}",
+    ]
+    found = as_json(capsys, *arguments, "--mrl_dims", 8, 16, 32)
+    assert found["mrl_dims"] == [8, 16, 32] and "120 recordings" in found["training_data"]
+    wavs = [soundfile.read(p, dtype="float32")[0] for p in sorted(small_corpus.rglob("*.wav"))]
+    with torch.no_grad():
+        own = random_model(tiny_config)(torch.from_numpy(np.stack(wavs))).double()
+    centred = own - own.mean(dim=0)
+    pca = centred @ torch.linalg.svd(centred, full_matrices=False).Vh[:8].T
+    (one,) = as_json(capsys, "embed", out, next(small_corpus.rglob("*.wav")), "--target_dim=8")[
+        "recordings"
+    ]
+    index = sorted(small_corpus.rglob("*.wav")).index(next(small_corpus.rglob("*.wav")))
+    signless = F.normalize(pca[index], dim=0).abs()
+    np.testing.assert_allclose(np.abs(one["embedding"]), signless, atol=1e-3)
+
+
+def test_export_cuts_and_halves_a_model_and_keeps_what_is_known_of_it(
+    student, folder, recordings, tmp_path, capsys
+):
+    arguments = ["export", folder, tmp_path / "small", "--target_dim=16", "--dtype=float16"]
+    small, whole = as_json(capsys, *arguments), as_json(capsys, "info", folder)
+    assert small["mrl_dims"] == [8, 16] and small["megabytes"] < 0.6 * whole["megabytes"]
+    for key in ("title", "license", "training_data", "teachers", "speakers", "list"):
+        assert small[key] == whole[key]
+    (one,) = as_json(capsys, "embed", tmp_path / "small", recordings / "a1.wav")["recordings"]
+    own = expected(student, recordings, "a1", 16)
+    np.testing.assert_allclose(one["embedding"], own, atol=0.01)
+
+
+def test_info_tells_what_report_and_card_tell(student, folder, capsys):
+    found = as_json(capsys, "info", folder)
+    assert found["params"] == sum(p.numel() for p in student.parameters())
+    assert {size: one["eer"] for size, one in found["dims"].items()} == EERS
+    card = ModelCard.load(folder / "README.md").data
+    assert found["license"] == card.license and found["title"] == card.model_name
+    assert main(["info", str(folder)]) == 0
+    text = capsys.readouterr().out
+    for part in ("8, 16, 32", "b0 (cc-by-4.0)", "Random numbers.", "12.50", "3.12", "2 known"):
+        assert part in text
+
+
+def test_publish_lists_what_would_be_uploaded(folder, capsys):
+    assert main(["publish", str(folder), "org/tiny", "--dry_run"]) == 0
+    text = capsys.readouterr().out
+    assert "embedding_model.ckpt" in text and "would be uploaded to" in text
+
+
+def test_publish_pushes_the_model_then_the_space_that_shows_it(folder, capsys, monkeypatch):
+    pushed = []
+
+    def push(name, *given, **options):
+        pushed.append((name, *given, options["private"], options["revision"]))
+        print("for people")
+        return f"hub/{given[0]}"
+
+    monkeypatch.setattr(command_line, "push_to_hub", functools.partial(push, "model"))
+    monkeypatch.setattr(command_line, "push_space", functools.partial(push, "space"))
+    found = as_json(capsys, "publish", folder, "org/tiny", "--space=org/show", "--revision=next")
+    assert pushed == [
+        ("model", str(folder), "org/tiny", False, "next"),
+        ("space", "org/show", "org/tiny", False, "next"),
+    ]
+    assert found["uploaded"] and found["space"] == "hub/org/show"
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        (["info", "{empty}"], "no model that export_model wrote"),
+        (["info", "org/does-not-exist"], "org/does-not-exist"),
+        (["embed", "b9", "{wav}"], "neither a file or folder, nor a released name"),
+        (["embed", "{model}", "missing.wav"], "there is no file missing.wav"),
+        (["embed", "{model}", "{empty}"], "holds no recording"),
+        (["embed", "{model}", "{wav}", "--target_dim=9"], r"one of [8, 16, 32]"),
+        (["convert", "b2", "out"], "named like b2-vox2-ft_lm"),
+        (["export", "{model}", "{empty}/out", "--target_dim=9"], "target_dim must be one of"),
+        (["publish", "{empty}", "org/name"], "write it with export_model"),
+    ],
+)
+def test_a_users_error_is_one_sentence_and_exit_code_1(
+    arguments, sentence, folder, recordings, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    places = {"empty": tmp_path, "model": folder, "wav": recordings / "a1.wav"}
+    assert main([argument.format(**places) for argument in arguments]) == 1
+    shown = capsys.readouterr()
+    assert shown.err.count("\n") == 1 and sentence in shown.err and not shown.out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["fly"], ["verify", "model", "one.wav"], ["verify", "model", "--trials=list"]]
+    + [["publish", "model", "org/name", "--space=org/show", "--dry_run"]],
+)
+def test_wrong_usage_is_exit_code_2(arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2 and "usage:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_teaches_with_examples_that_parse(name, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([name, "--help"])
+    text = capsys.readouterr().out
+    lines = [line.split() for line in text.splitlines() if line.startswith("  python -m")]
+    assert stopped.value.code == 0 and lines
+    for line in lines:
+        assert parser().parse_args(line[3:]).command == name
+
+
+def test_it_runs_as_a_user_types_it(folder):
+    command = [sys.executable, "-m", "speechbrain_mrl", "info", str(folder), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and json.loads(done.stdout)["title"] == "Tiny ReDimNet"
+    assert not done.stderr
+    failed = subprocess.run([*command[:-2], "/nowhere"], capture_output=True, text=True)
+    assert failed.returncode == 1 and "error:" in failed.stderr and "Traceback" not in failed.stderr
