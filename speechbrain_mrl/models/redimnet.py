@@ -184,13 +184,15 @@ PRESETS = {
 # Front end
 
 
-def check_wavs(wavs: Tensor) -> Tensor:
+def check_wavs(wavs: Tensor, min_samples: int = MIN_SAMPLES) -> Tensor:
     """Waveforms as (B, T); refuses what is not a float signal of one channel.
 
     Arguments
     ---------
     wavs : torch.Tensor
         Float, 16 kHz, in [-1, 1]; (T,), (B, T) or (B, 1, T).
+    min_samples : int
+        The model's own.
 
     Returns
     -------
@@ -200,7 +202,7 @@ def check_wavs(wavs: Tensor) -> Tensor:
     Raises
     ------
     ValueError
-        For another shape or type, or fewer than 257 samples.
+        For another shape or type, or fewer than ``min_samples``.
     """
     if not wavs.is_floating_point():
         raise ValueError(f"wavs must be float in [-1, 1], got {wavs.dtype}; divide integers first")
@@ -213,21 +215,27 @@ def check_wavs(wavs: Tensor) -> Tensor:
             f"wavs must be (T,), (B, T) or (B, 1, T), got {tuple(wavs.shape)}; "
             "average the channels of a stereo recording first"
         )
-    if wavs.shape[1] < MIN_SAMPLES:
+    if wavs.shape[1] < min_samples:
         raise ValueError(
-            f"wavs must hold at least {MIN_SAMPLES} samples (16 ms at 16 kHz), "
+            f"wavs must hold at least {min_samples} samples ({_milliseconds(min_samples)}), "
             f"got {wavs.shape[1]}; the signal is too short for an embedding"
         )
     return wavs
 
 
-def sample_counts(wavs: Tensor, wav_lens: Tensor | None) -> Tensor | None:
+def _milliseconds(samples: int) -> str:
+    return f"{1000 * samples // SAMPLE_RATE} ms at 16 kHz"
+
+
+def sample_counts(
+    wavs: Tensor, wav_lens: Tensor | None, min_samples: int = MIN_SAMPLES
+) -> Tensor | None:
     """Samples of each clip before padding, (B,); None where no clip is padded.
 
     Raises
     ------
     ValueError
-        If ``wav_lens`` is not (B,) in (0, 1], or leaves a clip fewer than 257 samples.
+        If ``wav_lens`` is not (B,) in (0, 1], or leaves a clip fewer than ``min_samples``.
     """
     if wav_lens is None:
         return None
@@ -240,12 +248,20 @@ def sample_counts(wavs: Tensor, wav_lens: Tensor | None) -> Tensor | None:
     shortest, longest = counts.min().item(), counts.max().item()
     if longest > wavs.shape[1] or wav_lens.isnan().any():
         raise ValueError(f"wav_lens must be relative lengths in (0, 1], got {wav_lens.tolist()}")
-    if shortest < MIN_SAMPLES:
+    if shortest < min_samples:
         raise ValueError(
             f"wavs[{counts.argmin().item()}] has {shortest} samples by its wav_lens and needs at "
-            f"least {MIN_SAMPLES} (16 ms at 16 kHz); leave so short a clip out"
+            f"least {min_samples} ({_milliseconds(min_samples)}); leave so short a clip out"
         )
     return None if shortest == wavs.shape[1] else counts
+
+
+def _valid_samples(wavs: Tensor, counts: Tensor | None) -> Tensor | None:
+    """1 for a sample of the clip and 0 for padding, (B, 1, T); None where no clip is padded."""
+    if counts is None:
+        return None
+    positions = torch.arange(wavs.shape[1], device=wavs.device)
+    return (positions < counts[:, None]).unsqueeze(1).float()
 
 
 def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -314,6 +330,8 @@ class LogMel(_StaysFloat, nn.Module):
         A checkpoint's ``spec_params``.
     """
 
+    smallest_deviation = 1e-6  # added to that of a signal before it is divided by it
+
     def __init__(
         self,
         n_mels: int,
@@ -327,20 +345,9 @@ class LogMel(_StaysFloat, nn.Module):
     ) -> None:
         super().__init__()
         self.hop_length, self.norm_signal, self.spec_norm = hop_length, norm_signal, spec_norm
-        mel = torchaudio.transforms.MelSpectrogram(
-            sample_rate=SAMPLE_RATE,
-            n_fft=N_FFT,
-            win_length=WIN_LENGTH,
-            hop_length=hop_length,
-            f_min=20.0,
-            f_max=7600.0,
-            n_mels=n_mels,
-            window_fn=torch.hamming_window,
-            center=False,
-        )
         # Named and numbered like the release's state dict.
         preemphasis = PreEmphasis() if do_preemph else nn.Identity()
-        self.torchfbank = nn.Sequential(nn.Identity(), preemphasis, mel)
+        self.torchfbank = nn.Sequential(nn.Identity(), preemphasis, self._mel(n_mels))
         self.drops = nn.ModuleList()
         if do_spec_aug:
             for dim, (low, high) in ((1, time_mask_width), (2, freq_mask_width)):
@@ -353,6 +360,20 @@ class LogMel(_StaysFloat, nn.Module):
                         dim=dim,
                     )
                 )
+
+    def _mel(self, n_mels: int) -> nn.Module:
+        """Power mel spectrogram of waveforms, (B, T) -> (B, F, frames)."""
+        return torchaudio.transforms.MelSpectrogram(
+            sample_rate=SAMPLE_RATE,
+            n_fft=N_FFT,
+            win_length=WIN_LENGTH,
+            hop_length=self.hop_length,
+            f_min=20.0,
+            f_max=7600.0,
+            n_mels=n_mels,
+            window_fn=torch.hamming_window,
+            center=False,
+        )
 
     def forward(self, wavs: Tensor, counts: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Waveforms (B, T), and samples of each (B,) or None, to features and their mask.
@@ -368,18 +389,23 @@ class LogMel(_StaysFloat, nn.Module):
             return self._features(wavs.float(), counts)
 
     def _features(self, wavs: Tensor, counts: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        _, preemphasis, mel = self.torchfbank
         if self.norm_signal:
-            valid = None
-            if counts is not None:
-                positions = torch.arange(wavs.shape[1], device=wavs.device)
-                valid = (positions < counts[:, None]).unsqueeze(1).float()
+            valid = _valid_samples(wavs, counts)
             x = wavs.unsqueeze(1)
             mean = _mean(x, valid)
             deviation = _mean((x - mean) ** 2, valid).sqrt()
-            wavs = ((x - mean) / (deviation + 1e-6)).squeeze(1)
-        wavs = preemphasis(wavs)
+            wavs = ((x - mean) / (deviation + self.smallest_deviation)).squeeze(1)
+        feats, mask = self._log_mel(self.torchfbank[1](wavs), counts)
+        mean, variance = _mean_and_variance(feats, mask)
+        feats = feats - mean
+        if self.spec_norm == "mvn":
+            feats = feats / (variance.sqrt() + 1e-8)
+        if self.training:
+            for drop in self.drops:
+                feats = drop(feats.transpose(1, 2)).transpose(1, 2)
+        return _masked(feats, mask), mask
 
+    def _log_mel(self, wavs: Tensor, counts: Tensor | None) -> tuple[Tensor, Tensor | None]:
         half, total = N_FFT // 2, wavs.shape[1]
         if counts is None:
             wavs, mask = F.pad(wavs.unsqueeze(1), (half, half), "reflect").squeeze(1), None
@@ -392,15 +418,7 @@ class LogMel(_StaysFloat, nn.Module):
             frames = torch.arange(1 + total // self.hop_length, device=wavs.device)
             mask = (frames <= counts[:, None] // self.hop_length).unsqueeze(1).float()
 
-        feats = (mel(wavs) + 1e-6).log()  # (B, F, frames)
-        mean, variance = _mean_and_variance(feats, mask)
-        feats = feats - mean
-        if self.spec_norm == "mvn":
-            feats = feats / (variance.sqrt() + 1e-8)
-        if self.training:
-            for drop in self.drops:
-                feats = drop(feats.transpose(1, 2)).transpose(1, 2)
-        return _masked(feats, mask), mask
+        return (self.torchfbank[2](wavs) + 1e-6).log(), mask  # (B, F, frames)
 
 
 # Layers that know which frames are padding
@@ -431,7 +449,7 @@ class Conv2d(_MaskedConv, nn.Conv2d):
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: int = 1,
+        kernel_size: Any = 1,
         groups: int = 1,
         bias: bool = True,
     ) -> None:
@@ -482,8 +500,6 @@ class MapMix(nn.Module):
 
     def __init__(self, n_maps: int, channels: int) -> None:
         super().__init__()
-        if n_maps == 1:
-            channels = 1
         self.w = nn.Parameter(torch.zeros(1, n_maps, channels, 1), requires_grad=n_maps > 1)
 
     def forward(self, maps: list[Tensor], mask: Tensor | None = None) -> Tensor:
@@ -502,7 +518,7 @@ class ConvNeXtBlock(nn.Module):
         conv: type[nn.Module],
         norm: type[nn.Module],
         channels: int,
-        kernel_sizes: Collection[int],
+        kernel_sizes: Collection[Any],
         groups: int,
         activation: type[nn.Module],
     ) -> None:
@@ -567,17 +583,25 @@ class ResNetBlock(nn.Module):
 
 
 class Block2d(nn.Module):
-    """One 2-D block of the named type, under the release's name."""
+    """One 2-D block of the named type, under the release's name.
+
+    ``kernel_sizes`` are those of the parallel convolutions of a ConvNeXt block.
+    """
 
     def __init__(
-        self, block_type: str, channels: int, n_freqs: int, group_divisor: int | None
+        self,
+        block_type: str,
+        channels: int,
+        n_freqs: int,
+        group_divisor: int | None,
+        kernel_sizes: Collection[Any] = (3,),
     ) -> None:
         super().__init__()
         groups = _groups(channels, group_divisor)
         if block_type.startswith("convnext_like"):
             activation = nn.ReLU if block_type.endswith("relu") else nn.GELU
             block: nn.Module = ConvNeXtBlock(
-                Conv2d, nn.BatchNorm2d, channels, [3], groups, activation
+                Conv2d, nn.BatchNorm2d, channels, kernel_sizes, groups, activation
             )
         else:
             squeeze_excite = block_type.endswith("fwse")
@@ -711,7 +735,7 @@ class Backbone(nn.Module):
         for i, (stride, n_blocks, expansion, _, reduction) in enumerate(config["stages_setup"]):
             width = int(stride * c * expansion)
             layers = [
-                MapMix(i + 1, size),
+                MapMix(i + 1, size if i else 1),
                 To2d(f, c),
                 nn.Conv2d(c, width, kernel_size=(stride, 1), stride=(stride, 1)),
             ]
@@ -813,33 +837,44 @@ def complete_config(model_config: dict[str, Any]) -> dict[str, Any]:
     ValueError
         For an unknown key, or a value that this implementation does not reproduce.
     """
-    config = _merged("model_config", model_config, CONFIG_DEFAULTS)
-    config["spec_params"] = _merged("spec_params", config["spec_params"], SPEC_DEFAULTS)
-    for key, supported in SUPPORTED.items():
-        value = config[key] if key in config else config["spec_params"][key]
-        if not any(value is one or value == one for one in supported):
-            allowed = ", ".join(map(repr, supported))
-            raise ValueError(f"model_config has {key}={value!r}; supported: {allowed}")
-    for key in ("F", "C", "embed_dim", "hop_length"):
-        _check_positive(key, config[key])
+    config = check_config(model_config, CONFIG_DEFAULTS, SPEC_DEFAULTS, SUPPORTED)
     if config["hop_length"] >= MIN_SAMPLES:
         raise ValueError(
             f"model_config has hop_length={config['hop_length']}; it must be below {MIN_SAMPLES}, "
             "so that the shortest signal has two frames"
         )
-    for key in ("group_divisor", "out_channels"):
-        if config[key] is not None:
-            _check_positive(key, config[key])
-    for key in ("global_context_att", "emb_bn"):
-        _check_bool(key, config[key])
-    for key in ("do_spec_aug", "norm_signal", "do_preemph"):
-        _check_bool(key, config["spec_params"][key])
-    for key in ("freq_mask_width", "time_mask_width"):
-        _check_range(key, config["spec_params"][key])
     dropout = config["feat_agg_dropout"]
     if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
         raise ValueError(f"model_config has feat_agg_dropout={dropout!r}; it must be in [0, 1)")
-    _check_stages(config)
+    check_stages(config)
+    return config
+
+
+def check_config(
+    model_config: dict[str, Any],
+    defaults: dict[str, Any],
+    spec_defaults: dict[str, Any],
+    supported: dict[str, tuple[Any, ...]],
+) -> dict[str, Any]:
+    """``model_config`` with every key of ``defaults``; checks what every ReDimNet has."""
+    config = _merged("model_config", model_config, defaults)
+    config["spec_params"] = _merged("spec_params", config["spec_params"], spec_defaults)
+    for key, values in supported.items():
+        value = config[key] if key in config else config["spec_params"][key]
+        if not any(value is one or value == one for one in values):
+            allowed = ", ".join(map(repr, values))
+            raise ValueError(f"model_config has {key}={value!r}; supported: {allowed}")
+    for key in ("F", "C", "embed_dim", "hop_length"):
+        check_positive(key, config[key])
+    for key in ("group_divisor", "out_channels"):
+        if config[key] is not None:
+            check_positive(key, config[key])
+    for key in ("global_context_att", "emb_bn"):
+        check_bool(key, config[key])
+    for key in ("do_spec_aug", "norm_signal", "do_preemph"):
+        check_bool(key, config["spec_params"][key])
+    for key in ("freq_mask_width", "time_mask_width"):
+        _check_range(key, config["spec_params"][key])
     return config
 
 
@@ -855,14 +890,14 @@ def _merged(name: str, given: Any, defaults: dict[str, Any]) -> dict[str, Any]:
     return {**defaults, **given}
 
 
-def _check_positive(key: str, value: Any) -> None:
+def check_positive(key: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**16:
         raise ValueError(
             f"model_config has {key}={value!r}; it must be a positive integer below 65536"
         )
 
 
-def _check_bool(key: str, value: Any) -> None:
+def check_bool(key: str, value: Any) -> None:
     if not isinstance(value, bool):
         raise ValueError(f"model_config has {key}={value!r}; it must be true or false")
 
@@ -873,7 +908,8 @@ def _check_range(key: str, value: Any) -> None:
         raise ValueError(f"spec_params has {key}={value!r}; it must be two ascending integers")
 
 
-def _check_stages(config: dict[str, Any]) -> None:
+def check_stages(config: dict[str, Any]) -> None:
+    """Raise a ValueError that names the stage unless ``stages_setup`` can be built."""
     stages, f, size = config["stages_setup"], config["F"], config["F"] * config["C"]
     if not isinstance(stages, (list, tuple)) or not stages:
         raise ValueError(f"model_config has stages_setup={stages!r}; it must list the stages")
@@ -928,6 +964,9 @@ def refuse_foreign_weights(
             )
 
 
+_Model = TypeVar("_Model", bound="ReDimNet")
+
+
 class ReDimNet(nn.Module):
     """ReDimNet speaker encoder: waveforms to embeddings, state-dict keys as released.
 
@@ -951,21 +990,29 @@ class ReDimNet(nn.Module):
     torch.Size([2, 192])
     """
 
+    presets = PRESETS
+    complete_config = staticmethod(complete_config)
+    min_samples = MIN_SAMPLES
+
     def __init__(self, **model_config: dict[str, Any]) -> None:
         super().__init__()
-        self.model_config = config = complete_config(model_config)
+        self.model_config = config = self.complete_config(model_config)
         self.embed_dim = config["embed_dim"]
-        self.backbone = Backbone(config)
-        self.spec = LogMel(config["F"], config["hop_length"], **config["spec_params"])
-        channels = config["out_channels"] or config["C"] * config["F"]
+        channels = self._add_network(config)
         pool = {"ASTP": ASTP, "TSTP": TSTP}[config["pooling_func"]]
         self.pool = pool(channels, config["global_context_att"])
         self.bn = nn.BatchNorm1d(2 * channels)
         self.linear = nn.Linear(2 * channels, self.embed_dim)
         self.bn2 = nn.BatchNorm1d(self.embed_dim) if config["emb_bn"] else None
 
+    def _add_network(self, config: dict[str, Any]) -> int:
+        """Make ``backbone`` and ``spec``; returns the channels that are pooled."""
+        self.backbone: nn.Module = Backbone(config)
+        self.spec = LogMel(config["F"], config["hop_length"], **config["spec_params"])
+        return int(config["out_channels"] or config["C"] * config["F"])
+
     @classmethod
-    def from_config(cls, model_config: dict[str, Any]) -> "ReDimNet":
+    def from_config(cls: type[_Model], model_config: dict[str, Any]) -> _Model:
         """Random weights in the architecture of a checkpoint's ``model_config``.
 
         Raises
@@ -973,7 +1020,7 @@ class ReDimNet(nn.Module):
         ValueError
             For an unknown key, or a value that this implementation does not reproduce.
         """
-        return cls(**complete_config(model_config))
+        return cls(**cls.complete_config(model_config))
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
@@ -1010,8 +1057,8 @@ class ReDimNet(nn.Module):
         ValueError
             For another shape or type, or a clip of fewer than 257 samples.
         """
-        wavs = check_wavs(wavs)
-        feats, mask = self.spec(wavs, sample_counts(wavs, wav_lens))
+        wavs = check_wavs(wavs, self.min_samples)
+        feats, mask = self.spec(wavs, sample_counts(wavs, wav_lens, self.min_samples))
         frames = self.backbone(feats.unsqueeze(1).to(self.linear.weight.dtype), mask)
         with torch.autocast(wavs.device.type, enabled=False):  # sums of squares over time
             pooled = self.pool(frames.float(), mask)  # (B, 2 * channels)
@@ -1039,7 +1086,7 @@ def check_mrl_dims(mrl_dims: Iterable[int], embed_dim: int) -> tuple[int, ...]:
     return dims
 
 
-_Model = TypeVar("_Model", bound="MatryoshkaReDimNet")
+_Student = TypeVar("_Student", bound="MatryoshkaReDimNet")
 
 
 class MatryoshkaReDimNet(ReDimNet):
@@ -1074,19 +1121,21 @@ class MatryoshkaReDimNet(ReDimNet):
     ) -> None:
         mrl_dims = check_mrl_dims(mrl_dims, embed_dim)
         if isinstance(backbone, str):
-            if backbone not in PRESETS:
-                raise ValueError(f"backbone must be one of {sorted(PRESETS)}, got {backbone!r}")
-            backbone = PRESETS[backbone]
+            if backbone not in self.presets:
+                raise ValueError(
+                    f"backbone must be one of {sorted(self.presets)}, got {backbone!r}"
+                )
+            backbone = self.presets[backbone]
         super().__init__(**{**backbone, "embed_dim": embed_dim, "emb_bn": False})
         self.mrl_dims = mrl_dims
 
     @classmethod
     def from_redimnet(
-        cls: type[_Model],
+        cls: type[_Student],
         redimnet: ReDimNet,
         embed_dim: int = 256,
         mrl_dims: Iterable[int] = (64, 128, 192, 256),
-    ) -> _Model:
+    ) -> _Student:
         """A copy of ``redimnet`` with more coordinates: its own first, new small random ones after.
 
         Every tensor comes from ``redimnet``; a BatchNorm behind its linear layer is folded into it.
@@ -1268,6 +1317,11 @@ class WaveformInput(nn.Module):
     SpeechBrain does not tell this step the clips' lengths, on which every feature depends, so the
     features themselves are computed by ``EmbeddingModel``.
 
+    Arguments
+    ---------
+    min_samples : int
+        The fewest that the network accepts.
+
     Example
     -------
     >>> inputs = WaveformInput()
@@ -1275,18 +1329,22 @@ class WaveformInput(nn.Module):
     (torch.Size([1, 16000]), torch.Size([1, 257]))
     """
 
+    def __init__(self, min_samples: int = MIN_SAMPLES) -> None:
+        super().__init__()
+        self.min_samples = min_samples
+
     def forward(self, wavs: Tensor) -> Tensor:
         """(T,), (B, T), or channels along the shorter side of (B, T, channels), which are averaged.
 
-        A recording of fewer than 257 samples (16 ms) is continued with silence.
+        A recording of fewer samples than the network accepts is continued with silence.
         """
         if wavs.numel() == 0:
-            wavs = wavs.new_zeros(len(wavs) if wavs.ndim > 1 else 1, MIN_SAMPLES)
+            wavs = wavs.new_zeros(len(wavs) if wavs.ndim > 1 else 1, self.min_samples)
         if wavs.ndim == 3:
             wavs = wavs.mean(dim=1 if wavs.shape[1] < wavs.shape[2] else 2)
         if wavs.ndim == 1:
             wavs = wavs.unsqueeze(0)
-        return F.pad(wavs, (0, max(0, MIN_SAMPLES - wavs.shape[-1])))
+        return F.pad(wavs, (0, max(0, self.min_samples - wavs.shape[-1])))
 
 
 class SilentPadding(nn.Module):
@@ -1337,12 +1395,12 @@ class EmbeddingModel(StrictlyLoaded, MatryoshkaReDimNet):
     def forward(  # type: ignore[override]  # of one size, as SpeechBrain calls it
         self, wavs: Tensor, wav_lens: Tensor | None = None
     ) -> Tensor:
-        """As ``MatryoshkaReDimNet``; a clip of fewer than 257 samples takes in some of its padding.
+        """As ``MatryoshkaReDimNet``; a clip that is too short takes in some of its padding.
 
         A ``wav_lens`` of one element holds for every clip.
         """
         if wav_lens is not None:
-            wav_lens = wav_lens.expand(len(wavs)).clamp_min(MIN_SAMPLES / wavs.shape[1])
+            wav_lens = wav_lens.expand(len(wavs)).clamp_min(self.min_samples / wavs.shape[1])
         return super().forward(wavs, wav_lens, self.target_dim).unsqueeze(1)
 
 
