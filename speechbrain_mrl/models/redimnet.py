@@ -9,12 +9,14 @@ Yakovlev et al., Reshape Dimensions Network for Speaker Recognition, Interspeech
 arXiv:2407.18223. Kusupati et al., Matryoshka Representation Learning, 2022, arXiv:2205.13147.
 """
 
+import math
 import os
 import zipfile
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torchaudio
 from speechbrain.augment.freq_domain import SpectrogramDrop
@@ -228,9 +230,16 @@ def _milliseconds(samples: int) -> str:
 
 
 def sample_counts(
-    wavs: Tensor, wav_lens: Tensor | None, min_samples: int = MIN_SAMPLES
+    wavs: Tensor,
+    wav_lens: Tensor | None,
+    min_samples: int = MIN_SAMPLES,
+    training: bool = False,
 ) -> Tensor | None:
     """Samples of each clip before padding, (B,); None where no clip is padded.
+
+    To look at ``wav_lens`` makes the host wait for a GPU, so that in training they are only limited to
+    what is possible there. And whether clips are padded is not asked where processes train together,
+    for all of them must take the same way through BatchNorm: pass None for clips of equal lengths.
 
     Raises
     ------
@@ -244,16 +253,25 @@ def sample_counts(
             f"wav_lens must have shape ({wavs.shape[0]},) for wavs {tuple(wavs.shape)}, "
             f"got {tuple(wav_lens.shape)}"
         )
-    counts = (wav_lens.to(wavs.device, torch.float64) * wavs.shape[1]).round().long()
-    shortest, longest = counts.min().item(), counts.max().item()
-    if longest > wavs.shape[1] or wav_lens.isnan().any():
-        raise ValueError(f"wav_lens must be relative lengths in (0, 1], got {wav_lens.tolist()}")
-    if shortest < min_samples:
+    total = wavs.shape[1]
+    if training and wav_lens.device.type == "cuda":
+        return (wav_lens.double() * total).round().long().clamp(min_samples, total)
+    relative = wav_lens.tolist()
+    if not all(-math.inf < n * total <= total + 0.5 for n in relative):
+        raise ValueError(f"wav_lens must be relative lengths in (0, 1], got {relative}")
+    counts = [min(round(n * total), total) for n in relative]
+    if (shortest := min(counts)) < min_samples:
         raise ValueError(
-            f"wavs[{counts.argmin().item()}] has {shortest} samples by its wav_lens and needs at "
+            f"wavs[{counts.index(shortest)}] has {shortest} samples by its wav_lens and needs at "
             f"least {min_samples} ({_milliseconds(min_samples)}); leave so short a clip out"
         )
-    return None if shortest == wavs.shape[1] else counts
+    if shortest == total and not (training and _in_processes()):
+        return None
+    return torch.tensor(counts, device=wavs.device)
+
+
+def _in_processes() -> bool:
+    return dist.is_available() and dist.is_initialized()
 
 
 def _valid_samples(wavs: Tensor, counts: Tensor | None) -> Tensor | None:
@@ -458,12 +476,77 @@ class Conv2d(_MaskedConv, nn.Conv2d):
         )
 
 
+class _SumOverProcesses(torch.autograd.Function):
+    """A tensor summed over the processes of ``group``, its gradient too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        x = x.clone()
+        dist.all_reduce(x, group=group)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return _SumOverProcesses.apply(gradient, ctx.group), None
+
+
+def batch_norm(norm: Any, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    """``norm(x)``; in training its statistics are those of the frames that are not padding.
+
+    A function and no layer, for ``SyncBatchNorm.convert_sync_batchnorm`` replaces layers of any class.
+    After it the statistics are those of all processes, also on a CPU, where torch refuses.
+
+    Arguments
+    ---------
+    norm : torch.nn.BatchNorm1d, BatchNorm2d or SyncBatchNorm
+        With running statistics.
+    x : torch.Tensor
+        (B, C), (B, C, T) or (B, C, F, T).
+    mask : torch.Tensor, optional
+        (B, 1, T), 1 for a frame of the clip and 0 for padding. None: no clip is padded.
+
+    Returns
+    -------
+    torch.Tensor
+        As ``x``.
+    """
+    synchronized = isinstance(norm, nn.SyncBatchNorm)
+    if not norm.training or (mask is None and not (synchronized and x.device.type == "cpu")):
+        return norm(x)
+
+    def total(of: Tensor) -> Any:
+        if synchronized and _in_processes():
+            return _SumOverProcesses.apply(of, norm.process_group)
+        return of
+
+    dims, shape = [0, *range(2, x.ndim)], (-1,) + (1,) * (x.ndim - 2)
+    data = x.to(torch.promote_types(x.dtype, torch.float32))
+    count = data.new_full((1,), x[:, 0].numel())
+    if mask is not None:
+        count = mask.sum().view(1).to(data) * (x.shape[2] if x.ndim == 4 else 1)
+    sums = total(torch.cat([_masked(data, mask).sum(dims), count]))
+    mean, count = sums[:-1] / sums[-1], sums[-1].detach()
+    centred = data - mean.view(shape)
+    variance = total(_masked(centred, mask).square().sum(dims)) / count
+    with torch.no_grad():
+        norm.num_batches_tracked.add_(1)
+        norm.running_mean.lerp_(mean.to(norm.running_mean), norm.momentum)
+        unbiased = variance * (count / (count - 1))
+        norm.running_var.lerp_(unbiased.to(norm.running_var), norm.momentum)
+    scale = norm.weight / (variance + norm.eps).sqrt()
+    return (centred * scale.view(shape) + norm.bias.view(shape)).to(x.dtype)
+
+
 class Sequence(nn.Sequential):
-    """nn.Sequential that hands the mask to this file's layers; torch's own take none."""
+    """nn.Sequential that hands the mask to this file's layers and to BatchNorm."""
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         for layer in self:
-            x = layer(x, mask) if type(layer).__module__ == __name__ else layer(x)
+            if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+                x = batch_norm(layer, x, mask)
+            else:
+                x = layer(x, mask) if type(layer).__module__ == __name__ else layer(x)
         return x
 
 
@@ -534,7 +617,7 @@ class ConvNeXtBlock(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         parts = [conv(x, mask) for conv in self.dwconvs]
         out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-        return x + self.pwconv1(self.act(self.norm(out)))
+        return x + self.pwconv1(self.act(batch_norm(self.norm, out, mask)))
 
 
 class FrequencySE(nn.Module):
@@ -575,8 +658,8 @@ class ResNetBlock(nn.Module):
         self.se = FrequencySE(n_freqs, width) if squeeze_excite else None
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        out = self.bn1(self.conv1pw(self.conv1(x, mask)).relu())
-        out = self.bn2(self.conv2pw(self.conv2(out, mask)))
+        out = batch_norm(self.bn1, self.conv1pw(self.conv1(x, mask)).relu(), mask)
+        out = batch_norm(self.bn2, self.conv2pw(self.conv2(out, mask)), mask)
         if self.se is not None:
             out = self.se(out, mask)
         return (out + x).relu()
@@ -759,7 +842,7 @@ class Backbone(nn.Module):
         self.dropout = nn.Dropout(config["feat_agg_dropout"])
         self.fin_wght1d = MapMix(self.n_stages + 1, size)
         out_channels = config["out_channels"]
-        self.mfa: nn.Module = nn.Identity()
+        self.mfa = Sequence()
         if out_channels is not None:
             self.mfa = Sequence(Conv1d(size, out_channels), nn.BatchNorm1d(out_channels))
 
@@ -767,7 +850,7 @@ class Backbone(nn.Module):
         maps = [self.stem(feats, mask).contiguous()]  # sums of maps in two layouts are slow
         for i in range(self.n_stages):
             maps.append(self.dropout(getattr(self, f"stage{i}")(maps, mask)))
-        return self.mfa(self.fin_wght1d(maps))
+        return self.mfa(self.fin_wght1d(maps), mask)
 
 
 class ASTP(_StaysFloat, nn.Module):
@@ -1058,12 +1141,13 @@ class ReDimNet(nn.Module):
             For another shape or type, or a clip of fewer than 257 samples.
         """
         wavs = check_wavs(wavs, self.min_samples)
-        feats, mask = self.spec(wavs, sample_counts(wavs, wav_lens, self.min_samples))
+        counts = sample_counts(wavs, wav_lens, self.min_samples, self.training)
+        feats, mask = self.spec(wavs, counts)
         frames = self.backbone(feats.unsqueeze(1).to(self.linear.weight.dtype), mask)
         with torch.autocast(wavs.device.type, enabled=False):  # sums of squares over time
             pooled = self.pool(frames.float(), mask)  # (B, 2 * channels)
-            embeddings = self.linear(self.bn(pooled.to(self.linear.weight.dtype)))
-            return embeddings if self.bn2 is None else self.bn2(embeddings)
+            embeddings = self.linear(batch_norm(self.bn, pooled.to(self.linear.weight.dtype)))
+            return embeddings if self.bn2 is None else batch_norm(self.bn2, embeddings)
 
 
 def check_mrl_dims(mrl_dims: Iterable[int], embed_dim: int) -> tuple[int, ...]:

@@ -23,6 +23,7 @@ from speechbrain_mrl.dataio.dataset import SeededClips, seed_draws
 from speechbrain_mrl.dataio.shards import ShardedClips
 from speechbrain_mrl.evaluation.report import agreement
 from speechbrain_mrl.evaluation.verification import Trials, evaluate
+from speechbrain_mrl.models.redimnet import ReDimNet
 from speechbrain_mrl.training.augment import draw_recordings
 
 logger = logging.getLogger(__name__)
@@ -264,9 +265,10 @@ class MRLBrain(sb.Brain):
         return total / max(1, self.n_batches)
 
     def _wrap_distributed(self) -> None:
-        """As SpeechBrain does, but on CPUs without SyncBatchNorm, which only GPUs have.
+        """As SpeechBrain does, but on CPUs only a ReDimNet has SyncBatchNorm; torch's needs a GPU.
 
-        There each process normalises by its own clips, and rank 0's statistics are kept.
+        There any other student's processes normalise by their own clips, and rank 0's statistics
+        are kept.
         """
         if not self.distributed_launch or torch.device(self.device).type != "cpu":
             return super()._wrap_distributed()
@@ -275,6 +277,8 @@ class MRLBrain(sb.Brain):
                 self.modules[name] = DistributedDataParallel(
                     module, find_unused_parameters=self.find_unused_parameters
                 )
+                if isinstance(module, ReDimNet):  # in place, where DDP no longer looks for a GPU
+                    nn.SyncBatchNorm.convert_sync_batchnorm(module)
 
     def _eers(self) -> dict[str, float]:
         if self.valid_trials is None:

@@ -5,6 +5,7 @@ import fill
 import pytest
 import torch
 import torch.nn.functional as F
+from plain import PlainReDimNet
 
 from speechbrain_mrl.models.redimnet import (
     CONFIG_DEFAULTS,
@@ -213,6 +214,72 @@ def test_wav_lens_of_one_change_nothing(tiny_config, random_model):
     torch.testing.assert_close(model(wavs, torch.ones(2)), model(wavs), atol=0, rtol=0)
 
 
+# Training on padded clips
+
+
+def assert_trained_as_without_padding(model, lengths):
+    """Embeddings, gradients and running statistics in training, against clips of their own lengths."""
+    wavs, wav_lens = torch.randn(len(lengths), max(lengths)), torch.tensor(lengths) / max(lengths)
+    with torch.no_grad():
+        alone = [model.spec(wav[None, :n])[0].double() for wav, n in zip(wavs, lengths)]
+    model.train()
+    plain = PlainReDimNet(model, training=True, dtype=torch.float64)
+    expected, parameters = plain(alone), {k: p for k, p in model.named_parameters()}
+    trained = {name: p for name, p in parameters.items() if p.requires_grad}
+    direction = torch.randn(expected.shape)
+    gradients = torch.autograd.grad((expected * direction).sum(), list(trained.values()))
+    embeddings = model(wavs, wav_lens)
+    assert F.cosine_similarity(embeddings, expected).min() > 1 - 1e-6
+    torch.testing.assert_close(embeddings.double(), expected, rtol=1e-3, atol=1e-3)
+    (embeddings * direction).sum().backward()
+    largest = max(g.abs().max().item() for g in gradients)
+    for (name, parameter), gradient in zip(trained.items(), gradients):
+        # that of a bias before BatchNorm is zero but for rounding
+        scale = gradient.norm() + 1e-3 * largest * gradient.numel() ** 0.5
+        assert (parameter.grad - gradient).norm() < 3e-2 * scale, name
+    state = model.state_dict()
+    for name, (mean, variance) in plain.running.items():
+        spread = variance.sqrt().float()
+        assert ((state[f"{name}.running_mean"] - mean.float()).abs() < 1e-3 * spread).all(), name
+        torch.testing.assert_close(
+            state[f"{name}.running_var"].double(), variance, rtol=1e-3, atol=0.0
+        )
+        assert state[f"{name}.num_batches_tracked"] == 1
+    assert set(plain.running) == {
+        name for name, module in model.named_modules() if "BatchNorm" in type(module).__name__
+    }
+
+
+@pytest.mark.parametrize("block_1d_type", ["fc", "conv", "att", "conv+att"])
+@pytest.mark.parametrize("block_2d_type", ["convnext_like", "basic_resnet_fwse"])
+@pytest.mark.parametrize(
+    "change", [{}, {"out_channels": 40, "emb_bn": True, "group_divisor": None}]
+)
+def test_padding_is_not_trained_on(tiny_config, random_model, block_1d_type, block_2d_type, change):
+    config = {**tiny_config, "block_1d_type": block_1d_type, "block_2d_type": block_2d_type}
+    assert_trained_as_without_padding(
+        random_model({**config, **change}), [11000, 2400, 4801, 9600, 8000]
+    )
+
+
+@pytest.mark.parametrize("name", ["b0", "b2", "b5"])
+def test_released_architectures_do_not_train_on_padding(parity, name):
+    assert_trained_as_without_padding(parity(name).model(), [16000, 5000, 9000, 12001])
+
+
+def test_synchronized_statistics_of_one_process_are_its_own(tiny_config, random_model):
+    model, wavs, wav_lens = (
+        random_model(tiny_config),
+        torch.randn(3, 8000),
+        torch.tensor([1, 0.5, 1]),
+    )
+    same = torch.nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))
+    assert list(same.state_dict()) == list(model.state_dict())
+    for lens in (wav_lens, None):
+        torch.testing.assert_close(same.train()(wavs, lens), model.train()(wavs, lens))
+    torch.testing.assert_close(same.state_dict(), model.state_dict())
+
+
 # Signals
 
 
@@ -266,6 +333,7 @@ def test_silence_has_a_finite_embedding(tiny_config, random_model, spec_norm):
         ([1.0, 0.016], r"wavs\[1\] has 256 samples by its wav_lens and needs at least 257"),
         ([1.0, 0.0], r"wavs\[1\] has 0 samples"),
         ([-1.0, 1.0], r"wavs\[0\] has -16000 samples"),
+        ([1.0, float("-inf")], r"relative lengths"),
     ],
 )
 def test_impossible_wav_lens_are_refused(tiny_config, wav_lens, message):
