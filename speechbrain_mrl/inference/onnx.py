@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from speechbrain_mrl.inference.optimize import FastAttention, packaged
+from speechbrain_mrl.models import redimnet
 from speechbrain_mrl.models.redimnet import (
     MIN_SAMPLES,
     N_FFT,
@@ -178,7 +179,7 @@ def _turn(backbone: Any) -> None:
     along rows: of 6 to 72 frequencies, which stay in the processor's cache, not of all frames.
     """
     backbone.stem.insert(0, _Swap(2, 3))
-    backbone.mfa = nn.Sequential(_Swap(1, 2), backbone.mfa)
+    backbone.mfa = redimnet.Sequence(_Swap(1, 2), backbone.mfa)
     for module in list(backbone.modules()):
         if type(module) in _TURNED:
             module.__class__ = _TURNED[type(module)]
