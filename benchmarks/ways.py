@@ -25,7 +25,7 @@ import train  # noqa: E402
 from corpus import prepare  # noqa: E402
 
 from speechbrain_mrl.dataio.clips import read_clips  # noqa: E402
-from speechbrain_mrl.evaluation.report import truncation_baselines  # noqa: E402
+from speechbrain_mrl.evaluation.baselines import truncation_baselines  # noqa: E402
 from speechbrain_mrl.evaluation.verification import (  # noqa: E402
     evaluate,
     evaluate_runs,

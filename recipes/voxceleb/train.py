@@ -6,11 +6,9 @@ Without ``--data_folder`` it runs a demo on synthetic voices with small teachers
 """
 
 import csv
-import json
 import os
 import sys
 import time
-from collections import defaultdict
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +17,7 @@ import torch
 from check_yaml import changed, check_train, dumped, merge
 from corpus import prepare
 from hyperpyyaml import load_hyperpyyaml, resolve_references
+from outcome import enrol, export, report_agreement, report_on
 from ruamel.yaml import YAML
 from rules import TRAIN
 from speechbrain.dataio.encoder import CategoricalEncoder
@@ -26,33 +25,24 @@ from speechbrain.utils.distributed import ddp_init_group, if_main_process
 
 from speechbrain_mrl import (
     ReDimNetMRL,
-    export_model,
     load_pretrained_redimnet,
     matryoshka_rotation,
     push_to_hub,
 )
-from speechbrain_mrl.dataio.clips import iter_clips, read_clips
+from speechbrain_mrl.dataio.clips import read_clips
 from speechbrain_mrl.dataio.dataset import seed_draws, train_dataset, valid_dataset
 from speechbrain_mrl.dataio.shards import shard_loader
-from speechbrain_mrl.evaluation.plots import write_plots
-from speechbrain_mrl.evaluation.report import (
-    agreement,
-    make_report,
-    print_report,
-    teacher_baselines,
-    write_report,
-)
-from speechbrain_mrl.evaluation.verification import evaluate, read_trials, score_trials
+from speechbrain_mrl.evaluation.verification import read_trials
 from speechbrain_mrl.inference.encoders import load_teachers
 from speechbrain_mrl.inference.extract import embed_clips
 from speechbrain_mrl.inference.optimize import prepare_cpu
 from speechbrain_mrl.inference.store import TeacherStore
-from speechbrain_mrl.models.pretrained import RELEASES
 from speechbrain_mrl.models.resize import resize_model
-from speechbrain_mrl.publish.card import Provenance
+from speechbrain_mrl.training.checkpoints import starting_point
 from speechbrain_mrl.training.distill import train_student
 from speechbrain_mrl.training.logger import TrainingLog
 from speechbrain_mrl.training.projection import (
+    FIT_CLIPS,
     align_head,
     carry_over,
     finish_head,
@@ -62,7 +52,6 @@ from speechbrain_mrl.training.projection import (
 )
 from speechbrain_mrl.utils import only_run, replacing
 
-ENROLMENT_CLIPS = 5  # a training speaker's, for the exported classifier
 RECIPE = Path(__file__).resolve().parent
 DEMO = "demo: synthetic voices and small demo teachers, no figure here is a VoxCeleb figure"
 
@@ -176,7 +165,8 @@ def load_stage_teachers(hparams, device):
 def train_stage(previous, hparams, corpus, run_opts, teachers, **embed_options):
     """Train one stage, from the (student, objective) of the stage before if there is one.
 
-    Returns its own, and the teachers' embeddings of training, validation and test clips.
+    Returns its own, the teachers' embeddings of training, validation and test clips, and the
+    student before the first step.
     """
     stores = {}
     if teachers:
@@ -195,8 +185,9 @@ def train_stage(previous, hparams, corpus, run_opts, teachers, **embed_options):
         n_classes = len(label_encoder)
     seed_draws(0)  # whatever a killed run had already done
     objective = hparams["objective"](n_classes=n_classes)
-    start = make_student if previous is None else partial(go_on, *previous)
-    student = start(hparams, corpus, objective, stores, **embed_options)
+    make = make_student if previous is None else partial(go_on, *previous)
+    student = make(hparams, corpus, objective, stores, **embed_options)
+    start = starting_point(student, hparams["checkpointer"])
     train_set = train_dataset(
         corpus.train_csv, hparams["chunk_seconds"], hparams["chunks_per_clip"], label_encoder
     )
@@ -212,96 +203,7 @@ def train_stage(previous, hparams, corpus, run_opts, teachers, **embed_options):
         stores,
         None if corpus.valid_trials is None else read_trials(corpus.valid_trials),
     )
-    return (student, objective), stores
-
-
-def report_agreement(student, teachers, corpus, hparams, **embed_options):
-    """Write and print how well the student agrees with its teachers on the validation clips."""
-    clips = read_clips(corpus.valid_csv)
-    found = embed_clips({"student": student, **teachers}, clips, **embed_options)
-    result = agreement(found.pop("student"), found, hparams["mrl_dims"])
-    path = Path(hparams["output_folder"]) / "agreement.json"
-    text = json.dumps({"clips": len(clips), "dims": result}, indent=2, allow_nan=False)
-    with replacing(path) as part:
-        part.write_text(text + "\n")
-    print(
-        f"agreement with the teachers on {len(clips)} clips without labels (correlation of cosines)"
-    )
-    for dim, value in result.items():
-        print(f"{dim:>6}{value:9.3f}")
-
-
-def report_on(student, teachers, fit_embeddings, corpus, hparams, started, **embed_options):
-    """Verify student, teachers and cuts on the test trials; write and print the report.
-
-    ``teachers`` and ``fit_embeddings`` are the teachers' embeddings of test and training clips.
-    """
-    trials = read_trials(corpus.test_trials)
-    clips = read_clips(corpus.test_csv)
-    trials.check_clips({clip.id for clip in clips})
-    found = embed_clips({"student": student}, clips, **embed_options) | teachers
-    found = {
-        name: trials.stack(dict(zip((clip.id for clip in clips), embeddings, strict=True)))
-        for name, embeddings in found.items()
-    }
-    mrl_dims = hparams["mrl_dims"]
-    student_embeddings = found.pop("student")
-    report = make_report(
-        evaluate(student_embeddings, trials, mrl_dims, n_bootstrap=200),
-        trials,
-        teacher_baselines(found, fit_embeddings, trials, mrl_dims) if teachers else {},
-        corpus=hparams["data_folder"] or "demo",
-        params=sum(p.numel() for p in student.parameters()),
-        seconds=round(time.time() - started, 1),
-    )
-    folder = Path(hparams["output_folder"])
-    write_report(report, folder)
-    write_plots(report, score_trials(student_embeddings, trials, mrl_dims), trials.labels, folder)
-    print_report(report)
-    return report
-
-
-def enrol(student, corpus, **embed_options):
-    """Embeddings of a few clips of each training speaker, for the exported classifier."""
-    clips = defaultdict(list)
-    for clip in iter_clips(corpus.train_csv):
-        found = clips[clip.id.split("/")[0]]
-        if len(found) < ENROLMENT_CLIPS:
-            found.append(clip)
-    chosen = [clip for found in clips.values() for clip in found]
-    embeddings = embed_clips({"student": student}, chosen, **embed_options)["student"]
-    speakers = defaultdict(list)
-    for clip, embedding in zip(chosen, embeddings, strict=True):
-        speakers[clip.id.split("/")[0]].append(embedding)
-    return {speaker: torch.stack(found) for speaker, found in speakers.items()}
-
-
-def export(student, speakers, teachers, report, corpus, hparams):
-    """Write the model folder."""
-    released = RELEASES[hparams["teacher_dataset"]]
-    licenses = {
-        name: released["license"] if name in released["model_names"] else "not stated"
-        for name in teachers
-    }
-    first_clips = {}
-    for clip in iter_clips(corpus.train_csv) if speakers else ():
-        first_clips.setdefault(clip.id.split("/")[0], clip.wav)
-    folder = Path(hparams["output_folder"])
-    export_model(
-        student,
-        folder / "model",
-        Provenance(
-            hparams["model_title"],
-            hparams["license"],
-            hparams["training_data"],
-            teachers=licenses,
-            trials=str(hparams["trials"] or "made from held-out speakers of the same corpus"),
-        ),
-        report=report,
-        plot=None if report is None else folder / "eer_by_dim.png",
-        speakers=speakers,
-        examples=dict(list(first_clips.items())[: hparams["card_examples"]]),
-    )
+    return (student, objective), stores, start
 
 
 def default_device():
@@ -345,16 +247,20 @@ def run(document, stages, run_opts):
         "max_seconds": hparams["max_seconds"],
         "num_workers": hparams["num_workers"],
     }
-    trained, teachers = None, {}
+    trained, starts, teachers = None, [], {}
     fit_embeddings, test_embeddings = {}, {}
     for stage in stages:
         if debug:  # its rows would stay in the table of the training after it
             stage["train_logger"] = TrainingLog(Path(stage["output_folder"]) / "debug_log.txt")
         taught = load_stage_teachers(stage, embed_options["device"])
-        trained, stores = train_stage(trained, stage, corpus, run_opts, taught, **embed_options)
+        trained, stores, start = train_stage(
+            trained, stage, corpus, run_opts, taught, **embed_options
+        )
+        starts.append(start)
         teachers |= taught
         if taught:
-            fit_embeddings |= stores[sb.Stage.TRAIN].embeddings
+            found = stores[sb.Stage.TRAIN].embeddings
+            fit_embeddings |= {n: x[:: -(-len(x) // FIT_CLIPS)] for n, x in found.items()}
         if taught and corpus.test_csv is not None:
             clip_ids = [clip.id for clip in read_clips(corpus.test_csv)]
             test_embeddings |= stores[sb.Stage.TEST].lookup(clip_ids)
@@ -368,7 +274,14 @@ def run(document, stages, run_opts):
         finish_head(student, fitted_on, held_out, trials, **embed_options)
         if corpus.test_trials is not None:
             report = report_on(
-                student, test_embeddings, fit_embeddings, corpus, hparams, started, **embed_options
+                student,
+                starts[0],
+                test_embeddings,
+                fit_embeddings,
+                corpus,
+                hparams,
+                started,
+                **embed_options,
             )
         if hparams["speaker_folders"]:
             speakers = enrol(student, corpus, **embed_options)

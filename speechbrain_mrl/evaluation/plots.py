@@ -105,9 +105,9 @@ def _save(
 
 
 def plot_eer_by_dim(report: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """Draw EER against size: the model, its steps, cuts of the best teacher, each teacher's line.
+    """Draw EER against size: a line for each row of the report, a point for each teacher.
 
-    Bars are the model's 95 % intervals, where the report has them.
+    Bands are the rows' 95 % intervals, where the report has them; the CSV has them too.
 
     Example
     -------
@@ -117,37 +117,40 @@ def plot_eer_by_dim(report: Mapping[str, Any], path: str | os.PathLike[str]) -> 
     >>> trials = Trials.parse(["1 a b", "0 a c"])
     >>> plot_eer_by_dim(make_report(dims, trials, {}, "demo", 10, 2.5), path)
     >>> print(path.with_suffix(".csv").read_text())
-    name,size,eer
-    model,64,0.25
-    model,128,0.2
+    name,size,eer,low,high
+    model,64,0.25,,
+    model,128,0.2,,
     <BLANKLINE>
     """
-    axes = _axes("embedding size (coordinates)", "EER (%)", "EER against embedding size")
-    rows, styles = [], itertools.cycle(STYLES)
+    axes = _axes("embedding size (dimensions)", "EER (%)", "EER against embedding size")
+    rows: list[tuple[Any, ...]] = []
+    styles = itertools.cycle(STYLES)
     for name, results in results_by_name(report).items():
         sizes = sorted(map(int, results))
-        rates = [results[str(size)]["eer"] for size in sizes]
-        rows += [(name, size, rate) for size, rate in zip(sizes, rates)]
+        found = [results[str(size)] for size in sizes]
+        bounds = [one.get("eer_ci", ("", "")) for one in found]
+        rows += [(name, size, one["eer"], *ci) for size, one, ci in zip(sizes, found, bounds)]
         style = next(styles)
-        is_first = len(rows) == len(sizes)
-        fill = "full" if is_first else "none"  # what lies below stays visible
-        axes.plot(sizes, [100 * rate for rate in rates], **style, fillstyle=fill, label=name)
-        if is_first:
-            for size in sizes:
-                low, high = results[str(size)].get("eer_ci", (0, 0))
-                axes.vlines(size, 100 * low, 100 * high, color=style["color"], linewidth=1)
+        fill = "full" if len(rows) == len(sizes) else "none"  # what lies below stays visible
+        percents = [100 * one["eer"] for one in found]
+        axes.plot(sizes, percents, **style, fillstyle=fill, label=name)
+        if all("eer_ci" in one for one in found):
+            low, high = 100 * np.array(bounds).T
+            axes.fill_between(sizes, low, high, color=style["color"], alpha=0.1, linewidth=0)
     markers = itertools.cycle("*PXph")
     for name, result in report["baselines"]["teachers"].items():
-        size, percent = result["dim"], 100 * result["eer"]
-        rows.append((f"teacher {name}", size, result["eer"]))
-        axes.axhline(percent, color="0.6", linestyle=":", linewidth=1)
-        axes.plot(size, percent, next(markers), color="0.4", markersize=10, label=f"teacher {name}")
-    ticks = sorted({size for _, size, _ in rows})
+        size, label = result["dim"], f"teacher {name}"
+        rows.append((label, size, result["eer"], *result.get("eer_ci", ("", ""))))
+        marker = next(markers)
+        axes.plot(size, 100 * result["eer"], marker, color="0.4", markersize=9, label=label)
+    ticks = sorted({row[1] for row in rows})
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, ticks)
+    axes.minorticks_off()
     axes.set_ylim(bottom=0)
-    axes.figure.legend(loc="outside right upper")
-    _save(axes.figure, path, ["name", "size", "eer"], rows)
+    title = "bands: 95 % intervals over speakers" if any(row[3] != "" for row in rows) else None
+    axes.figure.legend(loc="outside lower center", ncols=2, fontsize="small", title=title)
+    _save(axes.figure, path, ["name", "size", "eer", "low", "high"], rows)
 
 
 def plot_det(

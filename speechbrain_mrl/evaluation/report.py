@@ -1,4 +1,4 @@
-"""The report of a verification: baselines to compare with, the JSON file, the printed table."""
+"""The report of a verification: its layout, the JSON file, the printed table."""
 
 from __future__ import annotations
 
@@ -14,84 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from speechbrain_mrl.evaluation.verification import Trials, evaluate
-from speechbrain_mrl.rotation import matryoshka_rotation
+from speechbrain_mrl.evaluation.verification import Trials
 from speechbrain_mrl.utils import replacing
 
 STEPS = ("centred", "as_norm", "plda", "calibrated")  # results inside those of a size
 HEADS = {"eer": "EER %", "min_dcf": "minDCF", "act_dcf": "actDCF", "cllr": "Cllr"}
-
-
-def truncation_baselines(
-    teacher_embeddings: Tensor,
-    fit_embeddings: Tensor,
-    trials: Trials,
-    mrl_dims: Sequence[int],
-    n_bootstrap: int = 0,
-) -> dict[str, dict[str, Any]]:
-    """What a teacher's own embedding gives when it is cut, as it is and after PCA.
-
-    Arguments
-    ---------
-    teacher_embeddings : torch.Tensor
-        Of the trials' clips, (N, D_t).
-    fit_embeddings : torch.Tensor
-        Of training clips, never the trials', (M, D_t); mean and rotation come from them.
-    trials, mrl_dims, n_bootstrap
-        See ``evaluate``; sizes above D_t are left out.
-
-    Returns
-    -------
-    dict
-        ``{"naive_truncation": {"64": {...}}, "pca_truncation": {"64": {...}}}``
-
-    Example
-    -------
-    >>> trials = Trials.parse(["1 a/1 a/2", "0 a/1 b/1"])
-    >>> teacher = torch.tensor([[0.1, 1.0], [0.1, 1.0], [0.1, -1.0]])  # the second tells speakers
-    >>> cuts = truncation_baselines(teacher, teacher, trials, mrl_dims=[1])
-    >>> cuts["naive_truncation"]["1"]["eer"], cuts["pca_truncation"]["1"]["eer"]
-    (0.5, 0.0)
-    """
-    sizes = [size for size in mrl_dims if size <= teacher_embeddings.shape[1]]
-    if not sizes:
-        return {"naive_truncation": {}, "pca_truncation": {}}
-    with torch.no_grad():
-        rotated = matryoshka_rotation(fit_embeddings, sizes)(teacher_embeddings)
-    return {
-        "naive_truncation": evaluate(teacher_embeddings, trials, sizes, n_bootstrap),
-        "pca_truncation": evaluate(rotated, trials, sizes, n_bootstrap),
-    }
-
-
-def teacher_baselines(
-    teachers: Mapping[str, Tensor],
-    fit_embeddings: Mapping[str, Tensor],
-    trials: Trials,
-    mrl_dims: Sequence[int],
-    n_bootstrap: int = 0,
-) -> dict[str, Any]:
-    """A report's ``"baselines"``: each teacher at its full size, and the cuts of the best one.
-
-    Arguments are those of ``truncation_baselines``, the embeddings by teacher name. ``"teacher"``
-    of the result names the teacher with the lowest EER, ``"dim"`` of each teacher is its size.
-
-    Example
-    -------
-    >>> trials = Trials.parse(["1 a/1 a/2", "0 a/1 b/1"])
-    >>> b0 = torch.tensor([[1.0, 0.1], [1.0, -0.1], [-1.0, 0.1]])
-    >>> baselines = teacher_baselines({"b0": b0}, {"b0": b0}, trials, mrl_dims=[1, 2, 4])
-    >>> baselines["teacher"], baselines["teachers"]["b0"]["dim"], list(baselines["pca_truncation"])
-    ('b0', 2, ['1', '2'])
-    """
-    results = {}
-    for name, embeddings in teachers.items():
-        full_size = embeddings.shape[1]
-        (result,) = evaluate(embeddings, trials, [full_size], n_bootstrap).values()
-        results[name] = {"dim": full_size, **result}
-    best = min(results, key=lambda name: results[name]["eer"])
-    cuts = truncation_baselines(teachers[best], fit_embeddings[best], trials, mrl_dims, n_bootstrap)
-    return {"teacher": best, "teachers": results, **cuts}
+FULL_SIZE = "teachers, at full size"
 
 
 def agreement(
@@ -136,6 +64,7 @@ def make_report(
     corpus: str,
     params: int,
     seconds: float,
+    gain: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Assemble a report of plain Python values, ready for JSON; NaN and infinity are refused.
 
@@ -146,13 +75,15 @@ def make_report(
     trials : Trials
         Only counted.
     baselines : mapping
-        From ``teacher_baselines``; empty if there are no teachers.
+        From ``evaluate_student``; empty if the model is compared with nothing.
     corpus : str
         ``"demo"`` or the data folder.
     params : int
         Parameters of the model.
     seconds : float
         What the run took.
+    gain : mapping, optional
+        From ``evaluate_student``.
 
     Example
     -------
@@ -167,6 +98,8 @@ def make_report(
         "teachers": {},
         "naive_truncation": {},
         "pca_truncation": {},
+        "ensemble": {},
+        "start": {},
     }
     versions = {}
     for name in ("speechbrain-mrl", "speechbrain", "torch", "numpy"):
@@ -175,6 +108,7 @@ def make_report(
     report = {
         "dims": dims,
         "baselines": no_baselines | dict(baselines),
+        **({} if gain is None else {"gain": gain}),
         "trials": count_trials(trials),
         "corpus": corpus,
         "params": params,
@@ -217,10 +151,29 @@ def write_report(report: Mapping[str, Any], folder: str | os.PathLike[str]) -> P
     return path
 
 
+def row_names(report: Mapping[str, Any]) -> dict[str, str]:
+    """What people read for each of a report's baselines by size.
+
+    Example
+    -------
+    >>> trials = Trials.parse(["1 a/1 a/2", "0 a/1 b/1"])
+    >>> report = make_report({}, trials, {"teacher": "b2"}, "demo", params=10, seconds=2.5)
+    >>> row_names(report)["pca_truncation"]
+    'b2, PCA'
+    """
+    teacher = report["baselines"]["teacher"]
+    return {
+        "start": "student at the start",
+        "ensemble": "all teachers, PCA",
+        "pca_truncation": f"{teacher}, PCA",
+        "naive_truncation": f"{teacher}, truncated",
+    }
+
+
 def results_by_name(report: Mapping[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
     """What a report has results of by size: name -> size -> results.
 
-    The model itself, what the steps of ``verify.py`` make of it, and the cuts of the best teacher.
+    The model itself, what the steps of ``verify.py`` make of it, and the baselines.
 
     Example
     -------
@@ -230,18 +183,19 @@ def results_by_name(report: Mapping[str, Any]) -> dict[str, dict[str, dict[str, 
     ['model', 'as_norm']
     """
     baselines = report["baselines"]
-    results = {"student" if baselines["teachers"] else "model": report["dims"]}
+    is_student = baselines["teachers"] or baselines["start"]
+    results = {"student" if is_student else "model": report["dims"]}
     for step in STEPS:
         results[step] = {d: found[step] for d, found in report["dims"].items() if step in found}
-    results[f"{baselines['teacher']}, naive cut"] = baselines["naive_truncation"]
-    results[f"{baselines['teacher']}, PCA cut"] = baselines["pca_truncation"]
+    for key, name in row_names(report).items():
+        results[name] = baselines[key]
     return {name: by_size for name, by_size in results.items() if by_size}
 
 
 def print_report(report: Mapping[str, Any]) -> None:
-    """Print EER (percent) and minDCF per size; each teacher has a row of its own at full size.
+    """Print EER (percent) and minDCF (p = 0.01) by size, the teachers' at full size, and the gain.
 
-    Calibrated scores have their actual DCF (p = 0.01, as minDCF) and Cllr too.
+    Calibrated scores have their actual DCF and Cllr too.
 
     Example
     -------
@@ -249,49 +203,74 @@ def print_report(report: Mapping[str, Any]) -> None:
     >>> dims = {"64": {"eer": 0.25, "min_dcf": 1.0, "threshold": 0.3}}
     >>> print_report(make_report(dims, trials, {}, corpus="demo", params=10, seconds=2.5))
     1 target, 1 impostor trials; corpus: demo
-    size             model
-            EER %   minDCF
-      64    25.00    1.000
+    EER %        64
+      model   25.00
+    minDCF       64
+      model   1.000
     """
     trials, teachers = report["trials"], report["baselines"]["teachers"]
     models = results_by_name(report)
+    sizes = sorted({int(size) for results in models.values() for size in results})
     labels = {name: f"{name} ({result['dim']})" for name, result in teachers.items()}
-    margin = max(map(len, ["size", *labels.values()]))
-    heads, widths = {}, {}
-    for name, results in models.items():
-        metrics = [key for key in HEADS if any(key in result for result in results.values())]
-        heads[name] = "".join(HEADS[key].rjust(9) for key in metrics)
-        widths[name] = max(len(heads[name]), len(name) + 2)
+    margin = max(len(FULL_SIZE), *(len(name) + 2 for name in [*models, *labels.values()]))
 
-    def print_row(label: str, results: Mapping[str, Any]) -> None:
-        cells = []
-        for name, result in results.items():
-            texts = [
-                f"{100 * result[key]:9.2f}" if key == "eer" else f"{result[key]:9.3f}"
-                for key in HEADS
-                if key in result
-            ]
-            cells.append(("".join(texts) or "-").rjust(widths[name]))
-        print(label.rjust(margin) + "".join(cells))
-
-    counts = f"{trials['target']} target, {trials['impostor']} impostor trials"
-    print(f"{counts}; corpus: {report['corpus']}")
-    print("size".rjust(margin) + "".join(name.rjust(widths[name]) for name in models))
-    print(" " * margin + "".join(heads[name].rjust(widths[name]) for name in models))
-    for size in sorted({int(size) for results in models.values() for size in results}):
-        print_row(str(size), {name: found.get(str(size), {}) for name, found in models.items()})
+    print(f"{trials['target']} target, {trials['impostor']} impostor trials; ", end="")
+    print(f"corpus: {report['corpus']}")
+    for key, heading in HEADS.items():
+        rows = {
+            name: [_cell(results.get(str(size), {}), key) for size in sizes]
+            for name, results in models.items()
+            if any(key in result for result in results.values())
+        }
+        if rows:
+            print(heading.ljust(margin) + "".join(f"{size:8}" for size in sizes))
+        for name, cells in rows.items():
+            print(f"  {name}".ljust(margin) + "".join(cells))
     if teachers:
-        print("teachers, at full size")
+        print(FULL_SIZE.ljust(margin) + "   EER %  minDCF")
     for name, result in teachers.items():
-        print_row(labels[name], {"student": result})
+        numbers = _cell(result, "eer") + _cell(result, "min_dcf")
+        print(f"  {labels[name]}".ljust(margin) + numbers)
+    if report.get("gain"):
+        _print_gain(report)
     if "comparison" in report:
         _print_comparison(report["comparison"])
 
 
+def _cell(result: Mapping[str, Any], key: str) -> str:
+    if key not in result:
+        return "-".rjust(8)
+    return f"{100 * result[key]:8.2f}" if key == "eer" else f"{result[key]:8.3f}"
+
+
+def _points(difference: float, low_high: Sequence[float] | None) -> str:
+    """A difference in percent points, with its 95 % interval."""
+    interval = f" ({100 * low_high[0]:+.2f} to {100 * low_high[1]:+.2f})" if low_high else ""
+    return f"{100 * difference:+.2f}{interval}"
+
+
+def _print_gain(report: Mapping[str, Any]) -> None:
+    """A column for each row that the student is compared with."""
+    gain, names = report["gain"], row_names(report)
+    print("EER of the student minus that of the others, in percent points (95 % interval)")
+    columns, notes = [], []
+    for key, found in gain.items():
+        cells = [_points(one["eer"], one.get("eer_ci")) for one in found.values()]
+        width = 2 + max(map(len, [names[key], *cells]))
+        columns.append([cell.rjust(width) for cell in [names[key], *cells]])
+        largest = max(map(int, report["baselines"][key]))
+        if any(int(size) > largest for size in found):
+            notes.append(f"  sizes above {largest} are compared with {names[key]} at {largest}")
+    sizes = ["size", *report["dims"]]
+    for size, *cells in zip(sizes, *columns):
+        print(size.rjust(6) + "".join(cells))
+    for note in notes:
+        print(note)
+
+
 def _print_comparison(comparison: Mapping[str, Any]) -> None:
-    """One line per size; percent points, with the 95 % interval."""
-    print(f"EER less that of {comparison['source']}, in percent points")
+    """One line per size."""
+    print(f"EER minus that of {comparison['source']}, in percent points (95 % interval)")
     for size, found in comparison["dims"].items():
-        other, low_high = comparison["size"] or size, found.get("difference_ci")
-        interval = f" ({100 * low_high[0]:+.2f} to {100 * low_high[1]:+.2f})" if low_high else ""
-        print(f"{size:>6} against {other}: {100 * found['difference']:+.2f}{interval}")
+        points = _points(found["difference"], found.get("difference_ci"))
+        print(f"{size:>6} against {comparison['size'] or size}: {points}")

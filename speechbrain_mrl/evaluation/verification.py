@@ -417,8 +417,35 @@ def compare(
     """
     scores_a = score_trials(embeddings_a, trials, mrl_dims)
     scores_b = score_trials(embeddings_b, trials, mrl_dims if size_b is None else [size_b])
+    return compare_scores(scores_a, scores_b, trials, n_bootstrap)
+
+
+def compare_scores(
+    scores_a: Mapping[int, np.ndarray],
+    scores_b: Mapping[int, np.ndarray],
+    trials: Trials,
+    n_bootstrap: int = 1000,
+) -> dict[str, dict[str, Any]]:
+    """As ``compare``, of scores; a size that b lacks is compared with b's largest.
+
+    Arguments
+    ---------
+    scores_a, scores_b : mapping of int to array
+        Size -> scores, (n_trials,).
+    trials, n_bootstrap
+        See ``compare``.
+
+    Example
+    -------
+    >>> trials = Trials.parse(["1 a/1 a/2", "0 a/1 b/1"])
+    >>> right, wrong = np.array([0.9, 0.1]), np.array([0.1, 0.9])
+    >>> found = compare_scores({2: right, 4: right}, {2: wrong}, trials, n_bootstrap=0)
+    >>> found["4"]
+    {'eer_a': 0.0, 'eer_b': 1.0, 'difference': -1.0}
+    """
     rankings_a = {size: Ranking(scores, trials.labels) for size, scores in scores_a.items()}
     rankings_b = {size: Ranking(scores, trials.labels) for size, scores in scores_b.items()}
+    largest = max(rankings_b)
 
     def eers(weights: np.ndarray | None = None) -> dict[int, tuple[float, float]]:
         """(a's, b's) by a's sizes."""
@@ -426,7 +453,7 @@ def compare(
             {size: eer_of_rates(*ranking.rates(weights))[0] for size, ranking in rankings.items()}
             for rankings in (rankings_a, rankings_b)
         )
-        return {size: (eer_a, of_b[size_b or size]) for size, eer_a in of_a.items()}
+        return {size: (eer_a, of_b.get(size, of_b[largest])) for size, eer_a in of_a.items()}
 
     results: dict[str, dict[str, Any]] = {
         str(size): {"eer_a": eer_a, "eer_b": eer_b, "difference": eer_a - eer_b}

@@ -1,13 +1,17 @@
-"""SpeechBrain's checkpoints, each complete or not there."""
+"""SpeechBrain's checkpoints, each complete or not there, and where a training started."""
 
+import copy
 import os
 import shutil
+from pathlib import Path
 from typing import Any
 
+import torch
 from speechbrain.utils.checkpoints import Checkpoint, Checkpointer
 from speechbrain.utils.distributed import ddp_barrier, if_main_process
+from torch import nn
 
-from speechbrain_mrl.utils import writing
+from speechbrain_mrl.utils import replacing, writing
 
 PARTIAL = "partial+"  # in front of a checkpoint's name: none that SpeechBrain lists
 
@@ -67,3 +71,35 @@ class AtomicCheckpointer(Checkpointer):
     def _custom_checkpoint_dirpath(self, name: str) -> Any:
         path = super()._custom_checkpoint_dirpath(name)
         return path.with_name(PARTIAL + path.name)
+
+
+def starting_point(student: nn.Module, checkpointer: Checkpointer) -> nn.Module | None:
+    """A copy of a student before its first step, on the CPU; a run that goes on has the same.
+
+    It is kept beside the checkpoints. None where there are checkpoints, but no such file.
+
+    Arguments
+    ---------
+    student : torch.nn.Module
+        Where the training has no checkpoint yet, about to begin; else one of the same shapes.
+    checkpointer : Checkpointer
+        Of the training.
+
+    Example
+    -------
+    >>> layer, checkpointer = nn.Linear(2, 1), AtomicCheckpointer(getfixture("tmp_path"))
+    >>> start = starting_point(layer, checkpointer)
+    >>> torch.equal(start.weight, layer.weight), start is layer
+    (True, False)
+    """
+    path = Path(checkpointer.checkpoints_dir, "start.ckpt")
+    started = checkpointer.find_checkpoint() is not None
+    if started and not path.exists():
+        return None
+    start = copy.deepcopy(student).cpu()
+    if started:
+        start.load_state_dict(torch.load(path, weights_only=True))
+    elif if_main_process():
+        with replacing(path) as part:
+            torch.save(start.state_dict(), part)
+    return start

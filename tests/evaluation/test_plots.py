@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from toy_trials import toy_trials
 
+from speechbrain_mrl.evaluation.baselines import evaluate_student
 from speechbrain_mrl.evaluation.plots import plot_det, plot_eer_by_dim, plot_scores, write_plots
-from speechbrain_mrl.evaluation.report import make_report, teacher_baselines
+from speechbrain_mrl.evaluation.report import make_report
 from speechbrain_mrl.evaluation.verification import eer_by_duration, evaluate_scores, score_trials
 
 
@@ -31,8 +32,9 @@ def report(voices, scores):
     for result in dims.values():
         result["as_norm"] = {"eer": 0.0625}
     teachers = {"b2": embeddings[:, :12]}
-    baselines = teacher_baselines(teachers, teachers, trials, [4, 16])
-    report = make_report(dims, trials, baselines, corpus="demo", params=7, seconds=1.5)
+    found = evaluate_student(embeddings, trials, [4, 16], -embeddings, teachers, teachers, 5)
+    found["dims"] = dims
+    report = make_report(trials=trials, corpus="demo", params=7, seconds=1.5, **found)
     seconds = {clip_id: 1.0 + int(clip_id[-1]) for clip_id in trials.clip_ids}
     return {**report, "by_duration": eer_by_duration(scores, trials, seconds)}
 
@@ -59,14 +61,19 @@ def test_every_plot_has_its_numbers_beside_it_and_leaves_matplotlib_as_it_was(
 def test_eer_numbers_are_the_reports(report, tmp_path):
     plot_eer_by_dim(report, tmp_path / "eer.png")
     found = {(row["name"], row["size"]): float(row["eer"]) for row in rows(tmp_path / "eer.csv")}
+    baselines = report["baselines"]
     expected = {
         ("student", "4"): report["dims"]["4"]["eer"],
         ("student", "16"): report["dims"]["16"]["eer"],
         ("as_norm", "4"): 0.0625,
         ("as_norm", "16"): 0.0625,
-        ("b2, naive cut", "4"): report["baselines"]["naive_truncation"]["4"]["eer"],
-        ("b2, PCA cut", "4"): report["baselines"]["pca_truncation"]["4"]["eer"],
-        ("teacher b2", "12"): report["baselines"]["teachers"]["b2"]["eer"],
+        ("student at the start", "4"): baselines["start"]["4"]["eer"],
+        ("student at the start", "16"): baselines["start"]["16"]["eer"],
+        ("all teachers, PCA", "4"): baselines["ensemble"]["4"]["eer"],
+        ("all teachers, PCA", "16"): baselines["ensemble"]["16"]["eer"],
+        ("b2, truncated", "4"): baselines["naive_truncation"]["4"]["eer"],
+        ("b2, PCA", "4"): baselines["pca_truncation"]["4"]["eer"],
+        ("teacher b2", "12"): baselines["teachers"]["b2"]["eer"],
     }
     assert found == pytest.approx(expected, rel=1e-5)
 

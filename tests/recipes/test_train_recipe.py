@@ -19,6 +19,7 @@ from speechbrain.inference.classifiers import EncoderClassifier
 from speechbrain_mrl import MatryoshkaDistillationLoss, ReDimNetMRL, load_pretrained_redimnet
 from speechbrain_mrl.dataio.clips import read_clips, write_clips
 from speechbrain_mrl.dataio.dataset import SeededClips
+from speechbrain_mrl.evaluation.verification import evaluate, read_trials
 from speechbrain_mrl.inference.extract import embed_clips
 from speechbrain_mrl.inference.store import TeacherStore
 
@@ -66,6 +67,14 @@ def test_training_ends_in_a_report_of_every_size_and_its_baselines(run):
     assert baselines["teacher"] == best
     sizes = {"first": {"8", "16", "32"}, "second": {"8", "16"}}[best]
     assert set(baselines["naive_truncation"]) == set(baselines["pca_truncation"]) == sizes
+    assert set(baselines["ensemble"]) == set(baselines["start"]) == set(report["dims"])
+    assert baselines["start"]["8"].keys() == report["dims"]["8"].keys()
+    for row in ("start", "pca_truncation", "ensemble"):
+        assert set(report["gain"][row]) == set(report["dims"])
+    for row in ("start", "ensemble"):
+        for size, found in report["gain"][row].items():
+            difference = report["dims"][size]["eer"] - baselines[row][size]["eer"]
+            assert found["eer"] == pytest.approx(difference, abs=1e-9)
     assert report["trials"]["target"] > 0 and report["trials"]["impostor"] > 0
     for name in ("eer_by_dim.png", "det.png", "train_log.txt", "hyperparams.yaml"):
         assert (folder / name).stat().st_size > 0
@@ -107,12 +116,43 @@ def test_training_may_end_with_the_upload_of_a_model_with_examples(run, monkeypa
     assert {results["eer"] for results in report["dims"].values()} <= measured
 
 
+def test_start_is_the_student_before_its_first_step(run, tiny_config, monkeypatch):
+    """Also in the report of a run that only goes on."""
+    seen = []
+    real = train.make_student
+
+    def make_student(*arguments, **options):
+        student = real(*arguments, **options)
+        seen.append({key: value.clone() for key, value in student.state_dict().items()})
+        return student
+
+    monkeypatch.setattr(train, "make_student", make_student)
+    _, folder = run(number_of_epochs=1)
+    run(number_of_epochs=1)  # which finds the start of the first run
+    kept = torch.load(folder / "checkpoints" / "start.ckpt", weights_only=True)
+    for key, value in kept.items():
+        torch.testing.assert_close(value, seen[0][key], rtol=0, atol=0)
+    student = train.ReDimNetMRL(48, [8, 16, 32, 48], tiny_config)
+    student.load_state_dict(kept)
+    clips = read_clips(folder / "lists" / "test.csv")
+    found = embed_clips({"student": student}, clips)["student"]
+    trials = read_trials(folder / "lists" / "test_trials.txt")
+    expected = evaluate(trials.stack(dict(zip((c.id for c in clips), found))), trials, [8, 48])
+    start = json.loads((folder / "report.json").read_text())["baselines"]["start"]
+    for size, result in expected.items():
+        assert start[size]["eer"] == pytest.approx(result["eer"], abs=1e-6)
+
+
 def test_the_same_command_again_only_reports(run, monkeypatch):
     student, folder = run()
     weights = {key: value.clone() for key, value in student.state_dict().items()}
     log = (folder / "train_log.txt").read_text()
+    report = json.loads((folder / "report.json").read_text())
     again, _ = run()
     assert (folder / "train_log.txt").read_text() == log
+    again_reported = json.loads((folder / "report.json").read_text())
+    assert again_reported["baselines"]["start"] == report["baselines"]["start"]
+    assert again_reported["gain"] == report["gain"]
     for key, value in again.state_dict().items():
         torch.testing.assert_close(value, weights[key], rtol=0, atol=0)
 
@@ -154,7 +194,8 @@ def test_labels_train_without_any_teacher(run):
     )
     assert "train aam/8" in (folder / "train_log.txt").read_text()
     baselines = json.loads((folder / "report.json").read_text())["baselines"]
-    assert baselines["teacher"] is None and baselines["teachers"] == {}
+    assert baselines["teacher"] is None and baselines["teachers"] == baselines["ensemble"] == {}
+    assert set(baselines["start"]) == {"8", "16", "32", "48"}
 
 
 def test_training_from_shards_ends_in_a_report(run, tmp_path, monkeypatch):

@@ -1,0 +1,122 @@
+"""What a training leaves behind: the report of its test trials, and the model folder."""
+
+import json
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+
+from speechbrain_mrl import export_model
+from speechbrain_mrl.dataio.clips import iter_clips, read_clips
+from speechbrain_mrl.evaluation.baselines import evaluate_student
+from speechbrain_mrl.evaluation.plots import write_plots
+from speechbrain_mrl.evaluation.report import agreement, make_report, print_report, write_report
+from speechbrain_mrl.evaluation.verification import read_trials, score_trials
+from speechbrain_mrl.inference.extract import embed_clips
+from speechbrain_mrl.models.pretrained import RELEASES
+from speechbrain_mrl.publish.card import Provenance
+from speechbrain_mrl.utils import replacing
+
+ENROLMENT_CLIPS = 5  # a training speaker's, for the exported classifier
+N_BOOTSTRAP = 200  # draws of speakers for the report's 95 % intervals
+
+
+def report_agreement(student, teachers, corpus, hparams, **embed_options):
+    """Write and print how well the student agrees with its teachers on the validation clips."""
+    clips = read_clips(corpus.valid_csv)
+    found = embed_clips({"student": student, **teachers}, clips, **embed_options)
+    result = agreement(found.pop("student"), found, hparams["mrl_dims"])
+    path = Path(hparams["output_folder"]) / "agreement.json"
+    text = json.dumps({"clips": len(clips), "dims": result}, indent=2, allow_nan=False)
+    with replacing(path) as part:
+        part.write_text(text + "\n")
+    print(
+        f"agreement with the teachers on {len(clips)} clips without labels (correlation of cosines)"
+    )
+    for dim, value in result.items():
+        print(f"{dim:>6}{value:9.3f}")
+
+
+def report_on(student, start, teachers, fit_embeddings, corpus, hparams, started, **embed_options):
+    """Verify student and baselines on the test trials; write and print the report.
+
+    ``start`` is the student before its first step, or None. ``teachers`` and ``fit_embeddings`` are
+    the teachers' embeddings of test and training utterances.
+    """
+    trials, clips = read_trials(corpus.test_trials), read_clips(corpus.test_csv)
+    trials.check_clips({clip.id for clip in clips})
+    students = {"student": student}
+    if start is not None:
+        students["start"] = start.to(embed_options["device"])
+
+    def stack(found):
+        ids = [clip.id for clip in clips]
+        return {name: trials.stack(dict(zip(ids, x, strict=True))) for name, x in found.items()}
+
+    found, mrl_dims = stack(embed_clips(students, clips, **embed_options)), hparams["mrl_dims"]
+    results = evaluate_student(
+        found["student"],
+        trials,
+        mrl_dims,
+        found.get("start"),
+        stack(teachers),
+        fit_embeddings,
+        N_BOOTSTRAP,
+    )
+    report = make_report(
+        trials=trials,
+        corpus=hparams["data_folder"] or "demo",
+        params=sum(p.numel() for p in student.parameters()),
+        seconds=round(time.time() - started, 1),
+        **results,
+    )
+    folder = Path(hparams["output_folder"])
+    write_report(report, folder)
+    scores = score_trials(found["student"], trials, mrl_dims)
+    write_plots(report, scores, trials.labels, folder)
+    print_report(report)
+    return report
+
+
+def enrol(student, corpus, **embed_options):
+    """Embeddings of a few clips of each training speaker, for the exported classifier."""
+    clips = defaultdict(list)
+    for clip in iter_clips(corpus.train_csv):
+        found = clips[clip.id.split("/")[0]]
+        if len(found) < ENROLMENT_CLIPS:
+            found.append(clip)
+    chosen = [clip for found in clips.values() for clip in found]
+    embeddings = embed_clips({"student": student}, chosen, **embed_options)["student"]
+    speakers = defaultdict(list)
+    for clip, embedding in zip(chosen, embeddings, strict=True):
+        speakers[clip.id.split("/")[0]].append(embedding)
+    return {speaker: torch.stack(found) for speaker, found in speakers.items()}
+
+
+def export(student, speakers, teachers, report, corpus, hparams):
+    """Write the model folder."""
+    released = RELEASES[hparams["teacher_dataset"]]
+    licenses = {
+        name: released["license"] if name in released["model_names"] else "not stated"
+        for name in teachers
+    }
+    first_clips = {}
+    for clip in iter_clips(corpus.train_csv) if speakers else ():
+        first_clips.setdefault(clip.id.split("/")[0], clip.wav)
+    folder = Path(hparams["output_folder"])
+    export_model(
+        student,
+        folder / "model",
+        Provenance(
+            hparams["model_title"],
+            hparams["license"],
+            hparams["training_data"],
+            teachers=licenses,
+            trials=str(hparams["trials"] or "made from held-out speakers of the same corpus"),
+        ),
+        report=report,
+        plot=None if report is None else folder / "eer_by_dim.png",
+        speakers=speakers,
+        examples=dict(list(first_clips.items())[: hparams["card_examples"]]),
+    )

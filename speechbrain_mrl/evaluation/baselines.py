@@ -1,0 +1,162 @@
+"""What a student is measured against: its own start, its teachers truncated, all of them together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from speechbrain_mrl.evaluation.verification import (
+    Trials,
+    compare_scores,
+    evaluate_scores,
+    score_trials,
+)
+from speechbrain_mrl.rotation import matryoshka_rotation
+from speechbrain_mrl.targets import EnsembleRotation
+
+Scores = dict[int, np.ndarray]  # size -> scores, (n_trials,)
+
+
+def evaluate_student(
+    student: Tensor,
+    trials: Trials,
+    mrl_dims: Sequence[int],
+    start: Tensor | None = None,
+    teachers: Mapping[str, Tensor] | None = None,
+    fit_embeddings: Mapping[str, Tensor] | None = None,
+    n_bootstrap: int = 0,
+) -> dict[str, dict[str, Any]]:
+    """A report's ``"dims"``, ``"baselines"`` and ``"gain"``: a student, and what it had to surpass.
+
+    Arguments
+    ---------
+    student : torch.Tensor
+        Its embeddings of the trials' utterances, (N, D).
+    trials : Trials
+    mrl_dims : sequence of int
+        Prefix sizes, ascending, 1..D.
+    start : torch.Tensor, optional
+        Embeddings by the student as it was before its first step, (N, D_s).
+    teachers : mapping of str to torch.Tensor, optional
+        Embeddings by each teacher, (N, D_t).
+    fit_embeddings : mapping of str to torch.Tensor, optional
+        The teachers' embeddings of training utterances, never the trials', (M, D_t); means and
+        rotations come from them.
+    n_bootstrap : int
+        Draws of speakers for the 95 % intervals; 0: none.
+
+    Returns
+    -------
+    dict
+        ``baselines`` has ``teachers``, each at its full size ``dim``; ``teacher``, the name of the
+        one with the lowest EER; of that one ``naive_truncation`` and ``pca_truncation``;
+        ``ensemble``, the principal components of all teachers together; and ``start``. ``gain`` is
+        the student's EER minus that of ``start``, ``pca_truncation`` and ``ensemble`` on the same
+        draws of speakers; a size that one of these lacks is compared with its largest.
+
+    Example
+    -------
+    >>> trials = Trials.parse(["1 a/1 a/2", "0 a/1 b/1"])
+    >>> student = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    >>> found = evaluate_student(student, trials, [2], start=student[[0, 2, 1]])
+    >>> found["baselines"]["start"]["2"]["eer"], found["gain"]["start"]
+    (1.0, {'2': {'eer': -1.0}})
+    """
+    teachers, fit_embeddings = teachers or {}, fit_embeddings or {}
+    dims = score_trials(student, trials, mrl_dims)
+    full = {name: score_trials(x, trials, [x.shape[1]]) for name, x in teachers.items()}
+    baselines: dict[str, Any] = {"teacher": None, "teachers": {}}
+    for name, scores in full.items():
+        ((size, result),) = evaluate_scores(scores, trials, n_bootstrap).items()
+        baselines["teachers"][name] = {"dim": int(size), **result}
+    rows: dict[str, Scores] = {}
+    if teachers:
+        best = min(teachers, key=lambda name: baselines["teachers"][name]["eer"])
+        baselines["teacher"] = best
+        rows |= _truncations(teachers[best], fit_embeddings[best], trials, mrl_dims)
+        rotation = EnsembleRotation(max(mrl_dims)).fit(_numbered(fit_embeddings))
+        rows["ensemble"] = score_trials(rotation(_numbered(teachers)), trials, mrl_dims)
+    if start is not None:
+        rows["start"] = _prefix_scores(start, trials, mrl_dims)
+    for name, scores in rows.items():
+        baselines[name] = evaluate_scores(scores, trials, n_bootstrap) if scores else {}
+    return {
+        "dims": evaluate_scores(dims, trials, n_bootstrap),
+        "baselines": baselines,
+        "gain": {
+            name: _gain(dims, rows[name], trials, n_bootstrap)
+            for name in ("start", "pca_truncation", "ensemble")
+            if rows.get(name)
+        },
+    }
+
+
+def _prefix_scores(embeddings: Tensor, trials: Trials, mrl_dims: Sequence[int]) -> Scores:
+    """Scores at those sizes that the embeddings have."""
+    sizes = [size for size in mrl_dims if size <= embeddings.shape[1]]
+    return score_trials(embeddings, trials, sizes) if sizes else {}
+
+
+def _numbered(teachers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """By number: a file's name may hold what a buffer's may not."""
+    return {str(i): teachers[name] for i, name in enumerate(sorted(teachers))}
+
+
+def _gain(student: Scores, other: Scores, trials: Trials, n_bootstrap: int) -> dict[str, Any]:
+    names = {"difference": "eer", "difference_ci": "eer_ci"}
+    found = compare_scores(student, other, trials, n_bootstrap)
+    return {
+        size: {names[key]: value for key, value in result.items() if key in names}
+        for size, result in found.items()
+    }
+
+
+def _truncations(
+    teacher: Tensor, fit_embeddings: Tensor, trials: Trials, mrl_dims: Sequence[int]
+) -> dict[str, Scores]:
+    rows = {"naive_truncation": _prefix_scores(teacher, trials, mrl_dims), "pca_truncation": {}}
+    if sizes := list(rows["naive_truncation"]):
+        rotated = matryoshka_rotation(fit_embeddings, sizes)(teacher.detach())
+        rows["pca_truncation"] = score_trials(rotated, trials, sizes)
+    return rows
+
+
+def truncation_baselines(
+    teacher_embeddings: Tensor,
+    fit_embeddings: Tensor,
+    trials: Trials,
+    mrl_dims: Sequence[int],
+    n_bootstrap: int = 0,
+) -> dict[str, dict[str, Any]]:
+    """What a teacher's own embedding gives when it is truncated, as it is and after PCA.
+
+    Arguments
+    ---------
+    teacher_embeddings : torch.Tensor
+        Of the trials' utterances, (N, D_t).
+    fit_embeddings : torch.Tensor
+        Of training utterances, never the trials', (M, D_t); mean and rotation come from them.
+    trials, mrl_dims, n_bootstrap
+        See ``evaluate``; sizes above D_t are left out.
+
+    Returns
+    -------
+    dict
+        ``{"naive_truncation": {"64": {...}}, "pca_truncation": {"64": {...}}}``
+
+    Example
+    -------
+    >>> trials = Trials.parse(["1 a/1 a/2", "0 a/1 b/1"])
+    >>> teacher = torch.tensor([[0.1, 1.0], [0.1, 1.0], [0.1, -1.0]])  # the second tells speakers
+    >>> cuts = truncation_baselines(teacher, teacher, trials, mrl_dims=[1])
+    >>> cuts["naive_truncation"]["1"]["eer"], cuts["pca_truncation"]["1"]["eer"]
+    (0.5, 0.0)
+    """
+    rows = _truncations(teacher_embeddings, fit_embeddings, trials, mrl_dims)
+    return {
+        name: evaluate_scores(scores, trials, n_bootstrap) if scores else {}
+        for name, scores in rows.items()
+    }
