@@ -5,6 +5,7 @@ from speechbrain_mrl.losses import MatryoshkaDistillationLoss, MatryoshkaLoss
 from speechbrain_mrl.models.ensemble import MultiModelEnsemble
 from speechbrain_mrl.models.pretrained import ReDimNetMRL, load_pretrained_redimnet
 from speechbrain_mrl.models.redimnet import ReDimNet
+from speechbrain_mrl.models.redimnet2 import ReDimNet2
 from speechbrain_mrl.models.resize import expand_model
 from speechbrain_mrl.publish.export import export_model
 from speechbrain_mrl.publish.hub import push_to_hub
@@ -18,6 +19,7 @@ __all__ = [
     "MatryoshkaLoss",
     "MultiModelEnsemble",
     "ReDimNet",
+    "ReDimNet2",
     "ReDimNetMRL",
     "embed_folder",
     "expand_model",

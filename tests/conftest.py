@@ -10,6 +10,7 @@ import torch
 
 from speechbrain_mrl.dataio.clips import Clip
 from speechbrain_mrl.models.redimnet import ReDimNet
+from speechbrain_mrl.models.redimnet2 import ReDimNet2
 
 torch.set_num_threads(1)
 sys.modules.setdefault("openvino_telemetry", None)  # OpenVINO would report its use over the network
@@ -17,16 +18,21 @@ sys.modules.setdefault("openvino_telemetry", None)  # OpenVINO would report its 
 PARITY = Path(__file__).parent / "parity"
 
 
+def _network(model_config):
+    family = ReDimNet2 if "causal" in model_config else ReDimNet
+    return family.from_config(model_config)
+
+
 class Fixture(dict):
     """A parity fixture: its JSON, and the weights that it says how to draw."""
 
     def weights(self):
         """The release's keys -> tensors; what the fixture leaves as constructed included."""
-        state = ReDimNet.from_config(self["model_config"]).state_dict()
+        state = _network(self["model_config"]).state_dict()
         return state | fill.fill_state_dict(self["manifest"])
 
     def model(self):
-        model = ReDimNet.from_config(self["model_config"])
+        model = _network(self["model_config"])
         model.load_state_dict(self.weights())
         return model.eval()
 
@@ -53,10 +59,32 @@ def tiny_config():
     }
 
 
+@pytest.fixture(scope="session")
+def tiny_config2():
+    """The same of ReDimNet2, redimnet2_b0 … redimnet2_b6."""
+    return {
+        "F": 24,
+        "C": 4,
+        "causal": "none",
+        "block_1d_type": "conv+att",
+        "block_2d_type": "basic_resnet",
+        "stages_setup": [
+            [[1, 1], 1, 2, [[3, 3]], 12],
+            [[2, 2], 1, 1, [[3, 3]], None],
+            [[1, 2], 1, 0.5, [[3, 3]], 12],
+        ],
+        "return_2d_output": True,
+        "out_channels": 6,
+        "embed_dim": 32,
+        "feat_type": "tf",
+        "spec_params": {"norm_signal": True},
+    }
+
+
 def _random_model(model_config, seed=0):
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = ReDimNet.from_config(model_config)
+        model = _network(model_config)
         for module in model.modules():
             if isinstance(module, (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d)):
                 module.running_mean.normal_(0, 0.1)

@@ -136,7 +136,7 @@ class _Swap(nn.Module):
         super().__init__()
         self.dims = dims
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         return x.transpose(*self.dims)
 
 

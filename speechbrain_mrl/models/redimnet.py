@@ -274,7 +274,7 @@ def _in_processes() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def _valid_samples(wavs: Tensor, counts: Tensor | None) -> Tensor | None:
+def valid_samples(wavs: Tensor, counts: Tensor | None) -> Tensor | None:
     """1 for a sample of the clip and 0 for padding, (B, 1, T); None where no clip is padded."""
     if counts is None:
         return None
@@ -282,7 +282,7 @@ def _valid_samples(wavs: Tensor, counts: Tensor | None) -> Tensor | None:
     return (positions < counts[:, None]).unsqueeze(1).float()
 
 
-def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
+def masked(x: Tensor, mask: Tensor | None) -> Tensor:
     """x with the padding frames at zero: what a clip alone has past its end."""
     if mask is None:
         return x
@@ -294,7 +294,7 @@ def _mean(x: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
         return x.mean(dim=-1, keepdim=True)
     dtype = torch.promote_types(x.dtype, mask.dtype)  # float16 sums of many frames overflow
-    mean = _masked(x, mask).sum(dim=-1, keepdim=True, dtype=dtype) / mask.sum(dim=-1, keepdim=True)
+    mean = masked(x, mask).sum(dim=-1, keepdim=True, dtype=dtype) / mask.sum(dim=-1, keepdim=True)
     return mean.to(x.dtype)
 
 
@@ -302,7 +302,7 @@ def _mean_and_variance(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Mean and unbiased variance over time of (B, C, T), padding left out, each (B, C, 1)."""
     mean = _mean(x, mask)
     count = x.shape[-1] if mask is None else mask.sum(dim=-1, keepdim=True)
-    squares = _masked((x - mean) ** 2, mask).sum(dim=-1, keepdim=True)
+    squares = masked((x - mean) ** 2, mask).sum(dim=-1, keepdim=True)
     return mean, squares / (count - 1)
 
 
@@ -408,7 +408,7 @@ class LogMel(_StaysFloat, nn.Module):
 
     def _features(self, wavs: Tensor, counts: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if self.norm_signal:
-            valid = _valid_samples(wavs, counts)
+            valid = valid_samples(wavs, counts)
             x = wavs.unsqueeze(1)
             mean = _mean(x, valid)
             deviation = _mean((x - mean) ** 2, valid).sqrt()
@@ -421,7 +421,7 @@ class LogMel(_StaysFloat, nn.Module):
         if self.training:
             for drop in self.drops:
                 feats = drop(feats.transpose(1, 2)).transpose(1, 2)
-        return _masked(feats, mask), mask
+        return masked(feats, mask), mask
 
     def _log_mel(self, wavs: Tensor, counts: Tensor | None) -> tuple[Tensor, Tensor | None]:
         half, total = N_FFT // 2, wavs.shape[1]
@@ -448,7 +448,7 @@ class _MaskedConv(nn.Module):
     kernel_size: tuple[int, ...]
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Any:
-        return super().forward(_masked(x, mask) if self.kernel_size[-1] > 1 else x)
+        return super().forward(masked(x, mask) if self.kernel_size[-1] > 1 else x)
 
 
 class Conv1d(_MaskedConv, nn.Conv1d):
@@ -525,10 +525,10 @@ def batch_norm(norm: Any, x: Tensor, mask: Tensor | None = None) -> Tensor:
     count = data.new_full((1,), x[:, 0].numel())
     if mask is not None:
         count = mask.sum().view(1).to(data) * (x.shape[2] if x.ndim == 4 else 1)
-    sums = total(torch.cat([_masked(data, mask).sum(dims), count]))
+    sums = total(torch.cat([masked(data, mask).sum(dims), count]))
     mean, count = sums[:-1] / sums[-1], sums[-1].detach()
     centred = data - mean.view(shape)
-    variance = total(_masked(centred, mask).square().sum(dims)) / count
+    variance = total(masked(centred, mask).square().sum(dims)) / count
     with torch.no_grad():
         norm.num_batches_tracked.add_(1)
         norm.running_mean.lerp_(mean.to(norm.running_mean), norm.momentum)
@@ -539,14 +539,14 @@ def batch_norm(norm: Any, x: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 class Sequence(nn.Sequential):
-    """nn.Sequential that hands the mask to this file's layers and to BatchNorm."""
+    """nn.Sequential that hands the mask to BatchNorm and its own layers; torch's others take none."""
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         for layer in self:
             if isinstance(layer, nn.modules.batchnorm._BatchNorm):
                 x = batch_norm(layer, x, mask)
             else:
-                x = layer(x, mask) if type(layer).__module__ == __name__ else layer(x)
+                x = layer(x) if type(layer).__module__.startswith("torch.") else layer(x, mask)
         return x
 
 
@@ -1145,6 +1145,8 @@ class ReDimNet(nn.Module):
         feats, mask = self.spec(wavs, counts)
         frames = self.backbone(feats.unsqueeze(1).to(self.linear.weight.dtype), mask)
         with torch.autocast(wavs.device.type, enabled=False):  # sums of squares over time
+            if mask is not None:
+                mask = mask[..., -frames.shape[-1] :]
             pooled = self.pool(frames.float(), mask)  # (B, 2 * channels)
             embeddings = self.linear(batch_norm(self.bn, pooled.to(self.linear.weight.dtype)))
             return embeddings if self.bn2 is None else batch_norm(self.bn2, embeddings)
