@@ -5,7 +5,6 @@ from pathlib import Path
 
 from demo_voices import make_demo_corpus
 from folder_prepare import prepare_folder
-from rirs import prepare_rirs
 from speechbrain.utils.distributed import run_on_main
 from voxceleb_prepare import prepare_voxceleb
 
@@ -37,7 +36,6 @@ def prepare(hparams, debug):
         make_lists = prepare_folder
         arguments["test_folder"] = hparams["test_folder"]
     run_on_main(make_lists, kwargs=arguments)
-    run_on_main(prepare_rirs, kwargs={"csv_path": hparams["rir_csv"]})
     corpus = make_lists(**arguments, skip_prep=True)
     if hparams["speaker_folders"]:
         refuse_shared_speakers(corpus)

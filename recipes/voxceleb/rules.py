@@ -125,6 +125,7 @@ LOADER = {
     "prefetch_factor": maybe(whole(1)),
     "persistent_workers": FLAG,
 }
+SNRS = {"snr_low": number(-100, 200), "snr_high": number(-100, 200)}
 TRAIN: dict[str, Any] = {
     "seed": whole(0, 2**32 - 1),
     "output_folder": TEXT,
@@ -193,29 +194,21 @@ TRAIN: dict[str, Any] = {
     "epoch_counter": COUNTER,
     "train_loader": Part(LOADER, code=False),
     "valid_loader": Part(LOADER, code=False),
-    "noise_csv": maybe(FILE),
-    "rir_csv": TEXT,
-    "speeds": list_of(whole(10, 1000)),
-    "add_noise": Part(
-        {
-            "csv_file": maybe(TEXT),
-            "snr_low": number(-100, 200),
-            "snr_high": number(-100, 200),
-            "num_workers": whole(0),
-        }
-    ),
-    "add_reverb": Part({"csv_file": maybe(TEXT), "num_workers": whole(0)}),
-    "speed_perturb": Part({"orig_freq": whole(1), "speeds": list_of(whole(10, 1000))}),
-    "drop_freq": Part({}),
-    "drop_chunk": Part({"drop_length_low": whole(0), "drop_length_high": whole(0)}),
+    "augment_prob": number(0, 1),
+    "noise_csv": maybe(PLACE),
+    "rir_csv": maybe(PLACE),
+    "add_reverb": Part({"csv_file": maybe(PLACE)}),
+    "add_noise": Part({"noise_funct": Part({"csv_file": maybe(PLACE)}), **SNRS}),
+    "add_babble": Part({"noise_funct": Part({"n_voices": whole(1)}), **SNRS}),
+    "low_pass": Part({"cutoff_low": number(above=0), "cutoff_high": number(above=0)}),
+    "telephone": Part({}),
+    "drop_bands": Part({"max_bands": whole(1), "width": number(above=0)}),
+    "drop_chunks": Part({"max_chunks": whole(1), "length_low": whole(), "length_high": whole()}),
     "wav_augment": Part(
         {
-            "parallel_augment": FLAG,
-            "concat_original": FLAG,
-            "min_augmentations": whole(0),
-            "max_augmentations": maybe(whole(1)),
-            "shuffle_augmentations": FLAG,
             "augment_prob": number(0, 1),
+            "min_augmentations": whole(1),
+            "max_augmentations": whole(1),
             "augmentations": list_of(CODE),
         },
         optional=True,

@@ -1,39 +1,334 @@
-"""Augmentation whose draws follow from seed, epoch and step."""
+"""Augmentation that every utterance of a batch draws for itself, by torch's generator alone."""
 
+import csv
+import os
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
+from speechbrain.augment.time_domain import pink_noise_like
+from speechbrain.utils.callchains import lengths_arg_exists
+from torch import Tensor, nn
+from torchaudio.functional import mu_law_decoding, mu_law_encoding, resample
+
+from speechbrain_mrl.dataio.audio import audio_info, read_audio
+from speechbrain_mrl.dataio.clips import AUDIO_SUFFIXES, SAMPLE_RATE
+
+KEPT_RIRS = 1024  # room impulse responses that stay in memory
+LONGEST_ROOM = 0.8  # seconds in which a synthetic room decays by 60 dB, at most
+BUTTERWORTH_ORDER = 8
 
 
-class _RandomBatches:
-    """Endless batches of a loader's dataset, drawn by torch's generator."""
+class UtteranceAugmenter(nn.Module):
+    """Draws for each utterance of a batch whether it is augmented, and by what.
 
-    def __init__(self, loader: Any) -> None:
-        self.loader = loader
-
-    def __next__(self) -> Any:
-        loader = self.loader
-        chosen = torch.randint(len(loader.dataset), (loader.batch_size,)).tolist()
-        return loader.collate_fn([loader.dataset[index] for index in chosen])
-
-
-def draw_recordings(wav_augment: Any, wavs: torch.Tensor) -> None:
-    """Let SpeechBrain's AddNoise and AddReverb draw recordings by torch's generator.
-
-    Their own order would begin anew in a run that goes on.
+    SpeechBrain's ``Augmenter`` draws once for a whole batch. An objective that compares the
+    utterances of a batch would then see what they were given in common. Here each augmentation is
+    called once, with those utterances that drew it, in the order of the list.
 
     Arguments
     ---------
-    wav_augment : Augmenter or callable
-        Changed in place, those augmentations of it that have ``sorting="random"``.
-    wavs : torch.Tensor
-        Like the ones to come, (B, T): the CSV files are opened for them.
+    augmentations : sequence of torch.nn.Module
+        Called as SpeechBrain's, with waveforms (n, T), and ``lengths`` (n,) if they take it; they
+        return (n, T).
+    augment_prob : float
+        Probability that an utterance is augmented at all.
+    min_augmentations, max_augmentations : int
+        How many of the augmentations an augmented utterance gets, all numbers equally likely.
+
+    Raises
+    ------
+    ValueError
+        If arguments do not belong together, or an augmentation changes the length.
+
+    Example
+    -------
+    >>> from speechbrain.augment.time_domain import AddNoise
+    >>> augment = UtteranceAugmenter([Telephone(), AddNoise(snr_high=15)], max_augmentations=2)
+    >>> wavs, wav_lens = augment(torch.rand(8, 16000), torch.ones(8))
+    >>> wavs.shape
+    torch.Size([8, 16000])
     """
-    for key, augmentation in getattr(wav_augment, "augmentations", {}).items():
-        if getattr(augmentation, "csv_file", None) is None or augmentation.sorting != "random":
-            continue
-        lengths = [wavs.new_ones(len(wavs))] if wav_augment.require_lengths[key] else []
-        augmentation(wavs, *lengths)
-        for name in ("noise_data", "rir_data"):
-            if hasattr(augmentation, name):
-                setattr(augmentation, name, _RandomBatches(augmentation.data_loader))
+
+    def __init__(
+        self,
+        augmentations: Sequence[nn.Module],
+        augment_prob: float = 0.8,
+        min_augmentations: int = 1,
+        max_augmentations: int = 3,
+    ) -> None:
+        super().__init__()
+        if not 1 <= min_augmentations <= max_augmentations <= len(augmentations):
+            raise ValueError(
+                f"min_augmentations {min_augmentations} and max_augmentations {max_augmentations} "
+                f"must be from 1 to the {len(augmentations)} augmentations, in this order"
+            )
+        if not 0 <= augment_prob <= 1:
+            raise ValueError(f"augment_prob must be from 0 to 1, got {augment_prob}")
+        self.augment_prob = augment_prob
+        self.min_augmentations, self.max_augmentations = min_augmentations, max_augmentations
+        self.augmentations = {f"{type(a).__name__}{i}": a for i, a in enumerate(augmentations)}
+        self.require_lengths = {
+            name: lengths_arg_exists(one.forward) for name, one in self.augmentations.items()
+        }
+
+    def forward(self, wavs: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Waveforms (B, T) and their relative lengths (B,) to augmented ones of the same shapes."""
+        drawn = self._draw(len(wavs))
+        augmented = wavs
+        for chosen, (name, augmentation) in zip(drawn.T, self.augmentations.items()):
+            if not chosen.any():
+                continue
+            rows = chosen.nonzero().squeeze(1).to(wavs.device, non_blocking=True)
+            more = {"lengths": lengths[rows]} if self.require_lengths[name] else {}
+            found = augmentation(augmented[rows], **more)
+            if found.shape[1:] != wavs.shape[1:]:
+                raise ValueError(f"{name} must keep the length {wavs.shape[1]}, got {found.shape}")
+            augmented = augmented.index_copy(0, rows, found)
+        return augmented * _inside(wavs, lengths), lengths
+
+    def _draw(self, n_utterances: int) -> Tensor:
+        """Which utterance gets which augmentation, bool (B, K), on the CPU."""
+        numbers = torch.randint(self.min_augmentations, self.max_augmentations + 1, (n_utterances,))
+        numbers[torch.rand(n_utterances) >= self.augment_prob] = 0
+        places = torch.rand(n_utterances, len(self.augmentations)).argsort(1).argsort(1)
+        return places < numbers[:, None]
+
+
+def _inside(wavs: Tensor, lengths: Tensor) -> Tensor:
+    """Whether a sample is the utterance's, not padding, (B, T)."""
+    positions = torch.arange(wavs.shape[1], device=wavs.device)
+    return positions < (lengths * wavs.shape[1]).round()[:, None]
+
+
+def find_recordings(source: str | os.PathLike[str]) -> list[str]:
+    """Paths of the recordings of a folder, or of a CSV with a column ``wav`` (SpeechBrain's)."""
+    if Path(source).is_dir():
+        found = [str(p) for p in Path(source).rglob("*") if p.suffix.lower() in AUDIO_SUFFIXES]
+    else:
+        with open(source, newline="") as file:
+            found = [row["wav"] for row in csv.DictReader(file, skipinitialspace=True)]
+    if not found:
+        raise ValueError(f"{source} holds no recording")
+    return sorted(found)
+
+
+class Noise:
+    """Noise for SpeechBrain's ``AddNoise`` as its ``noise_funct``: recorded, or coloured.
+
+    Of a recording only the piece that is added is read. Coloured noise is between white and brown.
+
+    Arguments
+    ---------
+    csv_file : path, optional
+        CSV with a column ``wav``, or a folder. Default: coloured noise.
+
+    Example
+    -------
+    >>> Noise()(torch.zeros(2, 16000)).shape
+    torch.Size([2, 16000])
+    """
+
+    def __init__(self, csv_file: str | os.PathLike[str] | None = None) -> None:
+        self.paths = None if csv_file is None else find_recordings(csv_file)
+
+    def __call__(self, wavs: Tensor) -> Tensor:
+        """Noise for waveforms (n, T), of their shape, a recording for each."""
+        if self.paths is None:
+            coloured: Tensor = pink_noise_like(wavs, 0.0, 1.0, SAMPLE_RATE)
+            return coloured
+        chosen = torch.randint(len(self.paths), (len(wavs),)).tolist()
+        pieces = [_piece(self.paths[number], wavs.shape[1]) for number in chosen]
+        return torch.stack(pieces).to(wavs.device)
+
+
+def _piece(path: str, length: int) -> Tensor:
+    """Somewhere in a recording, ``length`` samples; a shorter one is repeated."""
+    spare = audio_info(path).num_frames - length
+    start = int(torch.randint(max(spare, 0) + 1, ()))
+    wav = read_audio(path, start, length)
+    return wav.repeat(-(-length // len(wav)))[:length]
+
+
+def babble(wavs: Tensor, n_voices: int = 5) -> Tensor:
+    """Noise for SpeechBrain's ``AddNoise``: other utterances of the batch, talking all at once.
+
+    Arguments
+    ---------
+    wavs : torch.Tensor
+        Waveforms, (n, T). An utterance alone gets its own voice, at another time.
+    n_voices : int
+        How many, each at a level of its own.
+
+    Returns
+    -------
+    torch.Tensor
+        (n, T)
+    """
+    unit = wavs / _rms(wavs)
+    noise = torch.zeros_like(wavs)
+    for _ in range(n_voices):
+        others = int(torch.randint(1, max(len(wavs), 2), ()))
+        samples = int(torch.randint(wavs.shape[1], ()))
+        levels = torch.rand(len(wavs), 1, device=wavs.device)
+        noise += levels * unit.roll((others, samples), (0, 1))
+    return noise
+
+
+class Reverb(nn.Module):
+    """Puts each utterance into a room of its own, at the level that it had.
+
+    Arguments
+    ---------
+    csv_file : path, optional
+        CSV with a column ``wav``, or a folder, of room impulse responses. Default: synthetic ones,
+        noise that decays by 60 dB in 0.15 to 0.8 s, 0 to 12 dB below the direct path.
+
+    Example
+    -------
+    >>> Reverb()(torch.rand(2, 16000)).shape
+    torch.Size([2, 16000])
+    """
+
+    def __init__(self, csv_file: str | os.PathLike[str] | None = None) -> None:
+        super().__init__()
+        self.paths = None if csv_file is None else find_recordings(csv_file)
+
+    def forward(self, wavs: Tensor) -> Tensor:
+        """Waveforms (n, T) to reverberant ones, whose direct path is not delayed."""
+        rirs = self._synthetic(wavs) if self.paths is None else self._recorded(wavs)
+        n_fft = 2 ** (wavs.shape[1] + rirs.shape[1] - 1).bit_length()
+        spectrum = torch.fft.rfft(wavs, n_fft) * torch.fft.rfft(rirs, n_fft)
+        reverberant = torch.fft.irfft(spectrum, n_fft)[:, : wavs.shape[1]]
+        return reverberant * (_rms(wavs) / _rms(reverberant))
+
+    def _recorded(self, wavs: Tensor) -> Tensor:
+        assert self.paths is not None
+        chosen = torch.randint(len(self.paths), (len(wavs),)).tolist()
+        rirs = [_read_rir(self.paths[number])[: wavs.shape[1]] for number in chosen]
+        return nn.utils.rnn.pad_sequence(rirs, batch_first=True).to(wavs.device)  # (n, L)
+
+    def _synthetic(self, wavs: Tensor) -> Tensor:
+        rt60, gap, level = torch.rand(3, len(wavs), 1, device=wavs.device)
+        rt60 = 0.15 + (LONGEST_ROOM - 0.15) * rt60  # seconds
+        times = torch.arange(round(LONGEST_ROOM * SAMPLE_RATE), device=wavs.device) / SAMPLE_RATE
+        tail = torch.randn(len(wavs), len(times), device=wavs.device) * 10 ** (-3 * times / rt60)
+        tail = tail * (times >= 0.002 + 0.02 * gap)  # until the first reflection
+        tail = tail * 10 ** (-0.6 * level) / tail.norm(dim=1, keepdim=True)
+        tail[:, 0] = 1.0
+        return tail
+
+
+@lru_cache(KEPT_RIRS)
+def _read_rir(path: str) -> Tensor:
+    """A room impulse response from its strongest sample on, so that nothing is delayed."""
+    rir = read_audio(path)
+    return rir[int(rir.abs().argmax()) :]
+
+
+class LowPass(nn.Module):
+    """Muffles each utterance: a Butterworth low-pass without delay, its cutoff drawn.
+
+    Arguments
+    ---------
+    cutoff_low, cutoff_high : float
+        Hz.
+    """
+
+    def __init__(self, cutoff_low: float = 2000.0, cutoff_high: float = 7000.0) -> None:
+        super().__init__()
+        self.cutoff_low, self.cutoff_high = cutoff_low, cutoff_high
+
+    def forward(self, wavs: Tensor) -> Tensor:
+        """Waveforms (n, T) to filtered ones."""
+        spread = self.cutoff_high - self.cutoff_low
+        cutoffs = self.cutoff_low + spread * torch.rand(len(wavs), 1, device=wavs.device)
+        return _filtered(wavs, _low_pass(_frequencies(wavs), cutoffs))
+
+
+class Telephone(nn.Module):
+    """A telephone's band, 300 to 3400 Hz at a sampling rate of 8 kHz, in 8 bits by the µ-law."""
+
+    def forward(self, wavs: Tensor) -> Tensor:
+        """Waveforms (n, T) to what the other end hears."""
+        frequencies = _frequencies(wavs)
+        band = _low_pass(frequencies, 3400.0) * _low_pass(1 / frequencies, 1 / 300.0)
+        narrow = resample(_filtered(wavs, band), SAMPLE_RATE, SAMPLE_RATE // 2)
+        peaks = narrow.abs().amax(dim=1, keepdim=True).clamp_min(1e-8)
+        heard = mu_law_decoding(mu_law_encoding(narrow / peaks, 256), 256) * peaks
+        return resample(heard, SAMPLE_RATE // 2, SAMPLE_RATE)[:, : wavs.shape[1]]
+
+
+class DropBands(nn.Module):
+    """Takes a few narrow frequency bands out of each utterance, where they are being drawn.
+
+    Arguments
+    ---------
+    max_bands : int
+        One to this many.
+    width : float
+        Hz.
+    """
+
+    def __init__(self, max_bands: int = 3, width: float = 400.0) -> None:
+        super().__init__()
+        self.max_bands, self.width = max_bands, width
+
+    def forward(self, wavs: Tensor) -> Tensor:
+        """Waveforms (n, T) to filtered ones."""
+        centres = torch.rand(len(wavs), self.max_bands, 1, device=wavs.device) * SAMPLE_RATE / 2
+        inside = (_frequencies(wavs) - centres).abs() < self.width / 2  # (n, bands, frequencies)
+        return _filtered(wavs, ~(inside & _some(inside)).any(dim=1))
+
+
+class DropChunks(nn.Module):
+    """Silences a few short pieces of each utterance.
+
+    Arguments
+    ---------
+    max_chunks : int
+        One to this many.
+    length_low, length_high : int
+        Samples.
+    """
+
+    def __init__(self, max_chunks: int = 3, length_low: int = 800, length_high: int = 3200) -> None:
+        super().__init__()
+        self.max_chunks, self.length_low, self.length_high = max_chunks, length_low, length_high
+
+    def forward(self, wavs: Tensor, lengths: Tensor) -> Tensor:
+        """Waveforms (n, T) and their relative lengths (n,) to ones with gaps."""
+        starts, widths = torch.rand(2, len(wavs), self.max_chunks, 1, device=wavs.device)
+        widths = self.length_low + (self.length_high - self.length_low) * widths
+        starts = starts * (lengths[:, None, None] * wavs.shape[1] - widths).clamp_min(0)
+        positions = torch.arange(wavs.shape[1], device=wavs.device)
+        inside = (positions >= starts) & (positions < starts + widths)  # (n, chunks, T)
+        return wavs.masked_fill((inside & _some(inside)).any(dim=1), 0.0)
+
+
+def _some(pieces: Tensor) -> Tensor:
+    """The first one to all of the pieces (n, pieces, …) of each utterance, bool (n, pieces, 1)."""
+    n_utterances, n_pieces = pieces.shape[:2]
+    kept = 1 + torch.rand(n_utterances, 1, 1, device=pieces.device).mul(n_pieces).floor()
+    return torch.arange(n_pieces, device=pieces.device)[:, None] < kept
+
+
+def _rms(wavs: Tensor) -> Tensor:
+    """Of each waveform, (n, 1), not zero."""
+    return wavs.square().mean(dim=1, keepdim=True).sqrt().clamp_min(1e-8)
+
+
+def _frequencies(wavs: Tensor) -> Tensor:
+    """Hz, of what ``rfft`` gives of waveforms (n, T)."""
+    return torch.fft.rfftfreq(wavs.shape[1], 1 / SAMPLE_RATE, device=wavs.device)
+
+
+def _low_pass(frequencies: Tensor, cutoff: Any) -> Tensor:
+    return (1 + (frequencies / cutoff) ** (2 * BUTTERWORTH_ORDER)).rsqrt()
+
+
+def _filtered(wavs: Tensor, gain: Tensor) -> Tensor:
+    """Waveforms (n, T) whose spectra are multiplied by a gain of each frequency."""
+    return torch.fft.irfft(torch.fft.rfft(wavs) * gain, wavs.shape[1])

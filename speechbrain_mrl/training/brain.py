@@ -18,13 +18,11 @@ from speechbrain.utils.checkpoints import (
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from speechbrain_mrl.dataio.clips import SAMPLE_RATE
 from speechbrain_mrl.dataio.dataset import SeededClips, seed_draws
 from speechbrain_mrl.dataio.shards import ShardedClips
 from speechbrain_mrl.evaluation.report import agreement
 from speechbrain_mrl.evaluation.verification import Trials, evaluate
 from speechbrain_mrl.models.redimnet import ReDimNet
-from speechbrain_mrl.training.augment import draw_recordings
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +126,8 @@ class MRLBrain(sb.Brain):
         batch = batch.to(self.device)
         wavs, wav_lens = batch.sig
         if stage == sb.Stage.TRAIN and self.hparams.wav_augment is not None:
-            wavs, wav_lens = self.hparams.wav_augment(wavs, wav_lens)
+            with torch.autocast(wavs.device.type, enabled=False):  # half precision is noise, too
+                wavs, wav_lens = self.hparams.wav_augment(wavs.float(), wav_lens)
         return self._parts(stage)["student"](wavs, wav_lens)
 
     def _parts(self, stage: sb.Stage) -> Any:
@@ -154,13 +153,6 @@ class MRLBrain(sb.Brain):
             self.n_batches += 1
         self.n_clips += len(batch.id)
         return loss
-
-    def on_fit_start(self) -> None:
-        """As SpeechBrain's; then augmentation draws as ``draw_recordings`` says."""
-        super().on_fit_start()
-        if self.hparams.wav_augment is not None:
-            wavs = torch.zeros(self.hparams.batch_size, SAMPLE_RATE, device=self.device)
-            draw_recordings(self.hparams.wav_augment, wavs)
 
     def on_stage_start(self, stage: sb.Stage, epoch: int | None = None) -> None:
         """Forgets the last stage's values, but not those of an epoch that goes on."""
