@@ -3,7 +3,11 @@
 from speechbrain_mrl.inference.store import embed_folder, read_embeddings
 from speechbrain_mrl.losses import MatryoshkaDistillationLoss, MatryoshkaLoss
 from speechbrain_mrl.models.ensemble import MultiModelEnsemble
-from speechbrain_mrl.models.pretrained import ReDimNetMRL, load_pretrained_redimnet
+from speechbrain_mrl.models.pretrained import (
+    ReDimNetMRL,
+    load_pretrained_redimnet,
+    load_pretrained_redimnet2,
+)
 from speechbrain_mrl.models.redimnet import ReDimNet
 from speechbrain_mrl.models.redimnet2 import ReDimNet2
 from speechbrain_mrl.models.resize import expand_model
@@ -25,6 +29,7 @@ __all__ = [
     "expand_model",
     "export_model",
     "load_pretrained_redimnet",
+    "load_pretrained_redimnet2",
     "matryoshka_rotation",
     "push_to_hub",
     "read_embeddings",

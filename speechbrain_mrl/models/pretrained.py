@@ -1,10 +1,12 @@
-"""Released ReDimNet checkpoints: where they are, under which licence, and how they are loaded."""
+"""Released checkpoints of ReDimNet and ReDimNet2: where they are, their licences, loading them."""
 
 import hashlib
 import http.client
 import os
 import urllib.error
+import urllib.parse
 import urllib.request
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from speechbrain_mrl.models.redimnet import (
     read_tensors,
     refuse_foreign_weights,
 )
+from speechbrain_mrl.models.redimnet2 import MatryoshkaReDimNet2, ReDimNet2
 
 PATIENCE = 60  # seconds without an answer
 URL = "https://github.com/IDRnD/ReDimNet/releases/download/latest/"
@@ -38,6 +41,31 @@ RELEASES = {
         "license": "non-commercial",
     },
 }
+URL2 = "https://github.com/PalabraAI/redimnet2/releases/download/v1.0.0/"
+# The licence of vox2 is that of the authors' README; whether it covers weights they have not said.
+# The other corpora are as above, cnc2 is CN-Celeb 2.
+RELEASES2 = {
+    "vox2": {
+        "model_names": ("b0", "b1", "b2", "b3", "b4", "b5", "b6"),
+        "train_types": ("ptn", "lm"),
+        "license": "mit",
+    },
+    "vb2+vox2_v0": {
+        "model_names": ("b6",),
+        "train_types": ("ptn", "lm", "dis"),
+        "license": "non-commercial",
+    },
+    "vb2+vox2+cnc2_v0": {
+        "model_names": ("b3", "b6"),
+        "train_types": ("ptn", "lm"),
+        "license": "non-commercial",
+    },
+}
+SHA256 = {  # of ReDimNet2's files, as far as they are known
+    "b2-vox2-lm.pt": "0545a29679a87fe1c662d2bbd05e3b3fe0d1b392832729abaa135e4079a2f77a",
+    "b6-vb2+vox2+cnc2_v0-lm.pt": "287365f6f485b19e65e5176554f8f7123bfa8d85185f3d2c040eab51acec9868",
+}
+PREFIX2 = "redimnet2_"  # of a ReDimNet2's name where both families are named: redimnet2_b2
 
 
 def parse_release(release: str) -> tuple[str, str, str]:
@@ -45,17 +73,44 @@ def parse_release(release: str) -> tuple[str, str, str]:
 
     Example
     -------
-    >>> parse_release("b2-vox2-ft_lm")
-    ('b2', 'vox2', 'ft_lm')
+    >>> parse_release("redimnet2_b2-vox2-lm")
+    ('redimnet2_b2', 'vox2', 'lm')
     """
-    parts = release.split("-")
-    if len(parts) != 3 or parts[1] not in RELEASES:
+    parts, table = release.split("-"), releases_of(release)
+    if len(parts) != 3 or parts[1] not in table:
         raise ValueError(
-            f"a release is named like b2-vox2-ft_lm (model, dataset of {list(RELEASES)}, "
-            f"training), got {release!r}"
+            f"a release is named like b2-vox2-ft_lm or redimnet2_b2-vox2-lm (model, dataset of "
+            f"{list(table)}, training), got {release!r}"
         )
     model_name, dataset, train_type = parts
     return model_name, dataset, train_type
+
+
+def releases_of(model_name: str) -> dict[str, dict[str, Any]]:
+    """The table of the family that ``model_name`` is of: "b2", "redimnet2_b2"."""
+    return RELEASES2 if model_name.startswith(PREFIX2) else RELEASES
+
+
+def released_names() -> list[str]:
+    """Names of the models of both families: "b0" … "b6", "S", "M", "redimnet2_b0" …"""
+    tables = {"": RELEASES, PREFIX2: RELEASES2}
+    return sorted(
+        {
+            prefix + name
+            for prefix, table in tables.items()
+            for release in table.values()
+            for name in release["model_names"]
+        }
+    )
+
+
+def network_class(model_config: Any) -> type[ReDimNet]:
+    """The class of a checkpoint's ``model_config``: ReDimNet, or ReDimNet2.
+
+    Only ReDimNet2 knows ``causal``, and its authors' code needs it.
+    """
+    of_two = isinstance(model_config, dict) and "causal" in model_config
+    return ReDimNet2 if of_two else ReDimNet
 
 
 def load_pretrained_redimnet(
@@ -100,14 +155,113 @@ def load_pretrained_redimnet(
         path = Path(source)
     else:
         path = _find_release(model_name, train_type, dataset, source)
+    return load_checkpoint(path, sha256, ReDimNet)
+
+
+def load_pretrained_redimnet2(
+    model_name: str = "b2",
+    train_type: str = "lm",
+    dataset: str = "vox2",
+    source: str | os.PathLike[str] | None = None,
+    sha256: str | None = None,
+) -> ReDimNet2:
+    """A pretrained ReDimNet2 in eval mode, built from the checkpoint's own configuration.
+
+    Files of dataset "vb2…" are for non-commercial use only, which a warning says.
+
+    Arguments
+    ---------
+    model_name : str
+        "b0" … "b6" (vox2), "b6" (vb2+vox2_v0), "b3" or "b6" (vb2+vox2+cnc2_v0).
+    train_type : str
+        "ptn" (pretrained), "lm" (large-margin fine-tuned), or of vb2+vox2_v0 "dis" (distilled).
+    dataset : str
+        "vox2", "vb2+vox2_v0" or "vb2+vox2+cnc2_v0".
+    source, sha256
+        As for ``load_pretrained_redimnet``; the cache has a folder ``redimnet2`` for these files.
+
+    Returns
+    -------
+    ReDimNet2
+        With ``embed_dim`` dimensions (192 in every release).
+
+    Raises
+    ------
+    ValueError, FileNotFoundError, ConnectionError
+        As ``load_pretrained_redimnet``.
+    """
+    if source is not None and os.path.isfile(source):
+        path = Path(source)
+    else:
+        path = _find_release(PREFIX2 + model_name, train_type, dataset, source)
+        if source is None and sha256 is None:
+            sha256 = SHA256.get(path.name)
+    if "vb2" in path.name:
+        warnings.warn(
+            f"{path.name} was trained on VoxBlink2, whose authors restrict models trained on it to "
+            "research; a student of it is not for commercial use either",
+            stacklevel=2,
+        )
+    return load_checkpoint(path, sha256, ReDimNet2)
+
+
+def load_released(
+    model_name: str,
+    train_type: str = "ft_lm",
+    dataset: str = "vox2",
+    source: str | os.PathLike[str] | None = None,
+) -> ReDimNet:
+    """A released model of either family by its name, "b2" or "redimnet2_b2".
+
+    The families' names of large-margin fine-tuning, "ft_lm" and "lm", mean the same here.
+    """
+    if not model_name.startswith(PREFIX2):
+        train_type = "ft_lm" if train_type == "lm" else train_type
+        return load_pretrained_redimnet(model_name, train_type, dataset, source)
+    train_type = "lm" if train_type == "ft_lm" else train_type
+    model_name = model_name.removeprefix(PREFIX2)
+    return load_pretrained_redimnet2(model_name, train_type, dataset, source)
+
+
+def load_checkpoint(
+    path: str | os.PathLike[str],
+    sha256: str | None = None,
+    expected: type[ReDimNet] | None = None,
+) -> Any:
+    """A ReDimNet or ReDimNet2 in eval mode out of a checkpoint file.
+
+    Raises
+    ------
+    ValueError
+        As ``read_checkpoint`` and ``load_strictly``, or if it is not of the family ``expected``.
+    """
     checkpoint = read_checkpoint(path, sha256)
-    model = ReDimNet.from_config(checkpoint["model_config"])
+    network = network_class(checkpoint["model_config"])
+    if expected not in (None, network):
+        loader = f"load_pretrained_{network.__name__.lower()}"
+        raise ValueError(
+            f"{path} holds a {network.__name__}, not a {expected.__name__}; load it with {loader}, "
+            "and keep the files of the two releases, whose names are alike, in separate folders"
+        )
+    model = network.from_config(checkpoint["model_config"])
     load_strictly(model, checkpoint["state_dict"], path)
     return model.eval()
 
 
 class ReDimNetMRL(MatryoshkaReDimNet):
-    __doc__ = str(MatryoshkaReDimNet.__doc__).replace("MatryoshkaReDimNet(", "ReDimNetMRL(")
+    __doc__ = (
+        str(MatryoshkaReDimNet.__doc__)
+        .replace("MatryoshkaReDimNet(", "ReDimNetMRL(")
+        .replace('"b0" … "b6" for', '"b0" … "b6" or "redimnet2_b0" … "redimnet2_b6" for')
+    )
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "ReDimNetMRL":
+        """Of a ReDimNet2 backbone the subclass for it."""
+        backbone = args[2] if len(args) > 2 else kwargs.get("backbone")
+        named = isinstance(backbone, str) and backbone.startswith(PREFIX2)
+        if cls is ReDimNetMRL and (named or network_class(backbone) is ReDimNet2):
+            cls = ReDimNet2MRL
+        return super().__new__(cls)
 
     @classmethod
     def from_pretrained(
@@ -124,10 +278,14 @@ class ReDimNetMRL(MatryoshkaReDimNet):
         Its first coordinates (192 for a release) are the checkpoint's embedding; the others start
         small and random. ``rotate_head`` puts the principal axes first.
 
-        Arguments are those of ``load_pretrained_redimnet`` and of the class.
+        Arguments are those of ``load_released`` and of the class.
         """
-        redimnet = load_pretrained_redimnet(model_name, train_type, dataset, source)
+        redimnet = load_released(model_name, train_type, dataset, source)
         return cls.from_redimnet(redimnet, embed_dim, mrl_dims)
+
+
+class ReDimNet2MRL(ReDimNetMRL, MatryoshkaReDimNet2):
+    """``ReDimNetMRL`` of a ReDimNet2 backbone, which ``ReDimNetMRL(backbone=…)`` makes."""
 
 
 def read_checkpoint(path: str | os.PathLike[str], sha256: str | None = None) -> dict[str, Any]:
@@ -183,13 +341,16 @@ def _find_release(
     model_name: str, train_type: str, dataset: str, folder: str | os.PathLike[str] | None
 ) -> Path:
     """Path of a release file, in a folder or, downloaded if need be, in torch.hub's cache."""
-    name = f"{model_name}-{dataset}-{train_type}.pt"
-    release = RELEASES.get(dataset, {"model_names": (), "train_types": ()})
-    released = model_name in release["model_names"] and train_type in release["train_types"]
+    own, table = model_name.removeprefix(PREFIX2), releases_of(model_name)
+    of_two = model_name.startswith(PREFIX2)
+    name = f"{own}-{dataset}-{train_type}.pt"
+    url = (URL2 if of_two else URL) + urllib.parse.quote(name)
+    release = table.get(dataset, {"model_names": (), "train_types": ()})
+    released = own in release["model_names"] and train_type in release["train_types"]
     if folder is not None:
         path = Path(folder) / name
         if not path.is_file():
-            hint = f"; download it from {URL}{name}" if released else ""
+            hint = f"; download it from {url}" if released else ""
             raise FileNotFoundError(
                 f"source {str(folder)!r} is neither a checkpoint nor a folder that holds {name}"
                 + hint
@@ -198,16 +359,17 @@ def _find_release(
     if not released:
         known = [
             f"{'/'.join(entry['model_names'])}-{data}-{'/'.join(entry['train_types'])}"
-            for data, entry in RELEASES.items()
+            for data, entry in table.items()
         ]
-        raise ValueError(f"{name} was never released; released are {', '.join(known)}")
-    path = Path(torch.hub.get_dir()) / "checkpoints" / name
+        family = "ReDimNet2" if of_two else "ReDimNet"
+        raise ValueError(f"{name} of {family} was never released; released are {', '.join(known)}")
+    path = Path(torch.hub.get_dir(), "checkpoints", "redimnet2" if of_two else "", name)
     if not path.is_file():
         try:
-            download(URL + name, path)
+            download(url, path)
         except (OSError, EOFError, http.client.HTTPException) as error:
             raise ConnectionError(
-                f"cannot download {URL}{name} ({error}); get that file elsewhere and put it at "
+                f"cannot download {url} ({error}); get that file elsewhere and put it at "
                 f"{path}, or name it with source="
             ) from error
     return path

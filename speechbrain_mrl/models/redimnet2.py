@@ -25,9 +25,11 @@ from speechbrain_mrl.models.redimnet import (
     Block2d,
     Conv1d,
     Conv2d,
+    EmbeddingModel,
     LayerNorm,
     LogMel,
     MapMix,
+    MatryoshkaReDimNet,
     ReDimNet,
     Sequence,
     TimeContext,
@@ -482,3 +484,25 @@ class ReDimNet2(ReDimNet):
             needed = max(MIN_SAMPLES, others * hop)
         self.min_samples = max(1, needed - pad)
         return self.backbone.out_channels
+
+
+class MatryoshkaReDimNet2(MatryoshkaReDimNet, ReDimNet2):
+    """``MatryoshkaReDimNet`` of a ReDimNet2: prefixes of its embedding are embeddings too.
+
+    Arguments
+    ---------
+    embed_dim, mrl_dims
+        As of ``MatryoshkaReDimNet``.
+    backbone : str or dict
+        "redimnet2_b0" … "redimnet2_b6", or a checkpoint's ``model_config``.
+
+    Example
+    -------
+    >>> model = MatryoshkaReDimNet2(128, (64, 128), backbone="redimnet2_b0").eval()
+    >>> {d: tuple(z.shape) for d, z in model(torch.zeros(16000), return_all_dims=True).items()}
+    {64: (1, 64), 128: (1, 128)}
+    """
+
+
+class EmbeddingModel2(EmbeddingModel, MatryoshkaReDimNet2):
+    """``EmbeddingModel`` of a ReDimNet2; arguments are the same."""

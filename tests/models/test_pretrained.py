@@ -14,13 +14,18 @@ import torch
 from speechbrain_mrl.models import pretrained
 from speechbrain_mrl.models.pretrained import (
     RELEASES,
+    RELEASES2,
     ReDimNetMRL,
+    load_checkpoint,
     load_pretrained_redimnet,
+    load_pretrained_redimnet2,
+    load_released,
     load_strictly,
     parse_release,
     read_checkpoint,
 )
 from speechbrain_mrl.models.redimnet import PRESETS, ReDimNet
+from speechbrain_mrl.models.redimnet2 import ReDimNet2
 
 # Files and folders
 
@@ -38,6 +43,55 @@ def test_release_file_gives_the_authors_embeddings(parity, release_file, name):
         with torch.no_grad():
             embeddings = model(fill.waveform(case["seconds"]))
         assert fill.max_abs_diff(embeddings, case["output"]) < 1e-5
+
+
+def test_release_file_of_redimnet2_gives_the_authors_embeddings(parity, release_file):
+    fixture = parity("redimnet2_b2")
+    path = release_file(fixture["model_config"], fixture.weights(), "b2-vox2-ptn")
+    for model in (
+        load_pretrained_redimnet2(source=path),
+        load_pretrained_redimnet2("b2", "ptn", source=path.parent),
+        load_released("redimnet2_b2", "ptn", source=path.parent),
+        load_checkpoint(path),
+    ):
+        assert type(model) is ReDimNet2 and not model.training
+        case = fixture["cases"][0]
+        with torch.no_grad():
+            embeddings = model(fill.waveform(case["seconds"]))
+        assert fill.max_abs_diff(embeddings, case["output"]) < 1e-5
+
+
+def test_large_margin_has_one_name_where_both_families_are_named(
+    tiny_config, tiny_config2, release_file
+):
+    folder = release_file(tiny_config, name="b2-vox2-ft_lm").parent
+    release_file(tiny_config2, name="b2-vox2-lm")
+    for train_type in ("ft_lm", "lm"):
+        assert type(load_released("b2", train_type, source=folder)) is ReDimNet
+        assert type(load_released("redimnet2_b2", train_type, source=folder)) is ReDimNet2
+
+
+def test_file_of_the_other_family_is_recognised_and_named(tiny_config, tiny_config2, release_file):
+    first = release_file(tiny_config, name="b2-vox2-ptn")
+    second = release_file(tiny_config2, name="b6-vox2-ptn")
+    message = (
+        "b6-vox2-ptn.pt holds a ReDimNet2, not a ReDimNet; load it with load_pretrained_redimnet2,"
+    )
+    with pytest.raises(ValueError, match=message):
+        load_pretrained_redimnet("b6", "ptn", source=second.parent)
+    message = (
+        "b2-vox2-ptn.pt holds a ReDimNet, not a ReDimNet2; load it with load_pretrained_redimnet,"
+    )
+    with pytest.raises(ValueError, match=message):
+        load_pretrained_redimnet2(source=first)
+
+
+def test_what_was_trained_on_voxblink2_is_said_to_be_non_commercial(tiny_config2, release_file):
+    path = release_file(tiny_config2, name="b6-vb2+vox2_v0-lm")
+    with pytest.warns(
+        UserWarning, match=r"b6-vb2\+vox2_v0-lm.pt was trained on VoxBlink2, .* not for"
+    ):
+        load_pretrained_redimnet2("b6", dataset="vb2+vox2_v0", source=path.parent)
 
 
 def test_missing_file_is_named_with_the_place_where_it_is_to_be_had(tmp_path):
@@ -65,18 +119,27 @@ def test_missing_file_of_an_own_model_is_not_said_to_be_released(tmp_path):
 )
 def test_model_that_was_never_released_is_refused(names, file):
     known = "b0/b1/b2/b3/b4/b5/b6-vox2-ptn/ft_lm, S/M-vb2-ptn, S/M-vb2+vox2+cnc-ft_mix"
-    message = f"{file} was never released; released are {known}"
+    message = f"{file} of ReDimNet was never released; released are {known}"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         load_pretrained_redimnet(*names)
 
 
+def test_redimnet2_that_was_never_released_is_refused():
+    known = "b0/b1/b2/b3/b4/b5/b6-vox2-ptn/lm, b6-vb2+vox2_v0-ptn/lm/dis, "
+    message = f"b2-vox2-ft_lm.pt of ReDimNet2 was never released; released are {known}"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}b3/b6-vb2"):
+        load_pretrained_redimnet2("b2", "ft_lm")
+
+
 def test_a_release_is_named_by_model_dataset_and_training():
     assert parse_release("S-vb2+vox2+cnc-ft_mix") == ("S", "vb2+vox2+cnc", "ft_mix")
+    expected = ("redimnet2_b6", "vb2+vox2_v0", "dis")
+    assert parse_release("redimnet2_b6-vb2+vox2_v0-dis") == expected
 
 
 @pytest.mark.parametrize("name", ["b2", "b2-vox2", "b2-vox2-ft-lm", "b2-vox1-ptn", "vox2-b2-ptn"])
 def test_what_is_no_release_is_told_how_one_is_named(name):
-    message = f"like b2-vox2-ft_lm .*'vox2', 'vb2', 'vb2.vox2.cnc'.* got '{name}'$"
+    message = f"like b2-vox2-ft_lm or .*'vox2', 'vb2', 'vb2.vox2.cnc'.* got '{name}'$"
     with pytest.raises(ValueError, match=message):
         parse_release(name)
 
@@ -99,6 +162,23 @@ def test_docs_list_every_release_with_its_licence():
                     **dict.fromkeys(("S", "M"), "none"),
                 }.get(model_name, "third party's")
     assert set(rows) == {"file", "---"}
+
+
+def test_docs_list_every_release_of_redimnet2_with_its_licence_and_hash():
+    text = (Path(__file__).parents[2] / "docs" / "which_redimnet.md").read_text()
+    rows = {
+        cells[1].strip(" `"): cells
+        for line in text.splitlines()
+        if len(cells := line.split("|")) > 1 and cells[1].strip(" `").endswith(".pt")
+    }
+    for dataset, release in RELEASES2.items():
+        for model_name in release["model_names"]:
+            for train_type in release["train_types"]:
+                name = f"{model_name}-{dataset}-{train_type}.pt"
+                cells = [cell.strip() for cell in rows.pop(name)]
+                assert cells[7] == ("MIT" if release["license"] == "mit" else "non-commercial")
+                assert cells[8].strip("`") == pretrained.SHA256.get(name, "–")
+    assert not rows
 
 
 # Damage
@@ -384,6 +464,32 @@ def test_file_put_by_hand_into_the_cache_needs_no_network(
     assert load_pretrained_redimnet("b2").embed_dim == 32
 
 
+def test_files_of_redimnet2_have_their_own_folder_in_the_cache(
+    server, cached, tiny_config, tiny_config2, release_file, monkeypatch
+):
+    monkeypatch.setattr(pretrained, "URL2", pretrained.URL)
+    server.content = release_file(tiny_config2, name="served2").read_bytes()
+    with pytest.warns(UserWarning, match="VoxBlink2"):
+        load_pretrained_redimnet2("b3", dataset="vb2+vox2+cnc2_v0")
+    assert server.requests == [("/latest/b3-vb2%2Bvox2%2Bcnc2_v0-lm.pt", None)]
+    assert (cached.parent / "redimnet2" / "b3-vb2+vox2+cnc2_v0-lm.pt").is_file()
+    server.content = release_file(tiny_config, name="served1").read_bytes()
+    for _ in range(2):
+        assert type(load_pretrained_redimnet("b2", "ptn")) is ReDimNet
+    assert len(server.requests) == 2
+
+
+def test_release_of_a_known_hash_must_have_it(cached, tiny_config2, release_file, monkeypatch):
+    monkeypatch.setattr(pretrained, "URL2", "http://127.0.0.1:9/nowhere/")
+    folder = cached.parent / "redimnet2"
+    folder.mkdir(parents=True)
+    path = release_file(tiny_config2, name="b2-vox2-lm").rename(folder / "b2-vox2-lm.pt")
+    with pytest.raises(ValueError, match="expected 0545a29679a87fe1"):
+        load_pretrained_redimnet2()
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert load_pretrained_redimnet2(sha256=digest).embed_dim == 32
+
+
 # The student
 
 
@@ -411,3 +517,32 @@ def test_student_from_a_release_has_every_tensor_of_it(parity, release_file):
     with torch.no_grad():
         embeddings = student.eval()(fill.waveform(case["seconds"]), target_dim=192)
     assert fill.max_abs_diff(embeddings, case["output"]) < 1e-5
+
+
+def test_student_of_redimnet2_has_every_tensor_of_its_release(parity, release_file):
+    fixture = parity("redimnet2_b2")
+    weights = fixture.weights()
+    path = release_file(fixture["model_config"], weights, "b2-vox2-ptn")
+    student = ReDimNetMRL.from_pretrained("redimnet2_b2", "ptn", source=path.parent)
+    assert isinstance(student, ReDimNetMRL) and isinstance(student, ReDimNet2)
+    state = student.state_dict()
+    assert set(state) == set(weights) and len(state) == fixture["state_dict_entries"] == 729
+    for key, value in weights.items():
+        assert torch.equal(state[key][:192] if key.startswith("linear.") else state[key], value)
+    case = fixture["cases"][0]
+    with torch.no_grad():
+        embeddings = student.eval()(fill.waveform(case["seconds"]), target_dim=192)
+    assert fill.max_abs_diff(embeddings, case["output"]) < 1e-5
+
+
+def test_backbone_of_either_family_makes_a_student(tiny_config, tiny_config2):
+    for backbone, network in ((tiny_config, ReDimNet), (tiny_config2, ReDimNet2)):
+        student = ReDimNetMRL(embed_dim=40, mrl_dims=(8, 40), backbone=backbone)
+        assert isinstance(student, ReDimNetMRL)
+        assert isinstance(student, ReDimNet2) == (network is ReDimNet2)
+        again = pickle.loads(pickle.dumps(student.eval()))
+        wavs = torch.randn(1, 8000)
+        assert type(again) is type(student) and torch.equal(again(wavs), student(wavs))
+    assert isinstance(ReDimNetMRL(64, (64,), "redimnet2_b0"), ReDimNet2)
+    with pytest.raises(ValueError, match="one of .'redimnet2_b0'.* got 'redimnet2_b9'"):
+        ReDimNetMRL(backbone="redimnet2_b9")
