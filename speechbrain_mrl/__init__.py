@@ -1,7 +1,8 @@
 """Multi-resolution (Matryoshka) speaker encoders for SpeechBrain."""
 
+from speechbrain_mrl.classification import MatryoshkaLoss
 from speechbrain_mrl.inference.store import embed_folder, read_embeddings
-from speechbrain_mrl.losses import MatryoshkaDistillationLoss, MatryoshkaLoss
+from speechbrain_mrl.losses import MatryoshkaDistillationLoss
 from speechbrain_mrl.models.ensemble import MultiModelEnsemble
 from speechbrain_mrl.models.pretrained import (
     ReDimNetMRL,

@@ -1,45 +1,15 @@
 """Makes the prefixes of existing embeddings useful in closed form, without training."""
 
-import operator
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
+from speechbrain_mrl.prefixes import check_mrl_dims
+
 # Below this fraction of the mean within-speaker variance a direction counts as unseen by LDA,
 # so that the few clips that happened not to vary along it cannot make it the best one.
 LDA_VARIANCE_FLOOR = 1e-3
-
-
-def check_mrl_dims(mrl_dims: Iterable[int]) -> tuple[int, ...]:
-    """The sizes as a tuple, once they follow the rule: positive integers in ascending order.
-
-    Arguments
-    ---------
-    mrl_dims : iterable of int
-        Prefix sizes trained together.
-
-    Returns
-    -------
-    tuple of int
-
-    Raises
-    ------
-    ValueError
-        If the list is empty, not strictly ascending, or holds anything but positive integers.
-
-    Example
-    -------
-    >>> check_mrl_dims([64, 128, 256])
-    (64, 128, 256)
-    """
-    try:
-        dims = tuple(operator.index(dim) for dim in mrl_dims)
-    except TypeError:
-        dims = ()
-    if not dims or dims[0] < 1 or any(a >= b for a, b in zip(dims, dims[1:])):
-        raise ValueError(f"mrl_dims must be positive integers in ascending order, got {mrl_dims!r}")
-    return dims
 
 
 class Rotation(nn.Module):

@@ -3,17 +3,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from speechbrain.nnet.losses import AngularMargin, LogSoftmaxWrapper
+from speechbrain.nnet.losses import LogSoftmaxWrapper
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from speechbrain_mrl.losses import (
-    MatryoshkaDistillationLoss,
-    MatryoshkaLoss,
-    PrefixClassifier,
-    prefix_cosines,
-    scale_tail_gradients,
-)
+from speechbrain_mrl.classification import MatryoshkaLoss, PrefixClassifier
+from speechbrain_mrl.losses import MatryoshkaDistillationLoss
 
 DIMS = (2, 4, 7)
 WEIGHTS = (1.0, 2.0, 0.5)
@@ -135,75 +129,13 @@ def test_a_map_has_maps_of_its_own_only_where_teachers_differ():
     assert not list(fitted(MAPS["a teacher for each size"], terms={"gram": 1.0}).parameters())
 
 
-def test_prefix_cosines_are_one_product_per_size_in_value_and_gradient():
-    x, y = random(5, 8).requires_grad_(), random(3, 7, seed=1).requires_grad_()
-    fast = prefix_cosines(x, y, DIMS)
-    slow = {d: F.normalize(x[:, :d], dim=1) @ F.normalize(y[:, :d], dim=1).T for d in DIMS}
-    torch.testing.assert_close(fast, slow, atol=1e-12, rtol=0)
-    weights = random(5, 3, seed=2)
-    gradients = [
-        torch.autograd.grad(sum((w * weights).sum() for w in cosines.values()), (x, y))
-        for cosines in (fast, slow)
-    ]
-    torch.testing.assert_close(*gradients, atol=1e-12, rtol=0)
-
-
-def test_a_classifier_gives_the_cosines_to_its_speakers():
-    classifier, embeddings = PrefixClassifier(8, 5, DIMS).double(), random(3, 8)
-    for dim, cosines in classifier(embeddings).items():
-        x, y = embeddings[:, None, :dim], classifier.weight[None, :, :dim]
-        torch.testing.assert_close(cosines, F.cosine_similarity(x, y, dim=2))
-
-
-def test_all_sizes_cost_the_product_of_the_largest_alone():
-    with FlopCounterMode(display=False) as counter:
-        prefix_cosines(torch.randn(10, 256), torch.randn(30, 256), [8, 16, 64, 192, 256])
-    assert counter.get_total_flops() == 2 * 10 * 30 * 256
-
-
-def test_zero_vectors_have_finite_cosines_and_gradients():
-    x = torch.tensor([[0.0, 0.0, 0.0], [0.0, 3.0, 4.0]], requires_grad=True)
-    cosines = prefix_cosines(x, x, [1, 3])
-    sum(c.sum() for c in cosines.values()).backward()
-    torch.testing.assert_close(cosines[3], torch.tensor([[0.0, 0.0], [0.0, 1.0]]))
-    assert x.grad.isfinite().all()
-
-
 def test_embeddings_narrower_than_the_largest_prefix_are_refused():
-    with pytest.raises(ValueError, match=r"at least 7 coordinates.*got \(3, 6\)"):
+    with pytest.raises(ValueError, match=r"at least 7 dimensions.*got \(3, 6\)"):
         PrefixClassifier(8, 5, DIMS)(torch.ones(3, 6))
     with pytest.raises(ValueError, match="ends past embed_dim=6"):
         PrefixClassifier(6, 5, DIMS)
-    with pytest.raises(ValueError, match=r"at least 7 coordinates.*got \(3, 6\)"):
+    with pytest.raises(ValueError, match=r"at least 7 dimensions.*got \(3, 6\)"):
         MatryoshkaDistillationLoss(DIMS, "all")(torch.ones(3, 6), make_teachers(3))
-
-
-def test_tail_gradients_are_scaled_by_the_prefixes_that_miss_the_block():
-    embeddings = torch.ones(1, 6, requires_grad=True)
-    scaled = scale_tail_gradients(embeddings, [1, 2, 3, 5])
-    assert (scaled == embeddings).all()
-    scaled[:, :5].sum().backward()
-    # 4/4, 4/3, 4/2, 4/1 for the four blocks; the last coordinate is in no prefix
-    torch.testing.assert_close(embeddings.grad, torch.tensor([[1, 4 / 3, 2, 4, 4, 0]]))
-
-
-def test_matryoshka_loss_is_the_weighted_mean_of_the_sizes():
-    predictions = {d: random(5, 3, seed=d).requires_grad_() for d in DIMS}
-    classes = torch.tensor([0, 2, 1, 1, 0])
-    loss = MatryoshkaLoss(CROSS_ENTROPY, DIMS, WEIGHTS)(predictions, classes)
-    expected = (
-        sum(w * F.cross_entropy(predictions[d], classes) for w, d in zip(WEIGHTS, DIMS)) / 3.5
-    )
-    torch.testing.assert_close(loss, expected, atol=1e-12, rtol=0)
-    gradients = [torch.autograd.grad(x, list(predictions.values())) for x in (loss, expected)]
-    torch.testing.assert_close(*gradients, atol=1e-7, rtol=0)
-
-
-def test_a_weight_may_be_zero():
-    predictions = {d: random(5, 3, seed=d) for d in DIMS}
-    classes = torch.tensor([0, 2, 1, 1, 0])
-    loss = MatryoshkaLoss(CROSS_ENTROPY, DIMS, [0, 1, 0])(predictions, classes)
-    torch.testing.assert_close(loss, F.cross_entropy(predictions[4], classes))
 
 
 def test_one_size_alone_is_the_plain_loss():
@@ -216,16 +148,6 @@ def test_one_size_alone_is_the_plain_loss():
     student, batch = random(6, 9, seed=3), {"large": random(6, 9, seed=4)}
     expected = 1 - F.cosine_similarity(student, objective.targets(batch)[9]).mean()
     torch.testing.assert_close(objective(student, batch)[0], expected)
-
-
-def test_matryoshka_loss_takes_a_loss_per_size_and_registers_modules():
-    losses = {"2": LogSoftmaxWrapper(AngularMargin(0.5)), 4: lambda predictions, targets: 3.0}
-    loss = MatryoshkaLoss(losses, [2, 4])
-    # log(1 + e^(0 - 0.5)) for one clip: cosine 1 less margin 0.5 against cosine 0
-    predictions = {2: torch.tensor([[[1.0, 0.0]]]), 4: torch.zeros(1, 1, 2)}
-    value = loss(predictions, torch.tensor([[0]]))
-    assert value.item() == pytest.approx((math.log1p(math.exp(-0.5)) + 3.0) / 2)
-    assert losses["2"] in list(loss.modules())
 
 
 def test_aam_is_the_formula_with_a_margin_for_each_size():
@@ -302,7 +224,7 @@ def test_gram_needs_no_fit_with_the_default_map():
     assert all(isinstance(value, float) for value in values.values())
 
 
-def test_coordinates_past_the_largest_prefix_and_teachers_get_no_gradient():
+def test_dimensions_past_the_largest_prefix_and_teachers_get_no_gradient():
     terms = {"cosine": 1.0, "gram": 1.0, "contrastive": 0.1, "mse": 1.0, "aam": 1.0}
     objective = fitted(MAPS["a teacher for each size"], terms=terms, n_classes=3)
     student = random(5, 9).requires_grad_()

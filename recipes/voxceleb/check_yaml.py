@@ -19,7 +19,7 @@ from rules import RELEASED, SUPERVISED, TRAIN, VERIFY, Code, Rule
 
 from speechbrain_mrl.models.pretrained import RELEASES
 from speechbrain_mrl.models.redimnet import complete_config
-from speechbrain_mrl.rotation import check_mrl_dims
+from speechbrain_mrl.prefixes import check_mrl_dims
 
 
 def changed(document: Mapping, changes: Mapping):

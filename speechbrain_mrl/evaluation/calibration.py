@@ -6,7 +6,6 @@ is worth, and applies it to another. Both work on every size's scores.
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -20,7 +19,8 @@ from scipy.special import expit
 from torch import Tensor
 
 from speechbrain_mrl.evaluation.metrics import Ranking
-from speechbrain_mrl.evaluation.verification import Trials, prefix_norms
+from speechbrain_mrl.evaluation.verification import Trials
+from speechbrain_mrl.prefixes import prefix_cosines
 from speechbrain_mrl.utils import replacing
 
 CLIPS_PER_CHUNK = 1024
@@ -88,18 +88,12 @@ def s_norm(
     if not 2 <= top <= len(cohort):
         raise ValueError(f"top must be in 2..{len(cohort)}, the clips of the cohort, got {top}")
     sizes = list(scores)
-    blocks = list(itertools.pairwise([0, *sizes]))
-    cohort_norms = prefix_norms(cohort, sizes)
     means = np.empty((len(sizes), len(embeddings)))
     deviations = np.empty_like(means)
     for start in range(0, len(embeddings), CLIPS_PER_CHUNK):
         chunk = embeddings[start : start + CLIPS_PER_CHUNK]
         inside = slice(start, start + len(chunk))
-        norms = prefix_norms(chunk, sizes)
-        dots = chunk.new_zeros(len(chunk), len(cohort))
-        for i, (lo, hi) in enumerate(blocks):
-            dots += chunk[:, lo:hi] @ cohort[:, lo:hi].T
-            cosines = dots / (norms[:, i, None] * cohort_norms[:, i]).clamp(min=1e-30)
+        for i, cosines in enumerate(prefix_cosines(chunk, cohort, sizes).values()):
             closest = np.partition(cosines.cpu().numpy(), -top, axis=1)[:, -top:]
             means[i, inside], deviations[i, inside] = closest.mean(1), closest.std(1)
     flat = (deviations < 1e-6).any(axis=0)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from speechbrain_mrl.evaluation.metrics import Ranking, eer_of_rates
-from speechbrain_mrl.rotation import check_mrl_dims
+from speechbrain_mrl.prefixes import check_mrl_dims, prefix_norms
 
 TRIALS_PER_CHUNK = 1024  # their products stay in a core's cache
 BOOTSTRAP_SEED = 1986
@@ -185,7 +185,7 @@ def score_trials(
             f"the first is of clip {trials.clip_ids[broken[0]]!r}"
         )
     blocks = list(itertools.pairwise([0, *sizes]))
-    norms = prefix_norms(embeddings, sizes)
+    norms = torch.stack([*prefix_norms(embeddings, sizes, smallest=0.0).values()], dim=1)  # (N, K)
     pairs = torch.from_numpy(np.stack([trials.enrol, trials.test])).to(embeddings.device)
     scores = []
     for enrol, test in pairs.split(TRIALS_PER_CHUNK, dim=1):
@@ -194,19 +194,6 @@ def score_trials(
         lengths = norms[enrol] * norms[test]
         scores.append(torch.where(lengths > 0, dots / lengths, 0).cpu())
     return dict(zip(sizes, torch.cat(scores).T.contiguous().numpy(), strict=True))
-
-
-def prefix_norms(embeddings: Tensor, mrl_dims: Sequence[int]) -> Tensor:
-    """Length of every prefix, (N, len(mrl_dims)).
-
-    Example
-    -------
-    >>> prefix_norms(torch.tensor([[3.0, 4.0]]), mrl_dims=[1, 2])
-    tensor([[3., 5.]])
-    """
-    blocks = itertools.pairwise([0, *mrl_dims])
-    squares = [embeddings[:, lo:hi].square().sum(1) for lo, hi in blocks]
-    return torch.stack(squares, dim=1).cumsum(1).sqrt()
 
 
 def evaluate(

@@ -1155,6 +1155,8 @@ class ReDimNet(nn.Module):
 def check_mrl_dims(mrl_dims: Iterable[int], embed_dim: int) -> tuple[int, ...]:
     """``mrl_dims`` as a tuple, if it is strictly ascending, positive and ends in ``embed_dim``.
 
+    The package's own rule is in ``prefixes.py``; this file travels without it.
+
     Raises
     ------
     ValueError

@@ -4,7 +4,7 @@ import copy
 from collections.abc import Sequence
 
 from speechbrain_mrl.models.redimnet import MatryoshkaReDimNet
-from speechbrain_mrl.rotation import check_mrl_dims
+from speechbrain_mrl.prefixes import check_mrl_dims
 
 
 def expand_model(model: MatryoshkaReDimNet, new_dim: int) -> MatryoshkaReDimNet:
