@@ -28,8 +28,8 @@ from speechbrain_mrl.inference.search import MatryoshkaIndex
 from speechbrain_mrl.rotation import matryoshka_rotation
 
 CHUNK = 50_000
-METHODS = ("flat", "ivf", "4bit", "float32", "int8", "binary", "milvus", "hnsw")
-SHORTLISTS = {"ivf": 1000, "4bit": 700, "float32": 100, "int8": 100, "binary": 2000, "milvus": 100}
+METHODS = ("flat", "ivf", "4bit", "float32", "int8", "milvus", "hnsw")
+SHORTLISTS = {"ivf": 1000, "4bit": 700, "float32": 100, "int8": 100, "milvus": 100}
 K = 10
 
 

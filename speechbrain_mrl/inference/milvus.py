@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -113,11 +114,13 @@ class MilvusIndex:
         """Remove speakers; ValueError, and nothing is removed, if one of them is not there."""
         ids, known = check_ids(ids), set()
         chunks = [ids[i : i + ROWS_PER_CALL] for i in range(0, len(ids), ROWS_PER_CALL)]
-        for chunk in chunks:
-            known |= {row["id"] for row in self._client.get(self.collection, chunk, ["id"])}
+        # The client's own `ids=` writes them into an expression without escaping quotes
+        filters = [f"id in {json.dumps(chunk, ensure_ascii=False)}" for chunk in chunks]
+        for these in filters:
+            known |= {row["id"] for row in self._client.query(self.collection, these, ["id"])}
         check_ids(ids, known)
-        for chunk in chunks:
-            self._client.delete(self.collection, ids=chunk)
+        for these in filters:
+            self._client.delete(self.collection, filter=these)
 
     def search(
         self, embeddings: Tensor, k: int = 10, shortlist: int = 100, filter: str = ""

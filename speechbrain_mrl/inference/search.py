@@ -5,15 +5,12 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import uuid
 from collections import Counter
 from collections.abc import Container, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +19,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from speechbrain_mrl.utils import require
+from speechbrain_mrl.utils import replacing, require, writing
 
-# FAISS' names of how prefixes can be kept
+# FAISS's names of how prefixes, and full embeddings, can be kept
 CODES = {
     "float32": "Flat",
     "int8": "SQ8",
     "4bit": "PQ{size}x4fs",
-    "binary": "LSH{bits}r",
     "ivf": "IVF{lists},PQ{size}x4fs",
 }
-STORAGE = {"int16": 32767, "float32": 1}  # unit length; int16 is three times as fast as float16
+STORAGE = {"float16": "SQfp16", "float32": "Flat"}
 SETTINGS = ("dim", "prefix_dim", "codes", "storage")
-FILES = ("full.npy", "ids.json", "codes.faiss", "index.json")  # of a saved index, after a token
+MANIFEST = "index.json"  # of a saved index: settings, ids, and the name of FAISS's file
 MIN_CODED = 1000  # speakers; below, every speaker is reranked, and codes have nothing to learn from
 MAX_TRAINING = 65536  # prefixes that codes are fitted to
 MAX_LISTS, MIN_LIST = 1024, 64  # of "ivf": lists, and speakers that each is fitted to
-CHUNK = 8192  # speakers or queries handled at once
 
 
 def enrol(
@@ -70,22 +65,19 @@ def score_speakers(
 ) -> tuple[list[str], Tensor]:
     """Cosine of every query with every enrolled speaker at one size, in one product.
 
+    Returns the C speakers in order of first appearance, and the scores, (Q, C).
+
     Arguments
     ---------
     embeddings : torch.Tensor
         Queries, (Q, D).
     speakers, enrolled
-        Speaker and embedding of each enrolled clip, N and (N, D); or what ``enrol`` made of them.
+        Speaker and embedding of each enrolled clip, N and (N, D); or what ``enrol`` gave.
     target_dim : int, optional
         Prefix that is compared, 1..D. Default: D.
     clips : str
-        What several clips of a speaker give: ``"average"`` is the score of their mean embedding,
-        ``"mean"`` the mean and ``"max"`` the best of the clips' own scores.
-
-    Returns
-    -------
-    tuple of list of str and torch.Tensor
-        The C speakers in order of first appearance, and the scores, (Q, C).
+        Of a speaker with several: ``"average"`` is the score of their mean embedding, ``"mean"``
+        the mean and ``"max"`` the best of the clips' own scores.
 
     Example
     -------
@@ -107,7 +99,7 @@ def score_speakers(
 
 
 class MatryoshkaIndex:
-    """A searchable set of speakers: short codes of the prefix in memory, the rest on disk.
+    """A searchable set of speakers: short codes of the prefix, and the full embeddings, by FAISS.
 
     A search ranks all speakers by the codes of their prefixes, then the shortlist by the full
     embeddings; with no more than 1000 speakers, or than the shortlist, it is exact. Codes are
@@ -118,15 +110,14 @@ class MatryoshkaIndex:
     dim : int
         Full size D.
     prefix_dim : int
-        Coordinates that make the shortlist, 1..D.
+        Dimensions that make the shortlist, 1..D.
     codes : str
         How prefixes are kept; bytes per speaker at 64: ``"float32"`` 256, ``"int8"`` 64, ``"4bit"``
-        32, ``"binary"`` 32, the sides of four random hyperplanes per coordinate. ``"ivf"``, 40:
-        4bit codes in 1024 lists of like voices, of which a query looks into the nearest 256; the
-        fastest, and it may miss a speaker in the others.
+        32. ``"ivf"``, 40: 4bit codes in 1024 lists of like voices, of which a query looks into the
+        nearest 256; the fastest, and it may miss a speaker in the others.
     storage : str
-        Type of the full embeddings, ``"int16"`` (cosines to 1e-4) or ``"float32"``. They are in
-        memory until ``save``; ``load`` maps them from the disk.
+        Type of the full embeddings, ``"float16"`` (cosines to 5e-4) or ``"float32"``. ``load`` maps
+        them from the disk; they are read into memory when speakers are added or removed.
 
     Example
     -------
@@ -138,39 +129,38 @@ class MatryoshkaIndex:
     """
 
     def __init__(
-        self, dim: int = 256, prefix_dim: int = 64, codes: str = "4bit", storage: str = "int16"
+        self, dim: int = 256, prefix_dim: int = 64, codes: str = "4bit", storage: str = "float16"
     ) -> None:
         check_range("prefix_dim", prefix_dim, 1, dim)
         if codes not in CODES or storage not in STORAGE:
             raise ValueError(f"codes {[*CODES]}, storage {[*STORAGE]}; got {codes!r}, {storage!r}")
-        self._faiss = require("faiss", "search", "a search index")
+        self._faiss = faiss = require("faiss", "search", "a search index")
         self.dim, self.prefix_dim, self.codes, self.storage = dim, prefix_dim, codes, storage
-        self._full = _Rows(np.empty((0, dim), storage))
-        self._names: list[str] = []  # by row of _full, the removed ones too
-        self._row_of: dict[str, int] = {}
-        self._rows = np.empty(0, np.int64)  # rows in use, ascending: one for each code
-        self._coded: Any = None  # faiss.Index
+        self._names: list[str] = []  # number n of both parts below is name n
+        self._number_of: dict[str, int] = {}
+        self._full = faiss.index_factory(dim, STORAGE[storage], faiss.METRIC_INNER_PRODUCT)
+        self._coded: Any = None  # of the prefixes, faiss.IndexPreTransform
         self._trained_on = 0
+        self._mapped = False
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._names)
 
     def add(self, ids: Sequence[str], embeddings: Tensor) -> None:
         """Add N speakers by their embeddings (N, D); an id that is there gets the new embedding."""
         ids = check_ids(ids)
         unit = unit_prefixes(check_embeddings(embeddings, self.dim, len(ids)))
-        self._drop([self._row_of[name] for name in ids if name in self._row_of])
-        rows = np.arange(len(self._full), len(self._full) + len(ids))
-        self._full.append(np.rint(unit * 32767) if self.storage == "int16" else unit)
-        self._rows = np.append(self._rows, rows)
-        self._names += ids
-        self._row_of.update(zip(ids, rows.tolist(), strict=True))
+        self._drop([name for name in ids if name in self._number_of])
+        self._own()
+        self._full.add(unit)
         if self._coded is not None:
-            self._add_codes(self._coded, rows, unit)
+            self._coded.add(unit)
+        self._number_of.update(zip(ids, range(len(self), len(self) + len(ids)), strict=True))
+        self._names += ids
 
     def remove(self, ids: Sequence[str]) -> None:
         """Remove speakers; ValueError, and nothing is removed, if one of them is not there."""
-        self._drop([self._row_of.pop(name) for name in check_ids(ids, known=self._row_of)])
+        self._drop(check_ids(ids, known=self._number_of))
 
     def search(
         self, embeddings: Tensor, k: int = 10, shortlist: int = 600
@@ -184,169 +174,132 @@ class MatryoshkaIndex:
         check_range("k", k, 1)
         check_range("shortlist", shortlist, 1)
         queries = unit_prefixes(check_embeddings(embeddings, self.dim))
-        n, k = len(self), min(k, len(self))
+        k = min(k, len(self))
+        if not k or not len(queries):
+            return [[] for _ in queries], np.empty((len(queries), k), np.float32)
         shortlist = max(shortlist, k)
-        use_codes = n > max(shortlist, MIN_CODED)
-        if use_codes:
+        if len(self) <= max(shortlist, MIN_CODED):
+            scores, found = self._full.search(queries, k)
+        else:
             self._update_codes()
-        ids, scores = [], np.empty((len(queries), k), np.float32)
-        n_threads = self._faiss.omp_get_max_threads()
-        with ThreadPoolExecutor(n_threads) as pool:
-            for start in range(0, len(queries), CHUNK):
-                chunk = queries[start : start + CHUNK]
-                if use_codes:
-                    prefixes = unit_prefixes(chunk, self.prefix_dim)
-                    nearest = self._rows_of(self._coded.search(prefixes, shortlist)[1])
-                else:
-                    nearest = np.broadcast_to(self._rows, (len(chunk), n))
-                rerank = partial(self._rerank, chunk, nearest, k)
-                blocks = np.array_split(np.arange(len(chunk)), min(n_threads, len(chunk)))
-                best = itertools.chain(*(pool.map if len(blocks) > 1 else map)(rerank, blocks))
-                for i, (rows, cosines) in enumerate(best, start):
-                    ids.append([self._names[row] for row in rows])
-                    scores[i] = cosines
-        return ids, scores
+            options = self._faiss.IndexRefineSearchParameters(k_factor=(shortlist + 0.5) / k)
+            scores, found = self._both().search(queries, k, params=options)
+            few = (found < 0).any(axis=1)  # the lists that "ivf" looked into hold fewer than k
+            if few.any():
+                scores[few], found[few] = self._full.search(queries[few], k)
+        return [[self._names[i] for i in row] for row in found], scores.clip(-1, 1)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write the index; the folder holds the old or the new one at any time, never a mixture."""
+        """Write the index; the folder holds the old or the new one at any time, never a mixture.
+
+        On a full disk OSError names the file, and the old index is as it was.
+        """
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         if len(self) > MIN_CODED:
             self._update_codes()
-        full, ids, codes, new = (f"{uuid.uuid4().hex[:12]}.{kind}" for kind in FILES)
-        mapped = np.lib.format.open_memmap(folder / full, "w+", self.storage, (len(self), self.dim))
-        for start in range(0, len(self), CHUNK):
-            rows = self._rows[start : start + CHUNK]
-            mapped[start : start + len(rows)] = self._full.take(rows)
-        mapped.flush()
-        (folder / ids).write_text(json.dumps([self._names[row] for row in self._rows]))
-        manifest = {key: getattr(self, key) for key in SETTINGS}
-        manifest |= {"speakers": len(self), "trained_on": self._trained_on, "files": [full, ids]}
-        if self._coded is not None:
-            self._faiss.write_index(self._renumbered(), str(folder / codes))
-            manifest["files"].append(codes)
-        (folder / new).write_text(json.dumps(manifest, indent=2) + "\n")
-        os.replace(folder / new, folder / "index.json")
-        for path in folder.iterdir():
-            if path.name[13:] in FILES and path.name not in manifest["files"]:
-                with suppress(OSError):  # Windows keeps a file that is still mapped
-                    path.unlink()
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{uuid.uuid4().hex[:12]}.faiss"
+        try:
+            with replacing(path) as part, open(part, "wb") as file:
+                # FAISS's own files lose their last bytes on a full disk without an error
+                self._faiss.write_index(self._both(), self._faiss.PyCallbackIOWriter(file.write))
+            manifest = {key: getattr(self, key) for key in SETTINGS}
+            manifest |= {"trained_on": self._trained_on, "ids": self._names}
+            manifest |= {"file": path.name, "bytes": path.stat().st_size}
+            with replacing(folder / MANIFEST) as part:
+                part.write_text(json.dumps(manifest))
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+        for old in set(folder.glob("*.faiss")) - {path}:
+            with suppress(OSError):  # Windows keeps a file that is still mapped
+                old.unlink()
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> MatryoshkaIndex:
-        """The index that ``save`` wrote; its full embeddings stay on the disk, memory-mapped."""
+        """The index that ``save`` wrote, mapped from the disk; ValueError if it is not whole."""
         folder = Path(folder)
-        manifest = json.loads((folder / "index.json").read_text())
+        manifest = json.loads((folder / MANIFEST).read_text())
         index = cls(**{key: manifest[key] for key in SETTINGS})
-        if elsewhere := [name for name in manifest["files"] if Path(name).name != name]:
-            raise ValueError(f"{folder}/index.json names {elsewhere}, which are not in that folder")
-        full, ids, *codes = (folder / name for name in manifest["files"])
-        mapped = np.asarray(np.load(full, mmap_mode="r"))  # without memmap's cost per slice
-        index._names = json.loads(ids.read_text())
-        index._coded = index._faiss.read_index(str(codes[0])) if codes else None
-        n, n_codes = manifest["speakers"], index._coded.ntotal if codes else manifest["speakers"]
-        if mapped.shape != (n, index.dim) or len(index._names) != n or n_codes != n:
-            found = f"{len(index._names)} ids, {n_codes} codes, embeddings {mapped.shape}"
-            raise ValueError(f"{folder} must hold {n} speakers of size {index.dim}, has {found}")
-        index._full, index._rows = _Rows(mapped), np.arange(n)
-        index._row_of = dict(zip(index._names, range(n), strict=True))
+        path = folder / manifest["file"]
+        if path.name != manifest["file"]:
+            raise ValueError(f"{folder}/{MANIFEST} names {path}, which is not in that folder")
+        if path.stat().st_size != manifest["bytes"]:
+            raise ValueError(f"{path} is damaged; save the index again")
+        index._names = manifest["ids"]
+        index._number_of = dict(zip(index._names, range(len(index._names))))
         index._trained_on = manifest["trained_on"]
+        try:
+            index._take(index._faiss.read_index(str(path), index._faiss.IO_FLAG_MMAP_IFC))
+            index._both()  # refuses parts of different lengths
+        except RuntimeError as error:
+            raise ValueError(f"{path} is damaged ({error}); save the index again") from None
+        index._mapped = True
+        n, found = len(index._number_of), (len(index._names), index._full.ntotal, index._full.d)
+        if found != (n, n, index.dim):
+            rule = f"{folder} must hold one id of its own for each embedding of size {index.dim}"
+            raise ValueError(rule + ", has {} ids, {} embeddings of size {}".format(*found))
         return index
 
-    def _drop(self, rows: list[int]) -> None:
-        positions = np.searchsorted(self._rows, rows)
-        self._rows = np.delete(self._rows, positions)
-        if rows and self._coded is not None:
-            numbers = rows if self.codes == "ivf" else positions
-            self._coded.remove_ids(np.asarray(numbers, np.int64))
+    def _both(self) -> Any:
+        """One FAISS index that ranks by the codes, if there are any, then by the embeddings."""
+        coded, full = self._coded, self._full
+        return full if coded is None else self._faiss.IndexRefine(coded, full)
 
-    def _rows_of(self, found: Any) -> Any:
-        """Rows of the numbers that the codes give: lists keep row numbers, others positions."""
-        return found if self.codes == "ivf" else self._rows[found]
+    def _take(self, index: Any) -> None:
+        """The parts of what FAISS read."""
+        self._read = index  # owns its parts
+        self._full, self._coded = index, None
+        if isinstance(index, self._faiss.IndexRefine):
+            parts = index.base_index, index.refine_index
+            self._coded, self._full = map(self._faiss.downcast_index, parts)
 
-    def _renumbered(self) -> Any:
-        """The codes as of an index without gaps between its rows."""
-        if self.codes != "ivf" or len(self._rows) == len(self._full):
-            return self._coded
-        codes = self._faiss.clone_index(self._coded)
-        for number in range(codes.nlist):
-            size = codes.invlists.list_size(number)
-            ids = self._faiss.rev_swig_ptr(codes.invlists.get_ids(number), size)
-            ids[:] = np.searchsorted(self._rows, ids)
-        return codes
+    def _own(self) -> None:
+        """Read what is mapped into memory, where it can change."""
+        if self._mapped:
+            self._take(self._faiss.deserialize_index(self._faiss.serialize_index(self._both())))
+        self._mapped = False
 
-    def _rerank(
-        self, queries: np.ndarray, nearest: Any, k: int, block: np.ndarray
-    ) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Rows and cosines of the k best of ``nearest``, for each query of a block."""
-        found = []
-        for query, rows in zip(queries[block], nearest[block]):
-            rows = rows[rows >= 0]  # FAISS fills up with -1 where the lists hold fewer speakers
-            if len(rows) < k:
-                rows = self._rows
-            full = self._full.take(rows).astype(np.float32, copy=False)
-            scores = full @ query / STORAGE[self.storage]
-            best = np.argpartition(-scores, k - 1)[:k] if k else np.arange(0)
-            best = best[np.argsort(-scores[best], kind="stable")]
-            found.append((rows[best], scores[best]))
-        return found
+    def _drop(self, names: list[str]) -> None:
+        if not names:
+            return
+        self._own()
+        gone = np.sort([self._number_of[name] for name in names])
+        self._full.remove_ids(gone)  # the numbers after a gap move up
+        if self._coded is not None:
+            self._coded.remove_ids(gone)
+            if self.codes == "ivf":  # its lists keep numbers
+                lists = self._faiss.extract_index_ivf(self._coded).invlists
+                for i in range(lists.nlist):
+                    ids = self._faiss.rev_swig_ptr(lists.get_ids(i), lists.list_size(i))
+                    ids -= np.searchsorted(gone, ids)
+        self._names = np.delete(np.array(self._names, object), gone).tolist()
+        self._number_of = dict(zip(self._names, range(len(self._names))))
 
     def _update_codes(self) -> None:
         """Build the codes if there are none, or if they were fitted to a fraction of the index."""
-        n = len(self)
+        faiss, n = self._faiss, len(self)
         outgrown = self._trained_on < MAX_TRAINING and n > 4 * self._trained_on
-        if self._coded is not None and not (outgrown and self.codes in ("int8", "4bit", "ivf")):
+        if self._coded is not None and not (outgrown and self.codes != "float32"):
             return
         self._trained_on = min(n, MAX_TRAINING)
-        sample = self._rows[np.linspace(0, n - 1, self._trained_on).astype(np.int64)]
-        metric = "METRIC_L2" if self.codes == "binary" else "METRIC_INNER_PRODUCT"
         lists = min(MAX_LISTS, self._trained_on // MIN_LIST)
-        sizes = {"size": self.prefix_dim, "bits": 4 * self.prefix_dim, "lists": lists}
-        recipe = CODES[self.codes].format(**sizes)
-        coded = self._faiss.index_factory(self.prefix_dim, recipe, getattr(self._faiss, metric))
-        threads = self._faiss.omp_get_max_threads()
-        self._faiss.omp_set_num_threads(1)  # of many tiny steps, threads would only wait
-        coded.train(unit_prefixes(self._full.take(sample), self.prefix_dim))
-        self._faiss.omp_set_num_threads(threads)
-        for start in range(0, n, CHUNK):
-            rows = self._rows[start : start + CHUNK]
-            self._add_codes(coded, rows, self._full.take(rows))
-        self._coded = coded
-
-    def _add_codes(self, coded: Any, rows: np.ndarray, embeddings: np.ndarray) -> None:
-        prefixes = unit_prefixes(embeddings, self.prefix_dim)
+        recipe = CODES[self.codes].format(size=self.prefix_dim, lists=lists)
+        codes = faiss.index_factory(self.prefix_dim, recipe, faiss.METRIC_INNER_PRODUCT)
         if self.codes == "ivf":
-            coded.nprobe = round(2 * coded.nlist**0.7)  # for about the same recall
-            coded.add_with_ids(prefixes, rows)
-        else:
-            coded.add(prefixes)
-
-
-class _Rows:
-    """Append-only rows: those of a saved index stay memory-mapped, new ones are in memory."""
-
-    def __init__(self, mapped: np.ndarray) -> None:
-        self.mapped, self.new, self.n_new = mapped, np.empty((0, mapped.shape[1]), mapped.dtype), 0
-
-    def __len__(self) -> int:
-        return len(self.mapped) + self.n_new
-
-    def append(self, rows: np.ndarray) -> None:
-        needed = self.n_new + len(rows)
-        if needed > len(self.new):
-            larger = np.empty((max(needed, 2 * self.n_new), rows.shape[1]), self.new.dtype)
-            larger[: self.n_new] = self.new[: self.n_new]
-            self.new = larger
-        self.new[self.n_new : needed] = rows
-        self.n_new = needed
-
-    def take(self, rows: np.ndarray) -> np.ndarray:
-        old = rows < len(self.mapped)
-        if old.all():
-            return self.mapped[rows]
-        taken = np.empty((len(rows), self.new.shape[1]), self.new.dtype)
-        taken[old], taken[~old] = self.mapped[rows[old]], self.new[rows[~old] - len(self.mapped)]
-        return taken
+            codes.nprobe = round(2 * lists**0.7)  # for about the same recall
+        coded = faiss.IndexPreTransform(codes)
+        coded.prepend_transform(faiss.NormalizationTransform(self.prefix_dim))
+        coded.prepend_transform(faiss.RemapDimensionsTransform(self.dim, self.prefix_dim, False))
+        sample = np.linspace(0, n - 1, self._trained_on).astype(np.int64)
+        threads = faiss.omp_get_max_threads()
+        faiss.omp_set_num_threads(1)  # of many tiny steps, threads would only wait
+        coded.train(self._full.reconstruct_batch(sample))
+        faiss.omp_set_num_threads(threads)
+        for start in range(0, n, MAX_TRAINING):
+            coded.add(self._full.reconstruct_n(start, min(MAX_TRAINING, n - start)))
+        self._coded = coded
 
 
 def check_range(name: str, value: int, low: int, high: int | None = None) -> None:

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import re
@@ -74,7 +75,7 @@ def test_a_shortlist_of_everyone_is_exact():
     np.testing.assert_allclose(scores, cosines, atol=1e-6)
 
 
-@pytest.mark.parametrize("codes", ["float32", "int8", "4bit", "binary", "ivf"])
+@pytest.mark.parametrize("codes", ["float32", "int8", "4bit", "ivf"])
 def test_codes_of_the_prefix_find_what_exact_search_finds(codes):
     n, queries = 6000, voices(100, seed=1)
     order, cosines = brute_force(queries, voices(n), 10)
@@ -83,7 +84,7 @@ def test_codes_of_the_prefix_find_what_exact_search_finds(codes):
     agree = [row == [f"speaker {i}" for i in right] for row, right in zip(ids, order)]
     same = np.array(agree)
     assert same.mean() > 0.5
-    np.testing.assert_allclose(scores[same], cosines[same], atol=1e-4)  # int16
+    np.testing.assert_allclose(scores[same], cosines[same], atol=5e-4)  # float16
 
 
 def test_the_shortlist_goes_by_the_prefix_cut_first_and_normalised_after():
@@ -133,7 +134,7 @@ def test_an_empty_index_and_no_queries_give_nothing(index):
     assert (ids, scores.shape) == ([], (0, 2))
 
 
-@pytest.mark.parametrize("codes", ["float32", "int8", "4bit", "binary", "ivf"])
+@pytest.mark.parametrize("codes", ["float32", "int8", "4bit", "ivf"])
 def test_removed_speakers_are_gone_and_the_others_stay(codes):
     index, embeddings = filled(1500, codes=codes), voices(1500)
     index.search(embeddings[:1])  # codes are there before the removal
@@ -173,14 +174,15 @@ def test_codes_are_fitted_again_when_the_index_outgrows_them():
     assert recall(ids, order) >= 0.97
 
 
-@pytest.mark.parametrize("codes", ["float32", "int8", "4bit", "binary", "ivf"])
+@pytest.mark.parametrize("codes", ["float32", "int8", "4bit", "ivf"])
 def test_a_saved_index_comes_back_the_same_and_lives_on(codes, tmp_path):
     index, queries = filled(2000, codes=codes), voices(20, seed=1)
     index.remove(["speaker 17", "speaker 3"])
     index.save(tmp_path / "index")
     loaded = MatryoshkaIndex.load(tmp_path / "index")
     assert state(loaded, queries) == state(index, queries)
-    assert not loaded._full.mapped.flags.writeable  # on the disk
+    if sys.platform == "linux":
+        assert str(tmp_path) in Path("/proc/self/maps").read_text()  # searched from the disk
     for each in (index, loaded):
         each.add(["speaker 1", "new"], voices(2, seed=5))
         each.remove(["speaker 2"])
@@ -188,8 +190,7 @@ def test_a_saved_index_comes_back_the_same_and_lives_on(codes, tmp_path):
     loaded.save(tmp_path / "index")
     assert state(MatryoshkaIndex.load(tmp_path / "index"), queries) == state(index, queries)
     assert state(loaded, queries) == state(index, queries)  # its old files are gone, its maps not
-    assert len(list((tmp_path / "index").iterdir())) == 4
-    assert not any(b"pickle" in p.read_bytes()[:200] for p in (tmp_path / "index").iterdir())
+    assert len(list((tmp_path / "index").iterdir())) == 2
 
 
 @pytest.mark.parametrize("n", [0, 3])
@@ -200,25 +201,84 @@ def test_an_index_without_codes_is_saved_too(n, tmp_path):
     assert [row[0] for row in loaded.search(voices(n), k=1)[0]] == names(n)
 
 
-def test_a_save_that_dies_leaves_the_old_index(tmp_path, monkeypatch):
-    queries = voices(4, seed=1)
+@pytest.mark.parametrize("file", [".faiss", "index.json"])
+def test_a_save_that_dies_leaves_the_old_index(tmp_path, monkeypatch, file):
+    queries, replace = voices(4, seed=1), os.replace
     filled(50).save(tmp_path)
-    before = state(MatryoshkaIndex.load(tmp_path), queries)
-    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
+    before, files = state(MatryoshkaIndex.load(tmp_path), queries), sorted(tmp_path.iterdir())
+
+    def full_disk(source, target):
+        if str(target).endswith(file):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", full_disk)
+    with pytest.raises(OSError, match=rf"cannot write .*{tmp_path}.*{file}: .*No space left"):
         filled(60, seed=4).save(tmp_path)
+    assert sorted(tmp_path.iterdir()) == files
     monkeypatch.undo()
     assert state(MatryoshkaIndex.load(tmp_path), queries) == before
-    filled(60, seed=4).save(tmp_path)
-    assert len(list(tmp_path.iterdir())) == 3  # what the dead save left is swept up
+
+
+@pytest.mark.parametrize("n_bytes", [0, 5000, 96_000])
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs resource limits")
+def test_a_disk_that_fills_up_is_one_error_that_names_the_file(tmp_path, n_bytes):
+    """Wherever the room ends; the index takes 96,119 bytes, the rest is in a buffer till the end."""
+    code = (
+        "import resource, signal, sys, torch\n"
+        "from speechbrain_mrl.inference.search import MatryoshkaIndex\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "index = MatryoshkaIndex(32, 8)\n"
+        "index.add([str(i) for i in range(1500)], torch.randn(1500, 32))\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({n_bytes}, {n_bytes}))\n"
+        "try: index.save(sys.argv[1])\n"
+        "except OSError as error: print(error)\n"
+    )
+    pytest.importorskip("faiss")
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert re.match(rf"cannot write {tmp_path}/\w+\.faiss: .*File too large", done.stdout)
+    assert not list(tmp_path.iterdir())
+
+
+def changed(manifest, **values):
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | values))
 
 
 def test_a_folder_whose_files_disagree_is_refused(tmp_path):
     filled(5).save(tmp_path)
-    (ids,) = tmp_path.glob("*.ids.json")
-    ids.write_text(json.dumps(names(4)))
-    with pytest.raises(ValueError, match="must hold 5 speakers of size 32, has 4 ids"):
+    changed(tmp_path / "index.json", ids=names(4))
+    with pytest.raises(ValueError, match="has 4 ids, 5 embeddings of size 32"):
         MatryoshkaIndex.load(tmp_path)
+    changed(tmp_path / "index.json", ids=["speaker 1", *names(4)])
+    with pytest.raises(ValueError, match="one id of its own .*, has 5 ids, 5 embeddings"):
+        MatryoshkaIndex.load(tmp_path)
+    changed(tmp_path / "index.json", ids=names(5), dim=DIM + 1)
+    with pytest.raises(ValueError, match="of size 33, has .* of size 32"):
+        MatryoshkaIndex.load(tmp_path)
+
+
+def test_a_file_that_is_cut_or_no_index_is_refused(tmp_path):
+    filled(50).save(tmp_path)
+    (file,) = tmp_path.glob("*.faiss")
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1])
+    with pytest.raises(ValueError, match=rf"{file} is damaged; save the index again"):
+        MatryoshkaIndex.load(tmp_path)
+    file.write_bytes(bytes(len(whole)))
+    with pytest.raises(ValueError, match=rf"{file} is damaged .*; save the index again"):
+        MatryoshkaIndex.load(tmp_path)
+
+
+@pytest.mark.parametrize("codes", ["float32", "int8", "4bit", "ivf"])
+def test_speakers_without_a_prefix_are_found_once_each_and_no_cosine_is_above_one(codes):
+    embeddings = voices(1500)
+    embeddings[:700, :PREFIX] = 0
+    index = filled(1, codes=codes)
+    index.add(names(1500), embeddings)
+    ids, scores = index.search(embeddings[::50], k=5, shortlist=400)
+    assert all(len(set(row)) == 5 for row in ids)
+    assert np.abs(scores).max() <= 1
 
 
 def test_wrong_input_is_refused_and_changes_nothing(index):
@@ -250,7 +310,7 @@ def test_wrong_input_is_refused_and_changes_nothing(index):
         index.search(voices(1), shortlist=-1)
     with pytest.raises(ValueError, match=r"prefix_dim must lie in 1\.\.32, got 64"):
         MatryoshkaIndex(32, 64)
-    with pytest.raises(ValueError, match="got 'int4', 'int16'"):
+    with pytest.raises(ValueError, match="got 'int4', 'float16'"):
         MatryoshkaIndex(32, 8, codes="int4")
     assert len(index) == 3
     assert index.search(voices(3), k=1)[0] == [[name] for name in names(3)]
@@ -364,6 +424,29 @@ class TestMilvus:
         assert sorted(ids[0]) == ["speaker 0", "speaker 1", "speaker 3", "speaker 5"]
         assert index.search(embeddings[:1], k=2, filter="language == 'fr'")[0] == [[]]
 
+    @pytest.mark.parametrize(
+        "nasty",
+        [
+            "x'] or id not in ['",
+            'x"] or id not in ["',
+            "O'Brien",
+            'a"b',
+            "back\\",
+            "\\'",
+            "ö 漢",
+            "",
+        ],
+    )
+    def test_an_id_is_never_an_expression(self, open_index, nasty):
+        index = open_index()
+        index.add([*names(3), nasty], voices(4))
+        index.remove([nasty])
+        assert len(index) == 3
+        assert sorted(index.search(voices(1), k=4)[0][0]) == names(3)
+        with pytest.raises(ValueError, match="must be in the index"):
+            index.remove([nasty])
+        assert len(index) == 3
+
     def test_what_one_process_added_is_there_for_the_next(self, open_index, uri):
         code = (
             "import sys, torch; from speechbrain_mrl.inference.milvus import MilvusIndex\n"
@@ -395,19 +478,9 @@ class TestMilvus:
             open_index()
 
 
-@pytest.mark.parametrize("name", ["../../secret.npy", "/etc/passwd", "folder/full.npy"])
+@pytest.mark.parametrize("name", ["../../secret.faiss", "/etc/passwd", "folder/full.faiss"])
 def test_an_index_that_names_files_elsewhere_is_refused(tmp_path, name):
     filled(50).save(tmp_path)
-    manifest = json.loads((tmp_path / "index.json").read_text())
-    manifest["files"][1] = name
-    (tmp_path / "index.json").write_text(json.dumps(manifest))
+    changed(tmp_path / "index.json", file=name)
     with pytest.raises(ValueError, match=f"names .*{re.escape(name)}.* not in that folder"):
-        MatryoshkaIndex.load(tmp_path)
-
-
-def test_a_pickle_among_an_indexs_files_is_not_read(tmp_path):
-    filled(50).save(tmp_path)
-    (full,) = tmp_path.glob("*.npy")
-    np.save(full, np.array([object()], dtype=object), allow_pickle=True)
-    with pytest.raises(ValueError, match="(?i)object|pickle"):
         MatryoshkaIndex.load(tmp_path)
