@@ -1,6 +1,7 @@
 """SpeechBrain's Brain for a Matryoshka student: steps, validation, checkpoints."""
 
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -41,8 +42,8 @@ class MRLBrain(sb.Brain):
 
     A killed training that is started again ends in the weights of one that was not killed: what is
     random in a step follows from the seed, the epoch and the step. A batch whose loss or gradients
-    are not finite is reported and changes nothing; more than ``nonfinite_patience`` of them in an
-    epoch (a run option) stop the training.
+    are not finite is reported, and the step that it would be part of is not taken; more than
+    ``nonfinite_patience`` of them in an epoch (a run option) stop the training.
 
     Takes from ``hparams``: ``mrl_dims``, ``labels``, ``wav_augment`` (or None), ``train_logger``,
     ``stage``. The checkpoint with the lowest ``valid_error`` is kept: the mean EER over sizes, or
@@ -54,8 +55,9 @@ class MRLBrain(sb.Brain):
         Teachers' embeddings of training and validation clips.
     valid_trials : Trials or None
         Of validation clips.
-    lr_schedule : callable
-        Called as ``lr_schedule(optimizer, number_of_the_step)`` before each step.
+    lr_schedule : callable, optional
+        Called as ``lr_schedule(optimizer, number_of_the_step)`` before each batch; a step of the
+        optimizer may take several. ``train_student`` sets it once the run options are known.
     margin_steps : int
         Steps over which the margins of the term ``aam`` rise linearly from 0.
     frozen : sequence of str
@@ -76,7 +78,7 @@ class MRLBrain(sb.Brain):
         *,
         stores: Mapping[sb.Stage, Any],
         valid_trials: Trials | None,
-        lr_schedule: Callable[..., Any],
+        lr_schedule: Callable[..., Any] | None = None,
         margin_steps: int = 0,
         frozen: Sequence[str] = (),
         part_lrs: Mapping[str, float] | None = None,
@@ -90,14 +92,18 @@ class MRLBrain(sb.Brain):
         self.unwrapped = brain_arguments["modules"]  # neither compiled nor distributed
         self.statistics = batch_statistics(self.modules)
         self.kept_statistics = [buffer.clone() for buffer in self.statistics]
+        self.spoiled = False  # whether a batch of the step to come is not finite
 
     def fit_batch(self, batch: Any) -> Tensor:
-        """One step, or none where the loss or a gradient is not finite."""
-        torch._foreach_copy_(self.kept_statistics, self.statistics)
+        """One batch, and a step after the last of those that share one, if all that is finite."""
+        if self.step % self.grad_accumulation_factor == 1 % self.grad_accumulation_factor:
+            torch._foreach_copy_(self.kept_statistics, self.statistics)
+            self.spoiled = False
         loss = super().fit_batch(batch)
         if self.finite:
             return loss
-        torch._foreach_copy_(self.statistics, self.kept_statistics)
+        self._restore_statistics()
+        self.spoiled = True
         self.nonfinite_count += 1
         report = f"loss or gradients of these clips are not finite: {', '.join(batch.id)}"
         if self.nonfinite_count > self.nonfinite_patience:
@@ -105,21 +111,47 @@ class MRLBrain(sb.Brain):
                 f"{report}; nonfinite_patience allows {self.nonfinite_patience} such batches in an "
                 "epoch. Look at the clips, or lower the learning rate"
             )
-        logger.warning("%s; the batch is left out, number %d", report, self.nonfinite_count)
+        logger.warning("%s; their step is left out, number %d", report, self.nonfinite_count)
         return loss
 
     def check_loss_isfinite(self, loss: Tensor) -> None:
         """Remembers it for ``fit_batch``; all processes of a distributed run go on to backward."""
         self.finite = bool(loss.isfinite())
 
-    def optimizers_step(self) -> Any:
-        """As SpeechBrain's, but only with finite gradients, which all processes share."""
-        grads = [p.grad for p in self.modules.parameters() if p.grad is not None]
-        if not self.scaler.is_enabled():  # else it looks itself, and adapts its scale
+    def on_fit_batch_end(self, batch: Any, outputs: Any, loss: Tensor, should_step: bool) -> None:
+        """Where no step follows at once, looks for the batch whose gradients are not finite."""
+        if not should_step and not self.spoiled and not self.scaler.is_enabled():
+            grads = [p.grad for p in self.modules.parameters() if p.grad is not None]
             self.finite &= bool(torch.stack(torch._foreach_norm(grads)).isfinite().all())
-        if self.finite or self.scaler.is_enabled():
-            return super().optimizers_step()
+
+    def optimizers_step(self) -> None:
+        """Clips the gradients of all groups by their common norm, and steps if it is finite.
+
+        SpeechBrain's own clips the first group alone. With a scaler, which looks itself and adapts
+        its scale, a step that it skips leaves the BatchNorm statistics as they were, too.
+        """
+        self.scaler.unscale_(self.optimizer)
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        max_norm = self.max_grad_norm if self.max_grad_norm > 0 else math.inf
+        norm = nn.utils.clip_grad_norm_(parameters, max_norm)
+        if not self.scaler.is_enabled() and not norm.isfinite():  # on all processes alike
+            self.finite = self.finite and self.spoiled  # an earlier batch is to blame, if one is
+            return self.zero_grad(set_to_none=True)
+        scale = self.scaler.get_scale()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.scaler.get_scale() < scale:
+            self._restore_statistics()
         self.zero_grad(set_to_none=True)
+        self.optimizer_step += 1
+
+    def _restore_statistics(self) -> None:
+        torch._foreach_copy_(self.statistics, self.kept_statistics)
+
+    def _should_save_intra_epoch_ckpt(self, *arguments: Any) -> bool:
+        """As SpeechBrain's, but only after a step: gradients are in no checkpoint."""
+        between = self.step % self.grad_accumulation_factor != 0
+        return not between and super()._should_save_intra_epoch_ckpt(*arguments)
 
     def compute_forward(self, batch: Any, stage: sb.Stage) -> Tensor:
         """A batch of waveforms to embeddings (B, D), augmented in training."""
@@ -181,7 +213,8 @@ class MRLBrain(sb.Brain):
     def on_fit_batch_start(self, batch: Any, should_step: bool) -> None:
         """Sets seed, learning rates and margins of the step; keeps frozen parts in eval mode."""
         seed_draws(self.epoch, self.step)
-        self.lr_schedule(self.optimizer, self.optimizer_step + 1)
+        if self.lr_schedule is not None:
+            self.lr_schedule(self.optimizer, self.optimizer_step + 1)
         highest_lr = self.optimizer.defaults["lr"]
         for group in self.optimizer.param_groups:
             group["lr"] *= group.get("highest_lr", highest_lr) / highest_lr

@@ -85,8 +85,6 @@ def train_student(
                 f"the training clips give {len(train_set)} chunks, fewer than batch_size "
                 f"{hparams['batch_size']} on {world_size} processes; give a smaller batch_size"
             )
-    n_steps = hparams["number_of_epochs"] * n_batches
-    n_steps = min(n_steps, int(run_opts.get("optimizer_step_limit") or n_steps))
     brain = MRLBrain(
         modules={"student": student, "objective": objective},
         opt_class=hparams["opt_class"],
@@ -95,15 +93,23 @@ def train_student(
         checkpointer=checkpointer,
         stores=stores,
         valid_trials=valid_trials,
-        lr_schedule=hparams["lr_schedule"](
-            warmup=max(1, round(hparams["warmup"] * n_steps)),
-            cooldown=max(1, round(hparams["cooldown"] * n_steps)),
-            total_steps=n_steps,
-        ),
-        margin_steps=round(hparams["margin_epochs"] * n_batches),
         frozen=frozen,
         part_lrs=part_lrs,
     )
+    steps_per_epoch = n_batches // brain.grad_accumulation_factor
+    if steps_per_epoch == 0:
+        raise ValueError(
+            f"an epoch has {n_batches} batches, fewer than grad_accumulation_factor "
+            f"{brain.grad_accumulation_factor}; give a smaller one, or a smaller batch_size"
+        )
+    n_steps = hparams["number_of_epochs"] * steps_per_epoch
+    n_steps = min(n_steps, brain.optimizer_step_limit or n_steps)
+    brain.lr_schedule = hparams["lr_schedule"](
+        warmup=max(1, round(hparams["warmup"] * n_steps)),
+        cooldown=max(1, round(hparams["cooldown"] * n_steps)),
+        total_steps=n_steps,
+    )
+    brain.margin_steps = round(hparams["margin_epochs"] * steps_per_epoch)
     with only_run(checkpointer.checkpoints_dir):
         brain.fit(
             hparams["epoch_counter"],

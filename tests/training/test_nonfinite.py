@@ -28,7 +28,7 @@ class FiniteLossOnly(torch.nn.Module):
         return (0 * embeddings).sum().sqrt(), {}
 
 
-def _brain(tiny_config, objective, patience=3):
+def _brain(tiny_config, objective, patience=3, **run_opts):
     torch.manual_seed(0)
     student = ReDimNetMRL(embed_dim=16, mrl_dims=(8, 16), backbone=tiny_config)
     brain = MRLBrain(
@@ -38,7 +38,7 @@ def _brain(tiny_config, objective, patience=3):
         modules={"student": student, "objective": objective},
         opt_class=partial(torch.optim.AdamW, lr=1e-3),
         hparams={"wav_augment": None, "labels": False, "nonfinite_patience": patience},
-        run_opts={"device": "cpu"},
+        run_opts={"device": "cpu", **run_opts},
         checkpointer=SimpleNamespace(
             add_recoverable=lambda *_, **__: None, recover_if_possible=lambda: None
         ),
@@ -50,11 +50,11 @@ def _brain(tiny_config, objective, patience=3):
     return brain
 
 
-def _batch(value=0.0):
+def _batch(value=0.0, name="clip"):
     torch.manual_seed(1)
     clips = torch.randn(4, 4000) * 0.1
     clips[2, 100] += value
-    return PaddedBatch([{"id": f"clip{i}", "sig": clip} for i, clip in enumerate(clips)])
+    return PaddedBatch([{"id": f"{name}{i}", "sig": clip} for i, clip in enumerate(clips)])
 
 
 def _state(brain):
@@ -100,6 +100,86 @@ def test_more_such_batches_than_allowed_stop_the_training(tiny_config, patience)
         brain.fit_batch(_batch(math.nan))
     with pytest.raises(ValueError, match=f"clip2.*nonfinite_patience allows {patience}"):
         brain.fit_batch(_batch(math.nan))
+
+
+class FiniteLossIn(torch.nn.Module):
+    """As ``FiniteLossOnly`` in one call, else as ``Mean``."""
+
+    def __init__(self, call):
+        super().__init__()
+        self.objectives = [Mean()] * call + [FiniteLossOnly()] + [Mean()] * 9
+
+    def forward(self, *arguments):
+        return self.objectives.pop(0)(*arguments)
+
+
+@pytest.mark.parametrize("guilty", [0, 1, 2])
+@pytest.mark.parametrize("kind", ["loss", "gradient"])
+def test_of_the_batches_of_a_step_the_one_that_is_not_finite_is_named(
+    tiny_config, guilty, kind, caplog
+):
+    """It alone, and no weight changes; the next three batches make a step again."""
+    objective = Mean() if kind == "loss" else FiniteLossIn(guilty)
+    brain = _brain(tiny_config, objective, grad_accumulation_factor=3)
+    before = _state(brain)
+    for number in range(6):
+        brain.step += 1
+        bad = math.nan if (number, kind) == (guilty, "loss") else 0.0
+        brain.fit_batch(_batch(bad, name="abcdef"[number]))
+        if number == 2:
+            after = _state(brain)
+            weights = [key for key, _ in brain.modules.named_parameters()]
+            assert all(torch.equal(after[key], before[key]) for key in weights)
+            assert all(tensor.isfinite().all() for tensor in after.values())
+            assert (brain.optimizer_step, brain.nonfinite_count) == (0, 1)
+    named = [record.message for record in caplog.records if "not finite" in record.message]
+    assert len(named) == 1 and f"not finite: {'abc'[guilty]}0," in named[0]
+    after = _state(brain)
+    assert brain.optimizer_step == 1
+    assert any(not torch.equal(after[key], before[key]) for key in weights)
+
+
+def test_a_step_that_the_scaler_skips_leaves_batchnorm_statistics_too(tiny_config):
+    brain = _brain(tiny_config, FiniteLossIn(0))
+    brain.scaler = torch.GradScaler("cpu", init_scale=2.0)
+    before = _state(brain)
+    brain.fit_batch(_batch())
+    after = _state(brain)
+    for key, tensor in before.items():
+        assert torch.equal(after[key], tensor), key
+    assert brain.scaler.get_scale() == 1.0  # half of what it was
+    brain.fit_batch(_batch())
+    after = _state(brain)
+    changed = [key for key in before if not torch.equal(after[key], before[key])]
+    assert any("running_mean" in key for key in changed)
+    assert any(key.endswith("linear.weight") for key in changed)
+
+
+@pytest.mark.parametrize("limit", [5.0, 0.05, -1.0])
+def test_gradients_of_all_groups_are_clipped_by_their_common_norm(tiny_config, limit):
+    """As torch clips a copy of them all together; a negative limit switches clipping off."""
+    brain = _brain(tiny_config, Mean(), max_grad_norm=limit)
+    brain.part_lrs = {"backbone": 1e-4, "linear": 1e-5}
+    brain.init_optimizers()
+    assert len(brain.optimizer.param_groups) == 3
+    torch.manual_seed(0)
+    parameters = [p for p in brain.modules.parameters() if p.requires_grad]
+    copies = [p.detach().clone().requires_grad_() for p in parameters]
+    for parameter, copied in zip(parameters, copies):
+        parameter.grad = torch.randn_like(parameter)
+        copied.grad = parameter.grad.clone()
+    if limit > 0:
+        torch.nn.utils.clip_grad_norm_(copies, limit)
+    seen = []
+    brain.optimizer.register_step_pre_hook(
+        lambda *_: seen.extend(p.grad.clone() for p in parameters)
+    )
+    brain.finite = True
+    brain.optimizers_step()
+    torch.testing.assert_close(seen, [copied.grad for copied in copies])
+    if limit > 0:
+        norm = torch.stack([grad.norm() for grad in seen]).norm().item()
+        assert norm == pytest.approx(limit, rel=1e-4)
 
 
 def test_a_training_with_a_nan_batch_ends_in_finite_weights(

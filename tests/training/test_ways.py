@@ -459,6 +459,36 @@ def test_schedules_end_with_the_step_limit(run):
     assert [float(lr) for (lr,) in logged(folder, "lr")] == [0.0]
 
 
+def test_schedules_count_steps_of_the_optimizer_not_batches(run, monkeypatch):
+    """Four batches a step: up to the highest rate at once, half of the steps down to zero."""
+    rates, steps = [], []
+
+    class Watched(torch.optim.AdamW):
+        def step(self, *arguments):
+            rates.append(self.param_groups[0]["lr"])
+            return super().step(*arguments)
+
+    started = MRLBrain.on_fit_batch_start
+    monkeypatch.setattr(torch.optim, "AdamW", Watched)
+    monkeypatch.setattr(
+        MRLBrain,
+        "on_fit_batch_start",
+        lambda brain, *a: (steps.append(brain.step), started(brain, *a))[1],
+    )
+    run("mrl_distill", grad_accumulation_factor=4, batch_size=4, number_of_epochs=2, lr=0.01)
+    per_epoch = max(steps) // 4
+    assert per_epoch >= 3 and len(rates) == 2 * per_epoch
+    cooldown = round(0.5 * len(rates))
+    expected = [0.01] * (len(rates) - cooldown)
+    expected += [0.01 * (cooldown - 1 - k) / cooldown for k in range(cooldown)]
+    assert rates == pytest.approx(expected)
+
+
+def test_more_batches_for_a_step_than_an_epoch_has_are_refused(run):
+    with pytest.raises(ValueError, match="fewer than grad_accumulation_factor 1000"):
+        run("mrl_distill", grad_accumulation_factor=1000)
+
+
 def test_a_student_smaller_than_its_backbone_keeps_what_the_teachers_say_first(run):
     """At a learning rate of nothing: the cut of a head that was rotated to the teachers' axes."""
     student, folder = run("mrl_distill", embed_dim=16, mrl_dims="[8, 16]", lr=1e-9)
