@@ -14,7 +14,7 @@ from speechbrain_mrl.evaluation.plots import write_plots
 from speechbrain_mrl.evaluation.report import agreement, make_report, print_report, write_report
 from speechbrain_mrl.evaluation.verification import read_trials, score_trials
 from speechbrain_mrl.inference.extract import embed_clips
-from speechbrain_mrl.models.pretrained import RELEASES
+from speechbrain_mrl.models.pretrained import release_license
 from speechbrain_mrl.publish.card import Provenance
 from speechbrain_mrl.utils import replacing
 
@@ -96,11 +96,7 @@ def enrol(student, corpus, **embed_options):
 
 def export(student, speakers, teachers, report, corpus, hparams):
     """Write the model folder."""
-    released = RELEASES[hparams["teacher_dataset"]]
-    licenses = {
-        name: released["license"] if name in released["model_names"] else "not stated"
-        for name in teachers
-    }
+    licenses = {name: release_license(name, hparams["teacher_dataset"]) for name in teachers}
     first_clips = {}
     for clip in iter_clips(corpus.train_csv) if speakers else ():
         first_clips.setdefault(clip.id.split("/")[0], clip.wav)

@@ -23,12 +23,7 @@ from rules import TRAIN
 from speechbrain.dataio.encoder import CategoricalEncoder
 from speechbrain.utils.distributed import ddp_init_group, if_main_process
 
-from speechbrain_mrl import (
-    ReDimNetMRL,
-    load_pretrained_redimnet,
-    matryoshka_rotation,
-    push_to_hub,
-)
+from speechbrain_mrl import ReDimNetMRL, matryoshka_rotation, push_to_hub
 from speechbrain_mrl.dataio.clips import read_clips
 from speechbrain_mrl.dataio.dataset import seed_draws, train_dataset, valid_dataset
 from speechbrain_mrl.dataio.shards import shard_loader
@@ -37,6 +32,7 @@ from speechbrain_mrl.inference.encoders import load_teachers
 from speechbrain_mrl.inference.extract import embed_clips
 from speechbrain_mrl.inference.optimize import prepare_cpu
 from speechbrain_mrl.inference.store import TeacherStore
+from speechbrain_mrl.models.pretrained import load_released
 from speechbrain_mrl.models.resize import resize_model
 from speechbrain_mrl.training.checkpoints import starting_point
 from speechbrain_mrl.training.distill import train_student
@@ -110,7 +106,7 @@ def make_student(hparams, corpus, objective, stores, **embed_options):
     if not hparams["pretrained"]:
         return ReDimNetMRL(embed_dim, mrl_dims, backbone)
     file = backbone if Path(backbone).is_file() else None
-    redimnet = load_pretrained_redimnet(
+    redimnet = load_released(
         backbone, hparams["student_train_type"], hparams["student_dataset"], source=file
     )
     k = redimnet.embed_dim

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from speechbrain_mrl.inference.optimize import for_inference
-from speechbrain_mrl.models.pretrained import RELEASES, load_pretrained_redimnet
+from speechbrain_mrl.models.pretrained import load_checkpoint, load_released, released_names
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
@@ -60,25 +60,26 @@ def load_teacher(
     Arguments
     ---------
     teacher : str, path or torch.nn.Module
-        "b0" … "b6", "S" or "M" for a released ReDimNet; a ReDimNet checkpoint file; the folder or
-        Hub id of any SpeechBrain ``EncoderClassifier``; or a module.
+        "b0" … "b6", "S" or "M" for a released ReDimNet, "redimnet2_b0" … "redimnet2_b6" for a
+        ReDimNet2; a checkpoint file of either; the folder or Hub id of any SpeechBrain
+        ``EncoderClassifier``; or a module.
     train_type, dataset : str
-        Which release, for a released name.
+        Which release, for a released name; see ``load_released``.
     device : str
         Where it runs.
     """
-    released = {name for release in RELEASES.values() for name in release["model_names"]}
+    released = released_names()
     if isinstance(teacher, nn.Module):
         module = teacher
     elif teacher in released:
-        module = load_pretrained_redimnet(teacher, train_type, dataset)
+        module = load_released(str(teacher), train_type, dataset)
     elif os.path.isfile(teacher):
-        module = load_pretrained_redimnet(source=teacher)
+        module = load_checkpoint(teacher)
     elif os.path.isdir(teacher) or HUB_ID.fullmatch(str(teacher)):
         module = EncoderClassifierTeacher(str(teacher), device)
     else:
         raise FileNotFoundError(
-            f"{str(teacher)!r} is neither a file or folder, nor a released name {sorted(released)}, "
+            f"{str(teacher)!r} is neither a file or folder, nor a released name {released}, "
             "nor a Hub id such as speechbrain/spkrec-ecapa-voxceleb"
         )
     return module.to(device).eval().requires_grad_(False)

@@ -136,14 +136,15 @@ def embed_long(
 
     Features are normalised by the whole recording, and frames of all windows are pooled as one
     sequence, so nothing is averaged over windows: the result differs from the whole recording's
-    only by what self-attention and convolutions see beyond a window and its margins.
+    only by what self-attention, convolutions and a ReDimNet2's group normalisation see beyond a
+    window and its margins.
 
     Arguments
     ---------
     model : ReDimNet
         Or a subclass, or a copy by ``optimize_for_inference``; in eval mode.
     wav : torch.Tensor
-        Float, 16 kHz, in [-1, 1]; (T,) or (1, T), at least 257 samples.
+        Float, 16 kHz, in [-1, 1]; (T,) or (1, T), at least ``model.min_samples``.
     window_seconds : float
         Of the frames that a window yields. Memory and attention grow with it.
     margin_seconds : float
@@ -157,7 +158,8 @@ def embed_long(
     Raises
     ------
     ValueError
-        If ``model`` trains, the windows are empty, or ``wav`` is more than one recording.
+        If ``model`` trains or leaves out frames before pooling, the windows are empty, or ``wav`` is
+        more than one recording.
 
     Example
     -------
@@ -173,13 +175,19 @@ def embed_long(
             f"window_seconds must be positive and margin_seconds at least 0, got "
             f"{window_seconds} and {margin_seconds}"
         )
-    wav = check_wavs(wav)
+    if offset := model.model_config.get("before_pool_offset"):
+        raise ValueError(
+            f"model leaves out {offset} frames (before_pool_offset), which windows cannot; embed the "
+            "recording as a whole"
+        )
+    wav = check_wavs(wav, model.min_samples)
     if len(wav) != 1:
         raise ValueError(f"wav must be one recording, got {len(wav)}; embed them one by one")
     feats, _ = model.spec(wav)  # (1, F, frames)
-    per_second = SAMPLE_RATE / model.spec.hop_length
-    window = max(1, round(window_seconds * per_second))
-    margin = round(margin_seconds * per_second)
+    stride = model.spec.time_stride
+    per_second = SAMPLE_RATE / model.spec.hop_length / stride
+    window = stride * max(1, round(window_seconds * per_second))
+    margin = stride * round(margin_seconds * per_second)
     frames: Any = None
     for start in range(0, feats.shape[-1], window):
         first = max(0, start - margin)

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torchaudio.transforms import MelSpectrogram
 
 from speechbrain_mrl.inference.optimize import FastAttention, packaged
 from speechbrain_mrl.models import redimnet
@@ -25,6 +26,7 @@ from speechbrain_mrl.models.redimnet import (
     MIN_SAMPLES,
     N_FFT,
     SAMPLE_RATE,
+    Backbone,
     Conv2d,
     FrequencySE,
     MapMix,
@@ -48,7 +50,7 @@ _Run = Callable[[np.ndarray], np.ndarray]  # waveforms (B, T) to embeddings (B, 
 def export_onnx(model: ReDimNet, path: str | os.PathLike[str]) -> None:
     """Write ``model`` as an ONNX file that holds its features, network and embedding.
 
-    Input ``wavs`` (B, T), float32 at 16 kHz, any B, and any T from 257; outputs ``embeddings``
+    Input ``wavs`` (B, T), float32 at 16 kHz, any B, and any T that the model takes; outputs ``embeddings``
     (B, embed_dim) and ``feats`` (B, F, frames). Clips of a batch have equal lengths. The sizes are
     in the file's metadata, as JSON under ``speechbrain_mrl``.
 
@@ -86,6 +88,7 @@ def export_onnx(model: ReDimNet, path: str | os.PathLike[str]) -> None:
     exported = program.model_proto
     mrl_dims = getattr(model, "mrl_dims", (model.embed_dim,))
     facts = {"embed_dim": model.embed_dim, "mrl_dims": mrl_dims, "sample_rate": SAMPLE_RATE}
+    facts["min_samples"] = model.min_samples
     onnx.helper.set_model_props(exported, {METADATA_KEY: json.dumps(facts)})
     onnx.save(exported, os.fspath(path))
 
@@ -200,9 +203,11 @@ class _Graph(nn.Module):
 
     def __init__(self, model: ReDimNet) -> None:
         super().__init__()
-        _turn(model.backbone)
+        if isinstance(model.backbone, Backbone):  # that of ReDimNet2 stays as it is
+            _turn(model.backbone)
         *before, mel = model.spec.torchfbank
-        model.spec.torchfbank = nn.Sequential(*before, _Mel(mel))
+        if isinstance(mel, MelSpectrogram):
+            model.spec.torchfbank = nn.Sequential(*before, _Mel(mel))
         for module in model.modules():
             if isinstance(module, Conv2d):
                 _join_groups(module)
@@ -269,20 +274,21 @@ class ExportedEncoder:
         check_engine(engine, precision)
         if streams < 1:
             raise ValueError(f"streams must be at least 1, got {streams}")
-        if shape is not None and (len(shape) != 2 or shape[0] < 1 or shape[1] < MIN_SAMPLES):
-            raise ValueError(
-                f"shape must be (B, T), B at least 1 and T at least {MIN_SAMPLES} samples, got {shape}"
-            )
         start = _openvino if engine == "openvino" else _onnxruntime
         path, options = os.fspath(path), _Options(precision, threads, streams)
         self._any_shape, facts = start(path, options)
+        if facts is None:
+            raise ValueError(f"{path} was not written by export_onnx")
+        facts = json.loads(facts)
+        self.min_samples = least = facts.get("min_samples", MIN_SAMPLES)
+        if shape is not None and (len(shape) != 2 or shape[0] < 1 or shape[1] < least):
+            raise ValueError(
+                f"shape must be (B, T), B at least 1 and T at least {least} samples, got {shape}"
+            )
         fixed = options._replace(shape=shape)
         self._fixed = {} if shape is None else {tuple(shape): start(path, fixed)[0]}
         self._map: Any = map if streams == 1 else ThreadPoolExecutor(streams).map
         self.streams = streams
-        if facts is None:
-            raise ValueError(f"{path} was not written by export_onnx")
-        facts = json.loads(facts)
         self.embed_dim, self.mrl_dims = facts["embed_dim"], tuple(facts["mrl_dims"])
         digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
         self.fingerprint = f"{digest} {engine} {precision}"
@@ -301,7 +307,7 @@ class ExportedEncoder:
         Arguments
         ---------
         wavs : numpy.ndarray or torch.Tensor
-            Float, 16 kHz, in [-1, 1]; (T,) or (B, T), T at least 257.
+            Float, 16 kHz, in [-1, 1]; (T,) or (B, T), T at least ``min_samples``.
         wav_lens : sequence of float or torch.Tensor, optional
             Lengths relative to T, in (0, 1], (B,). None: no clip is padded.
         target_dim : int, optional
@@ -315,16 +321,16 @@ class ExportedEncoder:
         Raises
         ------
         ValueError
-            For another shape, type or size, or a clip of fewer than 257 samples.
+            For another shape, type or size, or a clip of fewer than ``min_samples``.
         """
         if target_dim is not None and target_dim not in self.mrl_dims:
             raise ValueError(
                 f"target_dim must be one of mrl_dims {list(self.mrl_dims)}, got {target_dim!r}"
             )
-        signals = check_wavs(torch.as_tensor(wavs))
-        counts = sample_counts(
-            signals, None if wav_lens is None else torch.as_tensor(wav_lens, dtype=torch.float64)
-        )
+        signals = check_wavs(torch.as_tensor(wavs), self.min_samples)
+        if wav_lens is not None:
+            wav_lens = torch.as_tensor(wav_lens, dtype=torch.float64)
+        counts = sample_counts(signals, wav_lens, self.min_samples)
         batch = np.ascontiguousarray(signals.numpy(), dtype=np.float32)
         if counts is None and (self.streams == 1 or len(batch) == 1):
             found = self._run(batch)

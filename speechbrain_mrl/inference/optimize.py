@@ -36,6 +36,7 @@ from speechbrain_mrl.models.redimnet import (
     To1d,
     TransformerLayer,
 )
+from speechbrain_mrl.models.redimnet2 import EmbeddingModel2
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 LARGEST = 2**31 - 1  # bytes, what mallopt can be told
@@ -104,7 +105,8 @@ def optimize_for_inference(model: ReDimNet, precision: str = "float32") -> ReDim
     fast: Any = _arranged(packaged(model), precision)
     on_cpu = fast.linear.weight.device.type == "cpu"  # measured there alone
     if on_cpu and sys.version_info < (3, 14):  # from where on torch does not support tracing
-        fast.backbone = _Recorded(fast.backbone, fast.model_config["F"])
+        frames = 16 * fast.spec.time_stride
+        fast.backbone = _Recorded(fast.backbone, fast.model_config["F"], frames)
     return fast
 
 
@@ -121,7 +123,8 @@ def _arranged(model: ReDimNet, precision: str) -> ReDimNet:
             fast.linear.weight.mul_(scale[:, None])
             fast.linear.bias.mul_(scale).add_(shift)
         fast.bn, fast.bn2 = nn.Identity(), None
-        fast.backbone = _Backbone(fast.backbone)
+        if isinstance(fast.backbone, Backbone):  # that of ReDimNet2 stays as it is
+            fast.backbone = _Backbone(fast.backbone)
         tiny = torch.finfo(torch.float32).tiny
         for tensor in [*fast.parameters(), *fast.buffers()]:
             if tensor.is_floating_point():  # subnormal numbers slow a CPU down
@@ -162,16 +165,18 @@ def packaged(model: nn.Module) -> ReDimNet:
         If it is neither, or a copy made for inference.
     """
     if isinstance(model, ReDimNet):
-        if isinstance(model.backbone, (_Backbone, _Recorded)):
+        if type(model).__module__ == __name__:
             raise TypeError("model is a copy made for inference; pass the model it was made of")
         return model
-    if type(model).__name__ != EmbeddingModel.__name__ or not hasattr(model, "model_config"):
+    of_package = {one.__name__: one for one in (EmbeddingModel, EmbeddingModel2)}
+    travelled = of_package.get(type(model).__name__)
+    if travelled is None or not hasattr(model, "model_config"):
         raise TypeError(
             f"model must be a ReDimNet, got {type(model).__name__}; of an EncoderClassifier, "
             "pass mods.embedding_model"
         )
     published: Any = model
-    same = EmbeddingModel(published.model_config, published.mrl_dims, published.target_dim)
+    same = travelled(published.model_config, published.mrl_dims, published.target_dim)
     same.load_state_dict(model.state_dict())
     return same.eval().to(next(model.parameters()).device)
 
@@ -559,10 +564,10 @@ class _Recorded(nn.Module):
     Python takes 3 to 10 ms of a clip, whatever its length.
     """
 
-    def __init__(self, backbone: _Backbone, n_mels: int) -> None:
+    def __init__(self, backbone: nn.Module, n_mels: int, frames: int) -> None:
         super().__init__()
         self.layers = backbone
-        feats = torch.zeros(1, 1, n_mels, 50)
+        feats = torch.zeros(1, 1, n_mels, frames)
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # tracing is deprecated; its successors were slower
             self.record = torch.jit.trace(backbone, feats, check_trace=False)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from speechbrain_mrl.models.pretrained import RELEASES, load_pretrained_redimnet
+from speechbrain_mrl.models.pretrained import load_checkpoint, load_released, released_names
 from speechbrain_mrl.models.redimnet import MatryoshkaReDimNet
 
 
@@ -50,8 +50,9 @@ class MultiModelEnsemble(nn.Module):
     ---------
     models : mapping of str to (nn.Module, str, path or callable)
         Members by name: a module called with (wavs, wav_lens) that gives (B, D); a released model's
-        name ("b0" … "b6", VoxCeleb2, ft_lm); a release file; or a function without arguments
-        that returns the module, e.g. ``functools.partial(load_pretrained_redimnet, "M", …)``.
+        name ("b0" … "b6", "redimnet2_b0" … "redimnet2_b6": VoxCeleb2, large margin); a release
+        file; or a function without arguments that returns the module, e.g.
+        ``functools.partial(load_pretrained_redimnet, "M", …)``.
     routes : mapping of int to str
         The member that answers for each size.
 
@@ -207,15 +208,16 @@ class MultiModelEnsemble(nn.Module):
 
 def _loader(name: str, source: Any) -> Callable[[], nn.Module]:
     """A function that gives the member; refuses what cannot be one before it is needed."""
-    if isinstance(source, str) and source in RELEASES["vox2"]["model_names"]:
-        return lambda: load_pretrained_redimnet(source)
+    released = released_names("vox2")
+    if isinstance(source, str) and source in released:
+        return lambda: load_released(source)
     if isinstance(source, (str, os.PathLike)):
         if not os.path.isfile(source):
             raise ValueError(
                 f"models[{name!r}] is {str(source)!r}, which is neither a file nor a release's "
-                f"name ({', '.join(RELEASES['vox2']['model_names'])})"
+                f"name ({', '.join(released)})"
             )
-        return lambda: load_pretrained_redimnet(source=source)
+        return lambda: load_checkpoint(source)
     if callable(source):
         return source
     raise ValueError(

@@ -91,15 +91,22 @@ def releases_of(model_name: str) -> dict[str, dict[str, Any]]:
     return RELEASES2 if model_name.startswith(PREFIX2) else RELEASES
 
 
-def released_names() -> list[str]:
-    """Names of the models of both families: "b0" … "b6", "S", "M", "redimnet2_b0" …"""
-    tables = {"": RELEASES, PREFIX2: RELEASES2}
+def release_license(model_name: str, dataset: str) -> str:
+    """Licence of a released model's weights, by its name "b2" or "redimnet2_b2"."""
+    release = releases_of(model_name).get(dataset, {"model_names": ()})
+    released = model_name.removeprefix(PREFIX2) in release["model_names"]
+    return str(release["license"]) if released else "not stated"
+
+
+def released_names(dataset: str | None = None) -> list[str]:
+    """Names of the models of both families, "b0" … "redimnet2_b6", of one dataset or of any."""
     return sorted(
         {
             prefix + name
-            for prefix, table in tables.items()
-            for release in table.values()
+            for prefix, table in (("", RELEASES), (PREFIX2, RELEASES2))
+            for trained_on, release in table.items()
             for name in release["model_names"]
+            if dataset in (None, trained_on)
         }
     )
 
@@ -211,10 +218,12 @@ def load_released(
     dataset: str = "vox2",
     source: str | os.PathLike[str] | None = None,
 ) -> ReDimNet:
-    """A released model of either family by its name, "b2" or "redimnet2_b2".
+    """A released model of either family by its name, "b2" or "redimnet2_b2"; or a file's.
 
     The families' names of large-margin fine-tuning, "ft_lm" and "lm", mean the same here.
     """
+    if source is not None and os.path.isfile(source):
+        return load_checkpoint(source)
     if not model_name.startswith(PREFIX2):
         train_type = "ft_lm" if train_type == "lm" else train_type
         return load_pretrained_redimnet(model_name, train_type, dataset, source)

@@ -349,6 +349,7 @@ class LogMel(_StaysFloat, nn.Module):
     """
 
     smallest_deviation = 1e-6  # added to that of a signal before it is divided by it
+    time_stride = 1  # of the network: divides the frames that it is given
 
     def __init__(
         self,

@@ -287,7 +287,7 @@ def _frame_mask(frames: Tensor, feats: Tensor) -> Tensor:
 class _WholeStrides:
     """A front end that gives each clip as many frames as the network's time stride divides."""
 
-    time_stride = 1
+    time_stride = 1  # of the network
     pad_right_samples = 0
 
     def _features(self, wavs: Tensor, counts: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -12,16 +12,17 @@ from tqdm import tqdm
 from speechbrain_mrl.dataio.clips import find_clips
 from speechbrain_mrl.inference.extract import embed_clips
 from speechbrain_mrl.models.pretrained import (
-    RELEASES,
+    PREFIX2,
     ReDimNetMRL,
-    load_pretrained_redimnet,
+    load_released,
     parse_release,
+    releases_of,
 )
 from speechbrain_mrl.publish.card import Provenance
 from speechbrain_mrl.publish.export import export_model
 from speechbrain_mrl.rotation import matryoshka_rotation
 
-CORPORA = {"vox2": "VoxCeleb2", "vb2": "VoxBlink2", "cnc": "CN-Celeb"}
+CORPORA = {"vox2": "VoxCeleb2", "vb2": "VoxBlink2", "cnc": "CN-Celeb", "cnc2": "CN-Celeb 2"}
 
 
 def convert_release(
@@ -34,12 +35,12 @@ def convert_release(
     report: str | os.PathLike[str] | None = None,
     trials: str = "",
 ) -> Path:
-    """Write a released ReDimNet as a folder that SpeechBrain loads without this package.
+    """Write a released ReDimNet or ReDimNet2 as a folder that SpeechBrain loads without this package.
 
     Arguments
     ---------
     release : str
-        Model, dataset and training: "b2-vox2-ft_lm".
+        Model, dataset and training: "b2-vox2-ft_lm", "redimnet2_b2-vox2-lm".
     folder : path
         To be written.
     source : path, optional
@@ -63,10 +64,12 @@ def convert_release(
     Raises
     ------
     ValueError, FileNotFoundError, ConnectionError
-        As ``load_pretrained_redimnet``, ``find_clips`` and ``export_model``.
+        As ``load_released``, ``find_clips`` and ``export_model``.
     """
     model_name, dataset, train_type = parse_release(release)
-    model = load_pretrained_redimnet(model_name, train_type, dataset, source)
+    model = load_released(model_name, train_type, dataset, source)
+    family, corpora = type(model).__name__, dataset.removesuffix("_v0").split("+")
+    own_name = release.removeprefix(PREFIX2)
     what = "in another container and otherwise unchanged."
     if recordings is not None:
         rotated = ReDimNetMRL.from_redimnet(model, model.embed_dim, mrl_dims)
@@ -78,11 +81,11 @@ def convert_release(
         model = rotated
         what = f"centred on {len(clips)} recordings and rotated to their principal axes."
     provenance = Provenance(
-        title=f"ReDimNet {release}",
-        license=str(RELEASES[dataset]["license"]),
-        training_data=", ".join(CORPORA[name] for name in dataset.split("+"))
-        + f". The weights are those of `{release}.pt`, released by the authors of ReDimNet, {what}",
-        datasets=["voxceleb"] if "vox2" in dataset.split("+") else (),
+        title=f"{family} {own_name}",
+        license=str(releases_of(model_name)[dataset]["license"]),
+        training_data=", ".join(CORPORA[name] for name in corpora)
+        + f". The weights are those of `{own_name}.pt`, released by the authors of {family}, {what}",
+        datasets=["voxceleb"] if "vox2" in corpora else (),
         trials=trials,
     )
     plot = found = None

@@ -24,6 +24,17 @@ def test_without_attention_windows_give_the_whole_recording_s_embedding(
         torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-4)
 
 
+def test_windows_of_redimnet2_begin_at_whole_strides(tiny_config2, random_model, long_voice):
+    model = random_model({**tiny_config2, "block_1d_type": "conv"})
+    with torch.no_grad():
+        whole = model(long_voice)
+    found = embed_long(model, long_voice, window_seconds=1.777, margin_seconds=4.0)
+    torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-4)
+    offset = random_model({**tiny_config2, "before_pool_offset": 3})
+    with pytest.raises(ValueError, match="leaves out 3 frames"):
+        embed_long(offset, long_voice)
+
+
 @pytest.mark.parametrize("pooling", ["ASTP", "TSTP"])
 def test_with_attention_windows_come_close(tiny_config, random_model, long_voice, pooling):
     model = random_model({**tiny_config, "pooling_func": pooling})

@@ -11,6 +11,7 @@ from speechbrain_mrl.inference import onnx as engines
 from speechbrain_mrl.inference.onnx import ExportedEncoder, export_onnx
 from speechbrain_mrl.inference.optimize import optimize_for_inference
 from speechbrain_mrl.models import redimnet
+from speechbrain_mrl.models.pretrained import ReDimNetMRL
 from speechbrain_mrl.models.redimnet import MatryoshkaReDimNet
 
 pytest.importorskip("onnxscript")
@@ -42,6 +43,20 @@ def test_embeddings_agree_at_every_length_and_batch(exported, engine, voices):
             expected = model(wavs).numpy()
         np.testing.assert_allclose(encoder(wavs.numpy()), expected, rtol=1e-4, atol=1e-4)
         assert (encoder(wavs.numpy(), target_dim=8) == encoder(wavs.numpy())[:, :8]).all()
+
+
+def test_redimnet2_is_exported_too(tiny_config2, random_model, engine, voices, tmp_path):
+    redimnet = random_model({**tiny_config2, "agg_gnorm": True, "dual_agg": True})
+    model = ReDimNetMRL.from_redimnet(redimnet, embed_dim=32, mrl_dims=(8, 32)).eval()
+    export_onnx(model, tmp_path / "model.onnx")
+    encoder = ExportedEncoder(tmp_path / "model.onnx", engine, threads=1)
+    assert encoder.min_samples == 720 and encoder.mrl_dims == (8, 32)
+    for batch, samples in ((1, 720), (2, 11111), (3, 16000)):
+        wavs = torch.stack([voices(i, samples / 16000) for i in range(batch)])
+        with torch.no_grad():
+            torch.testing.assert_close(encoder(wavs), model(wavs), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="at least 720 samples .* got 719"):
+        encoder(wavs[:, :719])
 
 
 @pytest.mark.parametrize("config", ["b2", "b5", "syn_att_convnext", "syn_conv_fwse", "mfa"])

@@ -16,13 +16,14 @@ from speechbrain_mrl.models.pretrained import ReDimNetMRL
 from speechbrain_mrl.models.redimnet import PRESETS, MapMix, ReDimNet
 
 RECORDS = pytest.mark.skipif(sys.version_info >= (3, 14), reason="torch does not trace there")
-CONFIGS = [*PRESETS, "tiny", "dense", "syn_att_convnext", "syn_conv_fwse"]
+OF_TWO = ["redimnet2_syn_dual_gnorm", "redimnet2_syn_fwse_conv", "redimnet2_syn_pt_convnext"]
+CONFIGS = [*PRESETS, "tiny", "dense", "syn_att_convnext", "syn_conv_fwse", *OF_TWO]
 
 
 @pytest.fixture
 def config(request, parity, tiny_config):
     name = request.param
-    if name.startswith("syn"):
+    if "syn" in name:
         return parity(name)["model_config"]
     if name == "dense":
         return {**tiny_config, "group_divisor": None}
