@@ -32,7 +32,7 @@ from speechbrain_mrl.inference.encoders import load_teachers
 from speechbrain_mrl.inference.extract import embed_clips
 from speechbrain_mrl.inference.optimize import prepare_cpu
 from speechbrain_mrl.inference.store import TeacherStore
-from speechbrain_mrl.models.pretrained import load_released
+from speechbrain_mrl.models.pretrained import load_checkpoint, load_released
 from speechbrain_mrl.models.resize import resize_model
 from speechbrain_mrl.training.checkpoints import starting_point
 from speechbrain_mrl.training.distill import train_student
@@ -105,10 +105,11 @@ def make_student(hparams, corpus, objective, stores, **embed_options):
     backbone = hparams["backbone"]
     if not hparams["pretrained"]:
         return ReDimNetMRL(embed_dim, mrl_dims, backbone)
-    file = backbone if Path(backbone).is_file() else None
-    redimnet = load_released(
-        backbone, hparams["student_train_type"], hparams["student_dataset"], source=file
-    )
+    if Path(backbone).is_file():
+        redimnet = load_checkpoint(backbone)
+    else:
+        release = hparams["student_train_type"], hparams["student_dataset"]
+        redimnet = load_released(backbone, *release)
     k = redimnet.embed_dim
     cut = embed_dim < k
     student = ReDimNetMRL.from_redimnet(redimnet, *((k, [k]) if cut else (embed_dim, mrl_dims)))

@@ -218,12 +218,10 @@ def load_released(
     dataset: str = "vox2",
     source: str | os.PathLike[str] | None = None,
 ) -> ReDimNet:
-    """A released model of either family by its name, "b2" or "redimnet2_b2"; or a file's.
+    """A released model of either family by its name, "b2" or "redimnet2_b2".
 
     The families' names of large-margin fine-tuning, "ft_lm" and "lm", mean the same here.
     """
-    if source is not None and os.path.isfile(source):
-        return load_checkpoint(source)
     if not model_name.startswith(PREFIX2):
         train_type = "ft_lm" if train_type == "lm" else train_type
         return load_pretrained_redimnet(model_name, train_type, dataset, source)

@@ -125,18 +125,18 @@ def test_members_come_from_release_files_paths_and_names(tiny_config, release_fi
     path = release_file(tiny_config)
     asked = []
 
-    def load(name="b2", *, source=None):
-        asked.append((name, source))
+    def load(what):
+        asked.append(what)
         return ReDimNet.from_config(tiny_config)
 
-    monkeypatch.setattr("speechbrain_mrl.models.ensemble.load_pretrained_redimnet", load)
-    ensemble = MultiModelEnsemble(
-        {"a": str(path), "b": path, "c": "b6"}, {64: "a", 128: "b", 256: "c"}
-    )
+    for loader in ("load_checkpoint", "load_released"):
+        monkeypatch.setattr(f"speechbrain_mrl.models.ensemble.{loader}", load)
+    models = {"a": str(path), "b": path, "c": "b6", "d": "redimnet2_b6"}
+    ensemble = MultiModelEnsemble(models, dict(zip((64, 128, 192, 256), models)))
     assert asked == []
-    for size in (64, 128, 256):
+    for size in (64, 128, 192, 256):
         ensemble(torch.randn(1, 8000), size)
-    assert asked == [("b2", str(path)), ("b2", path), ("b6", None)]
+    assert asked == [str(path), path, "b6", "redimnet2_b6"]
 
 
 def test_release_file_gives_the_embedding_of_its_model(tiny_config, release_file, random_model):
