@@ -11,6 +11,7 @@ import torch
 
 from speechbrain_mrl import embed_folder
 from speechbrain_mrl.inference.encoders import EncoderClassifierTeacher, load_teacher
+from speechbrain_mrl.inference.fingerprint import fingerprint
 from speechbrain_mrl.inference.onnx import ENGINES, ExportedEncoder, check_engine, export_onnx
 from speechbrain_mrl.inference.optimize import (
     PRECISIONS,
@@ -18,7 +19,6 @@ from speechbrain_mrl.inference.optimize import (
     for_inference,
     prepare_cpu,
 )
-from speechbrain_mrl.inference.store import fingerprint
 
 BATCH_SECONDS = 60.0  # of an encoder that is no ReDimNet, or on a GPU
 SECONDS_PER_STREAM = 30.0  # clips of a batch run side by side

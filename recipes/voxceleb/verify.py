@@ -41,8 +41,9 @@ from speechbrain_mrl.evaluation.verification import (
     score_trials,
 )
 from speechbrain_mrl.inference.encoders import load_teacher, sizes_and_thresholds
+from speechbrain_mrl.inference.fingerprint import fingerprint
 from speechbrain_mrl.inference.optimize import prepare_cpu
-from speechbrain_mrl.inference.store import TeacherStore, fingerprint
+from speechbrain_mrl.inference.store import TeacherStore
 from speechbrain_mrl.utils import only_run
 
 CLIP_LISTS = ("domain", "cohort", "plda")

@@ -42,14 +42,35 @@ class Clip(NamedTuple):
 
 def iter_clips(path: str | os.PathLike[str]) -> Iterator[Clip]:
     """One by one, the clips of a SpeechBrain CSV: ID, wav, start and stop (samples at 16 kHz)."""
+    for _, clip in _lines(path):
+        yield clip
+
+
+def _lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, Clip]]:
     with open(path, newline="") as file:
-        for row in csv.DictReader(file):
-            yield Clip(row["ID"], row["wav"], int(row["start"]), int(row["stop"]))
+        rows = csv.DictReader(file)
+        for row in rows:
+            yield rows.line_num, Clip(row["ID"], row["wav"], int(row["start"]), int(row["stop"]))
 
 
 def read_clips(path: str | os.PathLike[str]) -> list[Clip]:
-    """All clips of a CSV, as from ``iter_clips``."""
-    return list(iter_clips(path))
+    """All clips of a CSV, as from ``iter_clips``.
+
+    Raises
+    ------
+    ValueError
+        If two rows have one ID.
+    """
+    lines: dict[str, int] = {}
+    clips = []
+    for number, clip in _lines(path):
+        if lines.setdefault(clip.id, number) != number:
+            raise ValueError(
+                f"{path} has the ID {clip.id!r} in line {lines[clip.id]} and in line {number}; "
+                "give each row its own, for embeddings are kept by it"
+            )
+        clips.append(clip)
+    return clips
 
 
 def write_clips(clips: Sequence[Clip], path: str | os.PathLike[str]) -> None:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tqdm import tqdm
 
 from speechbrain_mrl.dataio.clips import Clip, find_clips, read_clips, write_clips
 from speechbrain_mrl.inference.extract import Encoder, embed_clips
+from speechbrain_mrl.inference.fingerprint import fingerprint
 from speechbrain_mrl.utils import only_run, replacing
 
 SHARD_SIZE = 1024  # clips; what a killed run computes again at most
@@ -88,8 +90,12 @@ class TeacherStore:
         Raises
         ------
         ValueError
-            If the folder holds embeddings of other weights, clips or ``max_seconds``.
+            If two clips have one id, or the folder holds embeddings of other teachers, clips or
+            ``max_seconds``.
         """
+        for first, second in pairwise(sorted(clip.id for clip in clips)):
+            if first == second:
+                raise ValueError(f"two clips have the id {first!r}; give each its own")
         # Neighbours in length share a shard, so that its batches are little padded.
         clips = sorted(clips, key=lambda clip: (-clip.num_frames, clip.id))
         shards = [clips[i : i + SHARD_SIZE] for i in range(0, len(clips), SHARD_SIZE)]
@@ -154,28 +160,6 @@ class TeacherStore:
                 f"{path.parent} was filled with other {' and '.join(changed)}; delete that folder "
                 "or name another one"
             )
-
-
-def fingerprint(encoder: Encoder) -> str:
-    """SHA-256 over a module's class and all its tensors: changes when a single weight does.
-
-    A callable that is no module must have an attribute ``fingerprint``, a string that does the same.
-    """
-    if not isinstance(encoder, nn.Module):
-        given = getattr(encoder, "fingerprint", None)
-        if not isinstance(given, str):
-            raise ValueError(
-                f"{encoder} is neither a torch.nn.Module nor has it an attribute fingerprint; set it "
-                "to a string that names its weights, so that embeddings of others are not mixed in"
-            )
-        return given
-    digest = hashlib.sha256(type(encoder).__qualname__.encode())
-    # not encoder.state_dict(): a copy made for inference refuses that, lest it be saved
-    for key, value in sorted(nn.Module.state_dict(encoder).items()):
-        digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
-        value = value.detach().cpu().contiguous()
-        digest.update(value.reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def _fingerprint_clips(clips: Sequence[Clip]) -> str:

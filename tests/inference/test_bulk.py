@@ -13,6 +13,7 @@ from speechbrain_mrl.dataio.clips import find_clips
 from speechbrain_mrl.inference import store
 from speechbrain_mrl.inference.encoders import load_teacher
 from speechbrain_mrl.inference.extract import embed_clips
+from speechbrain_mrl.inference.fingerprint import fingerprint
 from speechbrain_mrl.inference.optimize import optimize_for_inference
 
 KILLED_AFTER_TWO_SHARDS = """
@@ -122,7 +123,7 @@ def test_the_command_embeds_with_a_model_folder(
 
 def test_what_embeds_in_another_precision_is_no_part_of_an_interrupted_run(model, published):
     for encoder in (model.eval(), load_teacher(published)):
-        weights = store.fingerprint(encoder)
+        weights = fingerprint(encoder)
         exact, seconds = embed.choose_engine(encoder, "torch", "float32", "cpu")
         rough, more = embed.choose_engine(encoder, "torch", "bfloat16", "cpu")
         assert exact.fingerprint == weights != rough.fingerprint

@@ -6,10 +6,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 from speechbrain_mrl import export_model
+from speechbrain_mrl.dataio.clips import read_clips, write_clips
 from speechbrain_mrl.inference import store as teachers
 from speechbrain_mrl.inference.encoders import load_teacher, load_teachers
 from speechbrain_mrl.inference.extract import embed_clips
-from speechbrain_mrl.inference.store import TeacherStore, fingerprint
+from speechbrain_mrl.inference.fingerprint import fingerprint
+from speechbrain_mrl.inference.store import TeacherStore
 
 
 class Counting(nn.Module):
@@ -160,6 +162,83 @@ def test_the_fingerprint_changes_with_one_weight_and_with_the_class():
     assert fingerprint(Counting()) == fingerprint(Counting())
     assert fingerprint(Counting()) != fingerprint(Counting(1.0001))
     assert fingerprint(Counting()) != fingerprint(Other())
+
+
+@pytest.mark.parametrize("change", [{"hop_length": 160}, {"spec_params": {"norm_signal": True}}])
+def test_the_same_weights_in_another_configuration_are_another_teacher(
+    change, tiny_config, random_model, tmp_path, small_clips
+):
+    first, second = random_model(tiny_config), random_model({**tiny_config, **change})
+    second.load_state_dict(first.state_dict())
+    TeacherStore(tmp_path).fill({"a": first}, small_clips[:2])
+    TeacherStore(tmp_path).fill({"a": random_model(tiny_config)}, small_clips[:2])  # the same
+    with pytest.raises(ValueError, match="other teacher"):
+        TeacherStore(tmp_path).fill({"a": second}, small_clips[:2])
+
+
+class Configured(nn.Module):
+    """Any encoder: no weights, plain attributes."""
+
+    def __init__(self, **values):
+        super().__init__()
+        self.inner = nn.Conv1d(1, 1, 3)
+        nn.init.ones_(self.inner.weight)
+        nn.init.ones_(self.inner.bias)
+        self._calls = self.device = self.logger = None
+        vars(self).update({"hop": 160, "bands": (20, 40), "scale": torch.ones(2), **values})
+
+
+@pytest.mark.parametrize(
+    ("values", "same"),
+    [
+        ({"hop": 240}, False),
+        ({"bands": (20, 80)}, False),
+        ({"bands": {"low": 20}}, False),
+        ({"scale": torch.zeros(2)}, False),
+        ({"act": torch.relu}, False),
+        ({"_calls": 3}, True),
+        ({"device": "cuda:1"}, True),
+        ({"logger": object()}, True),
+    ],
+)
+def test_configuration_is_what_plain_attributes_hold(values, same):
+    expected = fingerprint(Configured(logger=object()))
+    assert (fingerprint(Configured(**{"logger": object(), **values})) == expected) == same
+    strided = Configured(logger=object())
+    strided.inner.stride = (2,)
+    assert fingerprint(strided) != expected
+
+
+def test_a_published_encoder_is_told_by_its_hparams_not_its_place(
+    tmp_path, random_model, tiny_config
+):
+    model = random_model(tiny_config)
+    prints = []
+    for name in ("one", "two"):
+        teacher = load_teacher(str(export_model(model, tmp_path / name)))
+        prints.append(fingerprint(teacher))
+    assert prints[0] == prints[1]
+    teacher.encoder.hparams.sample_rate = 8000
+    assert fingerprint(teacher) != prints[0]
+
+
+def test_running_an_encoder_leaves_its_fingerprint(random_model, tiny_config):
+    model = random_model(tiny_config)
+    before = fingerprint(model)
+    model(torch.randn(2, 8000), torch.tensor([1.0, 0.5]))
+    embed_clips({"a": model}, [])
+    assert fingerprint(model) == before
+
+
+def test_two_clips_of_one_id_are_refused(tmp_path, small_clips):
+    clips = [*small_clips[:3], small_clips[1]._replace(start=100)]
+    with pytest.raises(ValueError, match=f"two clips have the id '{small_clips[1].id}'"):
+        TeacherStore(tmp_path).fill({"a": Counting()}, clips)
+    assert not any(tmp_path.iterdir())
+    write_clips(clips, tmp_path / "clips.csv")
+    message = f"ID '{small_clips[1].id}' in line 3 and in line 5"
+    with pytest.raises(ValueError, match=message):
+        read_clips(tmp_path / "clips.csv")
 
 
 def test_the_manifest_says_what_the_store_is_of(tmp_path, small_clips):
