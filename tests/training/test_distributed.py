@@ -16,7 +16,7 @@ from speechbrain_mrl.training.distill import MRLBrain
 N_CLIPS, N_STEPS = 8, 3
 
 
-def make_brain(config, world_size):
+def make_brain(config, world_size, **run_opts):
     """A student, an objective with every term, and a store of random embeddings."""
     torch.manual_seed(0)
     teachers = {"a": torch.randn(N_CLIPS, 40), "b": torch.randn(N_CLIPS, 48)}
@@ -39,7 +39,12 @@ def make_brain(config, world_size):
             "stage": "",
             "train_logger": SimpleNamespace(log_stats=lambda *_, **__: None),
         },
-        run_opts={"device": "cpu", "distributed_launch": world_size > 1, "max_grad_norm": 1e9},
+        run_opts={
+            "device": "cpu",
+            "distributed_launch": world_size > 1,
+            "max_grad_norm": 1e9,
+            **run_opts,
+        },
         stores={sb.Stage.TRAIN: store, sb.Stage.VALID: store},
         valid_trials=None,
         lr_schedule=lambda optimizer, step: None,
