@@ -8,6 +8,8 @@ Yakovlev and Okhotnikov, ReDimNet2: Scaling Speaker Verification via Time-Pooled
 Reshaping, Interspeech 2026, arXiv:2603.11841.
 """
 
+from __future__ import annotations
+
 import math
 from typing import Any
 
@@ -169,7 +171,7 @@ _NARROW = [(f, t, n, 1 if i else 2) for i, (f, t, n, _) in enumerate(_WIDE)]
 
 
 def _reduced(stages: list[Any], *reductions: int) -> list[Any]:
-    return [(*stage, reduction) for stage, reduction in zip(stages, reductions, strict=True)]
+    return [(*stage, reduction) for stage, reduction in zip(stages, reductions)]
 
 
 PRESETS = {

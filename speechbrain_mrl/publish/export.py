@@ -19,13 +19,14 @@ from torch import Tensor
 
 from speechbrain_mrl.dataio.audio import read_audio
 from speechbrain_mrl.evaluation.calibration import check_calibration
-from speechbrain_mrl.models import redimnet
+from speechbrain_mrl.models import redimnet, redimnet2
 from speechbrain_mrl.models.redimnet import (
     EmbeddingModel,
     MatryoshkaReDimNet,
     PrefixSpeakerClassifier,
     ReDimNet,
 )
+from speechbrain_mrl.models.redimnet2 import EmbeddingModel2, MatryoshkaReDimNet2, ReDimNet2
 from speechbrain_mrl.publish.card import Provenance, write_card
 from speechbrain_mrl.utils import writing
 
@@ -176,14 +177,17 @@ def foreign_files(folder: Path) -> list[str]:
 
 def _published_network(model: ReDimNet, target_dim: int | None) -> EmbeddingModel:
     """``model`` as the class that travels, cut after ``target_dim``."""
+    of_two = isinstance(model, ReDimNet2)
     if not isinstance(model, MatryoshkaReDimNet):
         size = model.embed_dim
-        model = MatryoshkaReDimNet.from_redimnet(model, size, (size,))
+        student = MatryoshkaReDimNet2 if of_two else MatryoshkaReDimNet
+        model = student.from_redimnet(model, size, (size,))
     size = model.embed_dim if target_dim is None else target_dim
     if size not in model.mrl_dims:
         raise ValueError(f"target_dim must be one of {list(model.mrl_dims)}, got {target_dim!r}")
     sizes = tuple(d for d in model.mrl_dims if d <= size)
-    network = EmbeddingModel({**model.model_config, "embed_dim": size}, sizes)
+    travels = EmbeddingModel2 if of_two else EmbeddingModel
+    network = travels({**model.model_config, "embed_dim": size}, sizes)
     state_dict = model.state_dict()
     state_dict |= {key: state_dict[key][:size] for key in ("linear.weight", "linear.bias")}
     network.load_state_dict(state_dict)
@@ -235,18 +239,11 @@ sample_rate: 16000  # Hz
 thresholds: {thresholds}  # cosines of report.json, per size: at the equal error rate, and at false-accept rates
 
 # The model's definition, as a module under a name that no other version of it has
-model_source: !new:types.ModuleType
-    name: {module}
-define_model: !apply:builtins.exec
-    - |
-{source}
-    - !apply:builtins.vars [!ref <model_source>]
-register_model: !apply:sys.modules.update
-    - {module}: !ref <model_source>
-
+{modules}
 compute_features: !new:{module}.WaveformInput
+    min_samples: {min_samples}
 mean_var_norm: !new:{module}.SilentPadding
-embedding_model: !new:{module}.EmbeddingModel
+embedding_model: !new:{network}
     model_config:
 {model_config}
     mrl_dims: !ref <mrl_dims>
@@ -276,6 +273,27 @@ pretrainer: !new:speechbrain.utils.parameter_transfer.Pretrainer
         label_encoder: !ref <label_encoder>
 """
 
+MODULE = """\
+{key}_source: !new:types.ModuleType
+    name: {name}
+define_{key}: !apply:builtins.exec
+    - |
+{source}
+    - !apply:builtins.vars [!ref <{key}_source>]
+register_{key}: !apply:sys.modules.update
+    - {name}: !ref <{key}_source>
+"""
+
+
+def _modules(network: EmbeddingModel) -> dict[str, str]:
+    """Name -> source of each module that ``network`` needs; the first has its other parts."""
+    files = (redimnet, redimnet2) if isinstance(network, ReDimNet2) else (redimnet,)
+    sources = [Path(str(one.__file__)).read_text(encoding="utf-8") for one in files]
+    digest = hashlib.sha256("".join(sources).encode()).hexdigest()[:16]
+    names = [f"{one.__name__.rpartition('.')[2]}_{digest}" for one in files]
+    imports = f"from {redimnet.__name__} import", f"from {names[0]} import"
+    return {name: source.replace(*imports) for name, source in zip(names, sources)}
+
 
 def _hyperparams(
     network: EmbeddingModel,
@@ -283,7 +301,7 @@ def _hyperparams(
     title: str,
     report: Mapping[str, Any] | None,
 ) -> str:
-    source = Path(redimnet.__file__).read_text(encoding="utf-8")
+    modules = _modules(network)
     config = (f"{key}: {json.dumps(value)}" for key, value in network.model_config.items())
     thresholds = {}
     if report is not None:
@@ -295,8 +313,15 @@ def _hyperparams(
         embed_dim=network.embed_dim,
         sizes=list(network.mrl_dims),
         thresholds=json.dumps(thresholds),
-        module=f"redimnet_{hashlib.sha256(source.encode()).hexdigest()[:16]}",
-        source=textwrap.indent(source, " " * 8),
+        modules="".join(
+            MODULE.format(
+                key=name.partition("_")[0], name=name, source=textwrap.indent(source, " " * 8)
+            )
+            for name, source in modules.items()
+        ),
+        module=next(iter(modules)),
+        network=f"{list(modules)[-1]}.{type(network).__name__}",
+        min_samples=network.min_samples,
         model_config=textwrap.indent("\n".join(config), " " * 8),
         n_classes=len(classifier.weight),
         scale=float(classifier.scale),

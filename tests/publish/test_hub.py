@@ -18,12 +18,16 @@ from speechbrain.inference.interfaces import foreign_class
 from speechbrain.inference.speaker import SpeakerRecognition
 
 from speechbrain_mrl.evaluation.calibration import Calibration, write_calibrations
+from speechbrain_mrl.inference.optimize import optimize_for_inference
 from speechbrain_mrl.models import redimnet
+from speechbrain_mrl.models.pretrained import ReDimNetMRL
 from speechbrain_mrl.models.redimnet import MatryoshkaReDimNet
+from speechbrain_mrl.models.redimnet2 import ReDimNet2
 from speechbrain_mrl.publish import hub
 from speechbrain_mrl.publish.card import Provenance
 from speechbrain_mrl.publish.export import FILES, export_model
 from speechbrain_mrl.publish.hub import check_folder, push_to_hub
+from speechbrain_mrl.publish.load import load_published
 
 SIZES = (8, 16, 32)
 ENROLLED = 6  # speakers
@@ -146,6 +150,45 @@ def test_who_has_only_speechbrain_gets_the_embeddings_of_the_package(
         torch.testing.assert_close(torch.tensor(found[str(size)]), expected, atol=1e-5, rtol=0.0)
         assert found[f"same {size}"] == pytest.approx(1.0, abs=1e-5)
         assert found[f"total {size}"] == pytest.approx(1.0, abs=1e-5)
+
+
+def test_a_redimnet2_needs_speechbrain_alone_at_every_size(
+    tiny_config2, random_model, voices, tmp_path
+):
+    redimnet2 = random_model({**tiny_config2, "agg_gnorm": True, "dual_agg": True})
+    student = ReDimNetMRL.from_redimnet(redimnet2, 32, SIZES).eval()
+    folder = export_model(student, tmp_path / "model", PROVENANCE)
+    wavs, wav_lens = torch.stack([voices(i, 1.0) for i in range(2)]), torch.tensor([1.0, 0.531])
+    short = voices(0, 0.02)
+    torch.save({"wavs": wavs, "wav_lens": wav_lens, "short": short}, tmp_path / "wavs.pt")
+    found = as_stranger(
+        "import torch\n"
+        "from speechbrain.inference.classifiers import EncoderClassifier\n"
+        "given = torch.load(sys.argv[2])\n"
+        "sizes = {}\n"
+        "for d in (8, 16, 32):\n"
+        "    model = EncoderClassifier.from_hparams(sys.argv[1], overrides={'target_dim': d})\n"
+        "    sizes[d] = model.encode_batch(given['wavs'], given['wav_lens']).squeeze(1).tolist()\n"
+        "short = model.encode_batch(given['short'][None]).isfinite().all().item()\n"
+        "print(json.dumps([sizes, short, type(model.mods.embedding_model).__module__]))",
+        folder,
+        tmp_path / "wavs.pt",
+    )
+    sizes, short_is_finite, module = found
+    with torch.no_grad():
+        for size in SIZES:
+            alone = [student(wavs[0]), student(wavs[1, :8496])]
+            expected = torch.cat(alone)[:, :size]
+            torch.testing.assert_close(
+                torch.tensor(sizes[str(size)]), expected, atol=1e-4, rtol=1e-4
+            )
+    assert short_is_finite and module.startswith("redimnet2_")
+    again = load_published(folder)
+    assert isinstance(again, ReDimNet2) and torch.equal(again(wavs), student(wavs))
+    fast = optimize_for_inference(
+        EncoderClassifier.from_hparams(source=folder).mods.embedding_model
+    )
+    torch.testing.assert_close(fast(wavs).squeeze(1), student(wavs), atol=1e-4, rtol=1e-4)
 
 
 def test_the_model_runs_from_the_code_in_its_own_folder(loaded):
