@@ -40,6 +40,7 @@ from speechbrain_mrl.models.redimnet2 import EmbeddingModel2
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 LARGEST = 2**31 - 1  # bytes, what mallopt can be told
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)  # the last of several processes
 
 
 def prepare_cpu() -> None:
@@ -495,7 +496,7 @@ class _Layers(nn.Sequential):
         rest, converted = list(layers), []
         while rest:
             layer = rest.pop(0)
-            folded = bool(rest) and isinstance(rest[0], (nn.BatchNorm1d, nn.BatchNorm2d))
+            folded = bool(rest) and isinstance(rest[0], BATCH_NORMS)
             converted.append(_convert(layer, rest.pop(0) if folded else None))
         super().__init__(*converted)
 

@@ -18,6 +18,7 @@ from speechbrain.utils.checkpoints import (
 )
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 
 from speechbrain_mrl.dataio.dataset import SeededClips, seed_draws
 from speechbrain_mrl.dataio.shards import ShardedClips
@@ -44,6 +45,9 @@ class MRLBrain(sb.Brain):
     random in a step follows from the seed, the epoch and the step. A batch whose loss or gradients
     are not finite is reported, and the step that it would be part of is not taken; more than
     ``nonfinite_patience`` of them in an epoch (a run option) stop the training.
+
+    The student before its first step is validated and saved as epoch 0, so that the log tells what
+    training brought, and a training that makes it worse returns it.
 
     Takes from ``hparams``: ``mrl_dims``, ``labels``, ``wav_augment`` (or None), ``train_logger``,
     ``stage``. The checkpoint with the lowest ``valid_error`` is kept: the mean EER over sizes, or
@@ -93,6 +97,29 @@ class MRLBrain(sb.Brain):
         self.statistics = batch_statistics(self.modules)
         self.kept_statistics = [buffer.clone() for buffer in self.statistics]
         self.spoiled = False  # whether a batch of the step to come is not finite
+
+    def fit(
+        self,
+        epoch_counter: Any,
+        train_set: Any,
+        valid_set: Any = None,
+        progressbar: bool | None = None,
+        train_loader_kwargs: Mapping[str, Any] | None = None,
+        valid_loader_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        """As SpeechBrain's; a training that begins is validated first, as epoch 0."""
+        if valid_set is not None and not isinstance(valid_set, DataLoader):
+            loader_kwargs = {"ckpt_prefix": None, **(valid_loader_kwargs or {})}
+            valid_set = self.make_dataloader(valid_set, sb.Stage.VALID, **loader_kwargs)
+        epochs = self._epochs(epoch_counter, valid_set)
+        super().fit(epochs, train_set, valid_set, progressbar, train_loader_kwargs or {})
+
+    def _epochs(self, epoch_counter: Any, valid_set: Any) -> Any:
+        """Those of the counter, the validation before the first step in front of them."""
+        if valid_set is not None and self.checkpointer.find_checkpoint() is None:
+            self.train_stats: dict[str, float] = {}
+            self._fit_valid(valid_set, 0, enable=False)
+        yield from epoch_counter
 
     def fit_batch(self, batch: Any) -> Tensor:
         """One batch, and a step after the last of those that share one, if all that is finite."""
@@ -239,9 +266,9 @@ class MRLBrain(sb.Brain):
             {
                 **({"stage": self.hparams.stage} if self.hparams.stage else {}),
                 "epoch": epoch,
-                "lr": self.optimizer.param_groups[0]["lr"],
+                "lr": self.optimizer.param_groups[0]["lr"] if epoch else 0.0,
             },
-            train_stats=self.train_stats,
+            train_stats=self.train_stats or None,
             valid_stats=stats,
         )
         eers = [value for name, value in stats.items() if name.startswith("eer/")]

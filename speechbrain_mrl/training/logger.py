@@ -75,7 +75,8 @@ class TrainingLog(FileTrainLogger):
         if self.table.exists():
             with open(self.table, newline="", encoding="utf-8") as file:
                 rows = list(csv.DictReader(file))
-        columns = dict.fromkeys([*(rows[0] if rows else ()), *row])
+        known = dict.fromkeys([*(rows[0] if rows else ()), *row])
+        columns = sorted(known, key=_group)
         with replacing(self.table) as part, open(part, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
@@ -96,21 +97,30 @@ class TrainingLog(FileTrainLogger):
         self.curves.writer.flush()
 
 
+def _group(column: str) -> int:
+    """Columns of an epoch itself, then of its training, validation and test."""
+    return ["train", "valid", "test"].index(column.split()[0]) + 1 if " " in column else 0
+
+
 def progress_line(
     stats_meta: Mapping[str, Any], train_stats: Mapping[str, Any], valid_stats: Mapping[str, Any]
 ) -> str:
-    """One epoch in a line for people: loss, EER in percent by size, agreement, speed.
+    """One epoch in a line for people: losses, EER in percent by size, agreement, speed.
 
     Example
     -------
-    >>> valid = {"eer/64": 0.0558, "eer/256": 0.0527, "agreement/64": 0.941}
-    >>> progress_line({"epoch": 3, "lr": 8e-05}, {"loss": 0.1653, "clips_per_second": 212.4}, valid)
-    'epoch 3 | loss 0.1653 | EER % 64: 5.58, 256: 5.27 | agreement 64: 0.941 | 212 clips/s | lr 8e-05'
+    >>> valid = {"loss": 0.1812, "eer/64": 0.0558, "eer/256": 0.0527, "agreement/64": 0.941}
+    >>> progress_line({"epoch": 0, "lr": 0.0}, {}, valid)
+    'epoch 0 | valid loss 0.1812 | EER % 64: 5.58, 256: 5.27 | agreement 64: 0.941'
+    >>> progress_line({"epoch": 3, "lr": 8e-05}, {"loss": 0.1653, "clips_per_second": 212.4}, {})
+    'epoch 3 | loss 0.1653 | 212 clips/s | lr 8e-05'
     """
     stage = f"{stats_meta['stage']}, " if "stage" in stats_meta else ""
     parts = [f"{stage}epoch {stats_meta['epoch']}"]
     if "loss" in train_stats:
         parts.append(f"loss {train_stats['loss']:.4f}")
+    if "loss" in valid_stats:
+        parts.append(f"valid loss {valid_stats['loss']:.4f}")
     for key, heading, shown in (("eer", "EER %", "{:.2f}"), ("agreement", "agreement", "{:.3f}")):
         by_size = {k: v for k, v in valid_stats.items() if k.startswith(f"{key}/")}
         if by_size:
@@ -119,4 +129,6 @@ def progress_line(
             parts.append(f"{heading} {', '.join(cells)}")
     if "clips_per_second" in train_stats:
         parts.append(f"{train_stats['clips_per_second']:.0f} clips/s")
-    return " | ".join([*parts, f"lr {stats_meta['lr']:.2g}"])
+    if stats_meta["lr"]:
+        parts.append(f"lr {stats_meta['lr']:.2g}")
+    return " | ".join(parts)

@@ -83,7 +83,8 @@ def test_training_ends_in_a_report_of_every_size_and_its_baselines(run):
 def test_training_is_recorded_as_a_table_and_as_curves(run):
     _, folder = run(number_of_epochs=1, tensorboard=True)
     with open(folder / "train_log.csv", newline="") as file:
-        (row,) = csv.DictReader(file)
+        start, row = csv.DictReader(file)
+    assert start["epoch"] == "0" and start["train loss"] == "" and float(start["valid loss"]) > 0
     for size in (8, 16, 32, 48):
         assert float(row[f"train cosine/{size}"]) > 0 and 0 <= float(row[f"valid eer/{size}"]) <= 1
         assert -1 <= float(row[f"valid agreement/{size}"]) <= 1
@@ -114,6 +115,21 @@ def test_training_may_end_with_the_upload_of_a_model_with_examples(run, monkeypa
     measured = {result.metric_value for result in card.data.eval_results}
     report = json.loads((folder / "report.json").read_text())
     assert {results["eer"] for results in report["dims"].values()} <= measured
+
+
+def test_epoch_0_is_the_validation_of_the_student_before_its_first_step(run, tiny_config):
+    _, folder = run(number_of_epochs=1)
+    student = ReDimNetMRL(48, [8, 16, 32, 48], tiny_config)
+    kept = torch.load(folder / "checkpoints" / "start.ckpt", weights_only=True)
+    student.load_state_dict(kept)
+    clips = read_clips(folder / "lists" / "valid.csv")
+    found = embed_clips({"student": student}, clips)["student"]
+    trials = read_trials(folder / "lists" / "valid_trials.txt")
+    expected = evaluate(trials.stack(dict(zip((c.id for c in clips), found))), trials, [8, 48])
+    with open(folder / "train_log.csv", newline="") as file:
+        start, *_ = csv.DictReader(file)
+    for size, result in expected.items():
+        assert float(start[f"valid eer/{size}"]) == pytest.approx(result["eer"], abs=1e-6)
 
 
 def test_start_is_the_student_before_its_first_step(run, tiny_config, monkeypatch):
@@ -159,7 +175,7 @@ def test_the_same_command_again_only_reports(run, monkeypatch):
 
 def test_teachers_are_in_neither_optimizer_nor_checkpoint(run):
     student, folder = run(number_of_epochs=1)
-    (checkpoint,) = (folder / "checkpoints").glob("CKPT*")
+    checkpoint = max((folder / "checkpoints").glob("CKPT*"))
     tensors = torch.load(checkpoint / "student.ckpt", weights_only=True)
     assert tensors.keys() == student.state_dict().keys()
     optimizer = torch.load(checkpoint / "optimizer.ckpt", weights_only=True)
@@ -184,7 +200,7 @@ def test_debug_runs_two_batches_and_the_same_command_without_it_trains(run, monk
     assert json.loads((folder / "report.json").read_text())["trials"]["target"] <= 8
     run(number_of_epochs=1, push_to_hub="org/tiny")
     assert list((folder / "checkpoints").glob("CKPT*")) and pushed
-    assert len((folder / "train_log.csv").read_text().splitlines()) == 2  # heads, one epoch
+    assert len((folder / "train_log.csv").read_text().splitlines()) == 3  # heads, epochs 0 and 1
     assert json.loads((folder / "report.json").read_text())["trials"]["target"] > 8
 
 
@@ -246,7 +262,7 @@ def test_two_processes_train_one_student(small_corpus, release_file, tiny_config
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr[-6000:]
     log = (tmp_path / "run" / "train_log.txt").read_text().splitlines()
-    assert len(log) == 1
+    assert [line.split(",")[0] for line in log] == ["epoch: 0", "epoch: 1"]
     assert done.stdout.count("teachers, at full size") == 1
     assert (tmp_path / "run" / "model" / "hyperparams.yaml").exists()
 

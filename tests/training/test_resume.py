@@ -1,5 +1,6 @@
 """Training that is killed and started again ends where an undisturbed one does, bit for bit."""
 
+import csv
 import errno
 import json
 import multiprocessing
@@ -130,6 +131,8 @@ LOGGER = "speechbrain.utils.train_logger:FileTrainLogger"
 CHECKPOINTER = "speechbrain.utils.checkpoints:Checkpointer"
 MOMENTS = {
     "the store's second shard": ("speechbrain_mrl.inference.store", "save_file", 2, _write_half),
+    "the student before its first step": ("torch", "save", 1, _write_half),
+    "its validation, epoch 0": (BRAIN, "evaluate_batch", 1, _die),
     "the first step": (BRAIN, "optimizers_step", 1, _die),
     "a step after a checkpoint": (BRAIN, "optimizers_step", 5, _die),
     "the first file of a checkpoint": ("torch", "save", 1, _write_half),
@@ -138,9 +141,9 @@ MOMENTS = {
     "the end of an epoch, unsaved": (LOGGER, "log_stats", 1, _die),
     "the end of an epoch, saved": (CHECKPOINTER, "delete_checkpoints", 2, _die),
     "the second stage": (BRAIN, "optimizers_step", 11, _die),
-    "its validation": (BRAIN, "evaluate_batch", 1, _die),
-    "the plots": ("train", "write_plots", 1, _die),
-    "the export": ("train", "export_model", 1, _die),
+    "the second stage's validation": (BRAIN, "evaluate_batch", 1, _die),
+    "the plots": ("outcome", "write_plots", 1, _die),
+    "the export": ("outcome", "export_model", 1, _die),
 }
 
 
@@ -155,6 +158,16 @@ def test_a_run_killed_at_every_kind_of_moment_ends_as_one_that_was_not(argv, tmp
     process.join()
     assert process.exitcode == 0
     _assert_same(_result(tmp_path / "killed"), _result(tmp_path / "whole"))
+    starts = [_epoch_0(tmp_path / folder) for folder in ("killed", "whole")]
+    assert starts[0] == starts[1] and [row["stage"] for row in starts[0]] == ["small", "full"]
+
+
+def _epoch_0(folder):
+    """The log's rows of students before their first step; each comes once."""
+    with open(folder / "train_log.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["epoch"] == "0"]
+    assert all(row["valid loss"] and row["valid eer/8"] and not row["train loss"] for row in rows)
+    return rows
 
 
 def test_a_training_from_shards_goes_on_with_the_clips_that_come_next(argv, small_corpus, tmp_path):
