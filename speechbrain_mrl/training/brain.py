@@ -46,8 +46,8 @@ class MRLBrain(sb.Brain):
     are not finite is reported, and the step that it would be part of is not taken; more than
     ``nonfinite_patience`` of them in an epoch (a run option) stop the training.
 
-    The student before its first step is validated and saved as epoch 0, so that the log tells what
-    training brought, and a training that makes it worse returns it.
+    The student before its first step is validated as epoch 0, so that the log tells what training
+    brought.
 
     Takes from ``hparams``: ``mrl_dims``, ``labels``, ``wav_augment`` (or None), ``train_logger``,
     ``stage``. The checkpoint with the lowest ``valid_error`` is kept: the mean EER over sizes, or
@@ -273,6 +273,9 @@ class MRLBrain(sb.Brain):
         )
         eers = [value for name, value in stats.items() if name.startswith("eer/")]
         error = sum(eers) / len(eers) if eers else stage_loss
+        if epoch == 0:  # kept to go on from, and never the best
+            self.checkpointer.save_and_keep_only()
+            return
         self.checkpointer.save_and_keep_only(meta={"valid_error": error}, min_keys=["valid_error"])
 
     def _fit_train(self, train_set: Any, epoch: Any, enable: bool) -> None:

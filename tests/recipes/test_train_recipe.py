@@ -175,7 +175,7 @@ def test_the_same_command_again_only_reports(run, monkeypatch):
 
 def test_teachers_are_in_neither_optimizer_nor_checkpoint(run):
     student, folder = run(number_of_epochs=1)
-    checkpoint = max((folder / "checkpoints").glob("CKPT*"))
+    (checkpoint,) = (folder / "checkpoints").glob("CKPT*")
     tensors = torch.load(checkpoint / "student.ckpt", weights_only=True)
     assert tensors.keys() == student.state_dict().keys()
     optimizer = torch.load(checkpoint / "optimizer.ckpt", weights_only=True)
