@@ -71,8 +71,7 @@ exit codes: 0 done; 1 what was asked cannot be done, one sentence on stderr says
         one.add_argument(
             "--max_seconds",
             type=float,
-            default=150.0,
-            help="only so much of the beginning of a recording is read (default: 150)",
+            help="only so much of the beginning of a recording is read (default: all of it)",
         )
 
     one = command(

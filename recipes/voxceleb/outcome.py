@@ -54,7 +54,8 @@ def report_on(student, start, teachers, fit_embeddings, corpus, hparams, started
         ids = [clip.id for clip in clips]
         return {name: trials.stack(dict(zip(ids, x, strict=True))) for name, x in found.items()}
 
-    found, mrl_dims = stack(embed_clips(students, clips, **embed_options)), hparams["mrl_dims"]
+    whole = {**embed_options, "max_seconds": None}  # as verify.py embeds them
+    found, mrl_dims = stack(embed_clips(students, clips, **whole)), hparams["mrl_dims"]
     results = evaluate_student(
         found["student"],
         trials,

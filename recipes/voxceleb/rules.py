@@ -237,7 +237,6 @@ VERIFY: dict[str, Any] = {
     "compare_to": maybe(either(MODEL, CODE)),
     "data_folder": either(PLACE, list_of(PLACE)),
     "trials": either(FILE, list_of(FILE), mapping(NAME, FILE)),
-    "max_seconds": SECONDS,
     "batch_seconds": SECONDS,
     "num_workers": whole(0),
     "domain": maybe(FILE),

@@ -173,7 +173,10 @@ def train_stage(previous, hparams, corpus, run_opts, teachers, **embed_options):
                 continue
             # by the list's name: what --debug keeps of a few clips is apart from that of all
             stores[split] = TeacherStore(Path(hparams["teacher_store"]) / Path(path).stem)
-            stores[split].fill(teachers, read_clips(path), **embed_options)
+            options = embed_options
+            if split == sb.Stage.TEST:  # an EER is that of whole utterances
+                options = {**embed_options, "max_seconds": None}
+            stores[split].fill(teachers, read_clips(path), **options)
     label_encoder, n_classes = None, None
     if hparams["labels"]:
         label_encoder = CategoricalEncoder()

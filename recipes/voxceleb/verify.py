@@ -117,7 +117,7 @@ def embed(source, lists, clips, folder, device, **options):
         if new:
             digest = hashlib.sha256("\n".join(sorted(clip.id for clip in new)).encode())
             store = TeacherStore(Path(folder) / f"{list_name}-{digest.hexdigest()[:8]}")
-            store.fill({name: encoder}, new, device, **options)
+            store.fill({name: encoder}, new, device, max_seconds=None, **options)
             embeddings |= dict(zip(store.rows, store.embeddings[name]))
     full_size = len(next(iter(embeddings.values())))
     sizes, _ = sizes_and_thresholds(encoder, full_size)
@@ -228,7 +228,7 @@ def verify(hparams, device):
     trial_lists = [*trials.values(), *([] if to_fit is None else [to_fit])]
     clips = locate_clips(hparams["data_folder"], trial_lists, clip_lists)
     options = {"folder": folder / "embeddings", "device": device}
-    options |= {key: hparams[key] for key in ("batch_seconds", "max_seconds", "num_workers")}
+    options |= {key: hparams[key] for key in ("batch_seconds", "num_workers")}
     tested = {f"trials/{name}": one.clip_ids for name, one in trials.items()}
     roles = [role for role in CLIP_LISTS if hparams[role] is not None]
     fitted = {role: clip_lists[hparams[role]] for role in roles}
@@ -242,8 +242,7 @@ def verify(hparams, device):
     if not if_main_process():
         return
 
-    longest = hparams["max_seconds"]
-    seconds = {i: min(clip.num_frames / SAMPLE_RATE, longest) for i, clip in clips.items()}
+    seconds = {clip_id: clip.num_frames / SAMPLE_RATE for clip_id, clip in clips.items()}
     pipeline = Steps(embeddings, mrl_dims, clip_lists, seconds, hparams)
     if to_fit is not None:
         pipeline.fit_calibration(to_fit, hparams["calibration_p_target"])

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from speechbrain_mrl.inference.extract import embed_long
 from speechbrain_mrl.inference.optimize import for_inference
 from speechbrain_mrl.models.pretrained import load_checkpoint, load_released, released_names
 
@@ -35,6 +36,13 @@ class EncoderClassifierTeacher(nn.Module):
     def forward(self, wavs: Tensor, wav_lens: Tensor | None = None) -> Tensor:
         """Waveforms (B, T) to embeddings (B, D)."""
         return self.encoder.encode_batch(wavs, wav_lens).squeeze(1)
+
+    def embed_long(self, wav: Tensor) -> Tensor:
+        """One recording (1, T) to its embedding (1, D), window by window if it has a ReDimNet."""
+        network = self.encoder.mods.embedding_model
+        if not hasattr(network, "model_config"):
+            return self(wav)
+        return embed_long(network, wav)[:, : network.target_dim]
 
     def for_inference(self, precision: str = "float32") -> "EncoderClassifierTeacher":
         """The same with its ReDimNet as ``optimize_for_inference`` arranges it; itself without one."""

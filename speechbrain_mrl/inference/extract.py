@@ -13,6 +13,8 @@ from speechbrain_mrl.dataio.clips import Clip
 from speechbrain_mrl.inference.optimize import arrange
 from speechbrain_mrl.models.redimnet import ASTP, SAMPLE_RATE, ReDimNet, check_wavs
 
+LONG_SECONDS = 150.0  # a longer clip goes through a network window by window; VoxCeleb has 145 s
+
 Encoder = Callable[[Tensor, Tensor], Tensor]  # wavs (B, T) and wav_lens (B,) to embeddings (B, D)
 
 
@@ -20,9 +22,9 @@ class _Batches(torch.utils.data.Dataset[Any]):
     """Padded batches of clips, their relative lengths and their indices."""
 
     def __init__(
-        self, clips: Sequence[Clip], batches: Sequence[list[int]], max_samples: int
+        self, clips: Sequence[Clip], batches: Sequence[list[int]], lengths: Sequence[int]
     ) -> None:
-        self.clips, self.batches, self.max_samples = clips, batches, max_samples
+        self.clips, self.batches, self.lengths = clips, batches, lengths
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -31,7 +33,7 @@ class _Batches(torch.utils.data.Dataset[Any]):
         wavs = []
         for index in self.batches[i]:
             clip = self.clips[index]
-            wav = read_audio(clip.wav, clip.start, min(clip.num_frames, self.max_samples))
+            wav = read_audio(clip.wav, clip.start, self.lengths[index])
             if not wav.any():
                 raise ValueError(f"{clip.wav} holds only zeros, nobody's voice; leave it out")
             wavs.append(wav)
@@ -45,7 +47,7 @@ def embed_clips(
     clips: Sequence[Clip],
     device: str = "cpu",
     batch_seconds: float = 60.0,
-    max_seconds: float = 30.0,
+    max_seconds: float | None = 30.0,
     num_workers: int = 0,
     progress: tqdm | None = None,
 ) -> dict[str, Tensor]:
@@ -63,8 +65,9 @@ def embed_clips(
         Where the encoders are.
     batch_seconds : float
         Seconds of audio in a batch, padding included. Clips of like length travel together.
-    max_seconds : float
-        Only that much of the beginning of a clip is read.
+    max_seconds : float or None
+        Only that much of the beginning of a clip is read; None: all of it. What is longer than 150 s
+        a ReDimNet embeds by ``embed_long``, in bounded memory; any other encoder hears it whole.
     num_workers : int
         Processes that read and decode; 0: this one.
     progress : tqdm, optional
@@ -81,12 +84,11 @@ def embed_clips(
         If a file cannot be decoded or holds only zeros, or an embedding is not finite; names the
         clip.
     """
-    max_samples = int(max_seconds * SAMPLE_RATE)
-    lengths = [min(clip.num_frames, max_samples) for clip in clips]
+    lengths = [clip.num_frames for clip in clips]
+    if max_seconds is not None:
+        lengths = [min(length, int(max_seconds * SAMPLE_RATE)) for length in lengths]
     batches = _batches_by_length(lengths, batch_seconds * SAMPLE_RATE)
-    loader = DataLoader(
-        _Batches(clips, batches, max_samples), batch_size=None, num_workers=num_workers
-    )
+    loader = DataLoader(_Batches(clips, batches, lengths), batch_size=None, num_workers=num_workers)
     modules = [encoder for encoder in encoders.values() if isinstance(encoder, nn.Module)]
     training = [module.training for module in modules]
     for module in modules:
@@ -96,8 +98,10 @@ def embed_clips(
     with torch.inference_mode():
         for wavs, wav_lens, indices in loader:
             wavs, wav_lens = wavs.to(device), wav_lens.to(device)
+            is_long = wavs.shape[1] > LONG_SECONDS * SAMPLE_RATE
             for name, encoder in encoders.items():
-                embeddings = encoder(wavs, wav_lens).float().cpu()  # (B, D)
+                found = _embed_windows(encoder, wavs) if is_long else encoder(wavs, wav_lens)
+                embeddings = found.float().cpu()  # (B, D)
                 broken = ~embeddings.isfinite().all(dim=1)
                 if broken.any():
                     clip = clips[indices[broken.int().argmax().item()]]
@@ -112,16 +116,32 @@ def embed_clips(
     return results
 
 
+def _embed_windows(encoder: Any, wav: Tensor) -> Tensor:
+    """A long clip's embedding, window by window if there is a ReDimNet to do so."""
+    own = getattr(encoder, "embed_long", None)
+    if own is not None:
+        return own(wav)
+    if isinstance(encoder, ReDimNet):
+        return embed_long(encoder, wav)
+    return encoder(wav, torch.ones(1, device=wav.device))
+
+
 def _batches_by_length(lengths: Sequence[int], max_samples: float) -> list[list[int]]:
     """Lists of indices, longest clips first, each list at most ``max_samples`` when padded.
 
-    No clip is padded by more than a quarter: that costs more than another batch saves.
+    No clip is padded by more than a quarter: that costs more than another batch saves. Long clips
+    are alone.
     """
     batches: list[list[int]] = []
     longest = 0
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         count = len(batches[-1]) + 1 if batches else 0
-        if not count or count * longest > max_samples or lengths[index] < 0.8 * longest:
+        if (
+            not count
+            or count * longest > max_samples
+            or lengths[index] < 0.8 * longest
+            or longest > LONG_SECONDS * SAMPLE_RATE
+        ):
             batches.append([])
             longest = lengths[index]
         batches[-1].append(index)

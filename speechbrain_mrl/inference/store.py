@@ -47,7 +47,7 @@ class TeacherStore:
         clips: Sequence[Clip],
         device: str = "cpu",
         batch_seconds: float = 60.0,
-        max_seconds: float = 30.0,
+        max_seconds: float | None = 30.0,
         num_workers: int = 0,
     ) -> None:
         """Compute what is missing, then hold all embeddings in memory (4 bytes a coordinate).
@@ -68,7 +68,7 @@ class TeacherStore:
         clips: Sequence[Clip],
         device: str = "cpu",
         batch_seconds: float = 60.0,
-        max_seconds: float = 30.0,
+        max_seconds: float | None = 30.0,
         num_workers: int = 0,
     ) -> list[Clip]:
         """Write the shards that are missing, and hold no more than one in memory.
@@ -180,7 +180,7 @@ def embed_folder(
     output_folder: str | os.PathLike[str],
     device: str = "cpu",
     batch_seconds: float = 60.0,
-    max_seconds: float = 30.0,
+    max_seconds: float | None = 30.0,
     num_workers: int = 0,
 ) -> Path:
     """Embeddings of all recordings of a folder, in shards on disk that ``read_embeddings`` reads.

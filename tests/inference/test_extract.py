@@ -1,11 +1,15 @@
 import pytest
+import soundfile
 import torch
 from torch import nn
 
+from speechbrain_mrl import ReDimNetMRL, export_model
 from speechbrain_mrl.dataio.audio import read_audio
 from speechbrain_mrl.dataio.clips import Clip, read_clips
-from speechbrain_mrl.inference.extract import embed_clips
+from speechbrain_mrl.inference import encoders, extract
+from speechbrain_mrl.inference.extract import embed_clips, embed_long
 from speechbrain_mrl.models import redimnet
+from speechbrain_mrl.publish.card import Provenance
 
 
 class NanForShortClips(nn.Module):
@@ -69,6 +73,44 @@ def test_a_batch_is_as_long_as_told_and_pads_little(small_clips):
 def test_only_the_beginning_of_a_long_clip_is_read(small_clips):
     found = embed_clips({"a": Counter()}, small_clips[:5], max_seconds=0.25)["a"]
     assert found[:, 0].tolist() == [4000.0] * 5
+
+
+def test_without_a_limit_whole_clips_are_heard(small_clips):
+    found = embed_clips({"a": Counter()}, small_clips, max_seconds=None)["a"]
+    assert found[:, 0].tolist() == [float(clip.num_frames) for clip in small_clips]
+
+
+@pytest.mark.parametrize("published", [False, True])
+def test_a_long_clip_goes_through_a_network_window_by_window(
+    tiny_config, random_model, voices, published, tmp_path, monkeypatch
+):
+    """Long is a second here, and a window three quarters of it; without attention that is exact."""
+    config = {**tiny_config, "block_1d_type": "conv", "block_2d_type": "basic_resnet"}
+    model = random_model(config)
+    encoder = model
+    if published:
+        student = ReDimNetMRL.from_redimnet(model, 32, [8, 32]).eval()
+        export_model(student, tmp_path / "model", Provenance("a", "mit", "b"))
+        encoder = encoders.load_teacher(str(tmp_path / "model"))
+    clips = []
+    for number, seconds in enumerate([0.8, 2.5, 2.4, 1.6]):
+        path = tmp_path / f"{number}.wav"
+        soundfile.write(path, voices(number, seconds).numpy(), 16000, subtype="FLOAT")
+        clips.append(Clip(str(number), str(path), 0, round(seconds * 16000)))
+    heard = []
+
+    def windows(network, wav):
+        heard.append(wav.shape[1])
+        return embed_long(network, wav, window_seconds=0.75, margin_seconds=4.0)
+
+    monkeypatch.setattr(extract, "LONG_SECONDS", 1.0)
+    monkeypatch.setattr(extract, "embed_long", windows)
+    monkeypatch.setattr(encoders, "embed_long", windows)
+    found = embed_clips({"it": encoder}, clips, max_seconds=None)["it"]
+    with torch.no_grad():
+        expected = torch.cat([model(voices(int(c.id), c.num_frames / 16000)) for c in clips])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert sorted(heard) == [25600, 38400, 40000]
 
 
 def test_workers_give_what_one_process_gives(small_clips):

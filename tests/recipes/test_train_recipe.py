@@ -12,6 +12,7 @@ import pytest
 import speechbrain as sb
 import torch
 import train
+import verify
 from huggingface_hub import ModelCard
 from shards import write_shards
 from speechbrain.inference.classifiers import EncoderClassifier
@@ -130,6 +131,29 @@ def test_epoch_0_is_the_validation_of_the_student_before_its_first_step(run, tin
         start, *_ = csv.DictReader(file)
     for size, result in expected.items():
         assert float(start[f"valid eer/{size}"]) == pytest.approx(result["eer"], abs=1e-6)
+
+
+def test_a_list_has_one_eer_in_training_and_in_verification(run, small_corpus, tmp_path):
+    """Utterances of 1.2 s are whole in both, whatever training and validation hear of a clip."""
+    _, folder = run(number_of_epochs=1, max_seconds=0.6)
+    trained = json.loads((folder / "report.json").read_text())
+    options = {
+        "data_folder": small_corpus,
+        "trials": folder / "lists" / "test_trials.txt",
+        "n_bootstrap": 0,
+        "num_workers": 0,
+        "device": "cpu",
+    }
+    verified = {}
+    for name, source in (("student", folder / "model"), ("second", tmp_path / "second.pt")):
+        options |= {"source": source, "output_folder": tmp_path / name}
+        verify.main(["hparams/verify.yaml", *(f"--{k}={v}" for k, v in options.items())])
+        verified[name] = json.loads((tmp_path / name / "report.json").read_text())["dims"]
+    expected = {**trained["dims"], "second": trained["baselines"]["teachers"]["second"]}
+    found = {**verified["student"], "second": verified["second"]["24"]}
+    for size, result in found.items():
+        assert result["eer"] == pytest.approx(expected[size]["eer"], abs=1e-6)
+        assert result["threshold"] == pytest.approx(expected[size]["threshold"], abs=1e-4)
 
 
 def test_start_is_the_student_before_its_first_step(run, tiny_config, monkeypatch):
