@@ -115,29 +115,29 @@ def only_run(folder: str | os.PathLike[str], patience: float = PATIENCE) -> Iter
         lock.release()
 
 
-def require(module: str, extra: str, purpose: str) -> Any:
+def require(module: str, purpose: str, package: str | None = None) -> Any:
     """An optional module.
 
     Arguments
     ---------
     module : str
         Its name, with dots if it is part of another.
-    extra : str
-        The extra of this package that brings it.
     purpose : str
         What the caller was asked to do, for the error message.
+    package : str, optional
+        What ``pip`` installs it from. Default: the same name.
 
     Raises
     ------
     ImportError
-        If it is not installed, naming the extra, or is and cannot be imported, with the reason.
+        If it is not installed, saying how to, or is and cannot be imported, with the reason.
 
     Example
     -------
-    >>> require("parrot", "birds", "talking")
+    >>> require("parrot", "talking")
     Traceback (most recent call last):
     ...
-    ImportError: talking needs parrot, which is not installed: pip install 'speechbrain_mrl[birds]'
+    ImportError: talking needs parrot, which is not installed: pip install parrot
     """
     try:
         return importlib.import_module(module)
@@ -147,5 +147,5 @@ def require(module: str, extra: str, purpose: str) -> Any:
         )
         reason = "is not installed" if absent else f"cannot be imported ({error}); install it again"
         raise ImportError(
-            f"{purpose} needs {module}, which {reason}: pip install 'speechbrain_mrl[{extra}]'"
+            f"{purpose} needs {module}, which {reason}: pip install {package or module}"
         ) from error

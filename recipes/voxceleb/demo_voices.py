@@ -163,7 +163,7 @@ def make_demo_corpus(
 
 
 def _espeakng_loader():
-    return require("espeakng_loader", "demo", "making demo voices")
+    return require("espeakng_loader", "making demo voices")
 
 
 def _draw_voices(n_speakers: int, seed: int) -> list[_Voice]:

@@ -49,7 +49,7 @@ def write_shards(csv_path, folder, n_shards=512):
         If there are fewer clips than shards, a recording cannot be read, or ``folder`` holds
         shards of another list or number.
     """
-    webdataset = require("webdataset", "shards", "writing shards")
+    webdataset = require("webdataset", "writing shards")
     rows, folder = ClipDataset(csv_path).data, Path(folder).absolute()
     if not 1 <= n_shards <= len(rows):
         raise ValueError(f"n_shards must be from 1 to the {len(rows)} clips, got {n_shards}")

@@ -1,30 +1,35 @@
 """Reads recordings of any usual format as 16 kHz mono, whole or in segments.
 
-WAV, FLAC, Ogg and what else libsndfile knows by its suffix is read by soundfile,
-anything else (VoxCeleb2's .m4a) by PyAV, which the extra ``m4a`` installs.
+What a file is follows from its content, never from its suffix. WAV, FLAC, Ogg and what else
+libsndfile reads exactly is read by soundfile, anything else (MP3, M4A, WebM) by PyAV.
 """
 
 import contextlib
 import math
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
-from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import soundfile
 import torch
+from scipy.signal import resample_poly
+from torch import Tensor
 from torchaudio.functional import resample
 
 from speechbrain_mrl.utils import require
 
 __all__ = ["AudioInfo", "audio_info", "check_audio", "read_audio"]
 
-_SOUNDFILE_SUFFIXES = {f".{name.lower()}" for name in soundfile.available_formats()} | {".opus"}
-
 Source = str | os.PathLike[str] | BinaryIO  # a path, or a file that is open and has a name
-CHECKED_SAMPLES = 60 * 16000  # of a long recording that are decoded at a time
+RATES = 4000, 384000  # Hz, of a recording that may hold speech
+FULL_SCALE = 2.0**31  # no format's samples are larger
+BLOCK = 2**20  # samples that are decoded at a time
+STREAMED = 0x7F000000  # bytes; a header with so many was written before its end was known
+CANCELLED = 1e-4  # of the channels' power; their mean has less where they are in opposite phase
+LARGEST_KERNEL = 1000  # phases of torchaudio's resampler, which keeps a filter for each
 
 
 class AudioInfo(NamedTuple):
@@ -52,14 +57,14 @@ def read_audio(
 ) -> torch.Tensor:
     """One recording, or a segment of it, as mono at ``sample_rate``.
 
-    Channels are averaged. A segment is the same, to rounding, whether it is
-    read alone or cut from the whole recording, also where the rate changes.
+    Channels are averaged; of channels in opposite phase, which would cancel, the first is taken.
+    A segment is the same, to rounding, whether it is read alone or cut from the whole recording,
+    also where the rate changes. What PyAV reads is decoded from its beginning.
 
     Arguments
     ---------
     path : str | os.PathLike[str] | BinaryIO
-        The file, or one that is open in binary and has a ``name``. The suffix decides which library
-        reads it.
+        The file, or one that is open in binary and has a ``name``.
     start : int
         First sample, counted at ``sample_rate``.
     num_frames : int
@@ -76,8 +81,8 @@ def read_audio(
     Raises
     ------
     ValueError
-        If the file cannot be decoded, holds no sample from ``start`` on, or one that is NaN or
-        infinite.
+        If the file cannot be decoded, its rate is outside 4 to 384 kHz, it holds no sample from
+        ``start`` on, or one that is NaN, infinite or beyond any format's full scale.
     FileNotFoundError
         If there is no such file.
 
@@ -93,25 +98,26 @@ def read_audio(
     if start < 0 or (num_frames < 1 and num_frames != -1):
         raise ValueError(
             f"start must be 0 or more and num_frames 1 or more (or -1, up to the end); "
-            f"got start={start}, num_frames={num_frames}"
+            f"got start={start}, num_frames={num_frames} for {_name(path)}"
         )
-    with _decoding(path):
-        read = _read_soundfile if _is_for_soundfile(path) else _read_av
-        samples, native_rate, skipped_seconds = read(path, start, num_frames, sample_rate)
-    wav = torch.from_numpy(samples)  # (T,)
-    if native_rate != sample_rate and len(wav):
-        first = start - skipped_seconds * sample_rate
-        wav = resample(wav, native_rate, sample_rate)[first:]
+    with _opened(path) as recording:
+        rate = recording.rate
+        first, count = _native_segment(start, num_frames, sample_rate, rate)
+        wav = torch.from_numpy(_mono(recording.blocks(first, count)))  # (T,)
+    if rate != sample_rate and len(wav):
+        wav = _resample(wav, rate, sample_rate)[start - first // rate * sample_rate :]
         wav = wav if num_frames == -1 else wav[:num_frames]
     if not len(wav):
         raise ValueError(f"{_name(path)} holds no audio from sample {start} on")
-    if not wav.isfinite().all():
-        raise ValueError(f"{_name(path)} holds samples that are NaN or infinite")
+    if not (wav.abs() <= FULL_SCALE).all():
+        raise ValueError(f"{_name(path)} {_BEYOND}")
     return wav
 
 
 def audio_info(path: str | os.PathLike[str], sample_rate: int = 16000) -> AudioInfo:
-    """A recording's length from its header, without decoding it.
+    """A recording's length, from its header where that counts samples, else by decoding it.
+
+    Headers of WAV, FLAC, Ogg and M4A count; those of MP3 and WebM estimate or say nothing.
 
     Arguments
     ---------
@@ -129,7 +135,7 @@ def audio_info(path: str | os.PathLike[str], sample_rate: int = 16000) -> AudioI
     Raises
     ------
     ValueError
-        If the header cannot be read.
+        If the file cannot be read or holds no sample.
     FileNotFoundError
         If there is no such file.
 
@@ -140,17 +146,11 @@ def audio_info(path: str | os.PathLike[str], sample_rate: int = 16000) -> AudioI
     >>> audio_info(path)
     AudioInfo(num_frames=16000, sample_rate=44100)
     """
-    with _decoding(path):
-        if _is_for_soundfile(path):
-            with soundfile.SoundFile(path) as file:
-                native_rate, seconds = file.samplerate, Fraction(file.frames, file.samplerate)
-        else:
-            with _open_av(path) as container:
-                stream = container.streams.audio[0]
-                if stream.duration is None:
-                    raise ValueError("its header gives no duration")
-                native_rate, seconds = stream.rate, stream.duration * stream.time_base
-    return AudioInfo(math.ceil(seconds * sample_rate), native_rate)
+    with _opened(path) as recording:
+        frames = recording.frames
+        if frames is None:
+            frames = sum(block.shape[1] for block in recording.blocks())
+        return _info(recording, frames, sample_rate)
 
 
 def check_audio(path: str | os.PathLike[str]) -> AudioInfo:
@@ -166,13 +166,13 @@ def check_audio(path: str | os.PathLike[str]) -> AudioInfo:
     Returns
     -------
     AudioInfo
-        As its header says.
+        As ``audio_info`` gives it.
 
     Raises
     ------
     ValueError
         If it cannot be decoded, ends 0.1 s or more before its header says, holds only zeros, or a
-        sample that is NaN or infinite.
+        sample that ``read_audio`` refuses.
     FileNotFoundError
         If there is no such file.
 
@@ -185,45 +185,89 @@ def check_audio(path: str | os.PathLike[str]) -> AudioInfo:
         ...
     ValueError: /...silence.wav holds only zeros
     """
-    info = audio_info(path)
     found, silent = 0, True
-    for start in range(0, info.num_frames, CHECKED_SAMPLES):
-        count = min(CHECKED_SAMPLES, info.num_frames - start)
-        try:
-            wav = read_audio(path, start, count)
-        except ValueError as error:
-            if start and "holds no audio" in str(error):
-                break
-            raise
-        found, silent = found + len(wav), silent and not wav.any()
-    if found == 0 or found < info.num_frames - 1600:
+    with _opened(path) as recording:
+        for block in recording.blocks():
+            if not (np.abs(block) <= FULL_SCALE).all():
+                raise ValueError(f"it {_BEYOND}")
+            found, silent = found + block.shape[1], silent and not block.any()
+        info = _info(recording, recording.frames or found)
+        seconds, promised = found / recording.rate, recording.promised_seconds
+    if seconds <= promised - 0.1:
         raise ValueError(
-            f"{path} ends after {found / 16000:.1f} of the {info.num_frames / 16000:.1f} s that "
-            "its header promises"
+            f"{path} ends after {seconds:.1f} of the {promised:.1f} s that its header promises"
         )
     if silent:
         raise ValueError(f"{path} holds only zeros")
     return info
 
 
+_BEYOND = "holds samples that are NaN, infinite or beyond any format's full scale"
+
+
+class _Recording(NamedTuple):
+    """An open recording: ``blocks(first, count)`` decodes it, float32 (channels, T) at ``rate``."""
+
+    rate: int
+    frames: int | None  # samples, as far as the header counts them
+    promised_seconds: float  # of the whole recording where the header says it, else 0
+    blocks: Callable[..., Iterator[np.ndarray]]
+
+
 def _name(path: Source) -> str:
     return os.fspath(path) if isinstance(path, (str, os.PathLike)) else path.name
 
 
-def _is_for_soundfile(path: Source) -> bool:
-    return Path(_name(path)).suffix.lower() in _SOUNDFILE_SUFFIXES
-
-
 @contextlib.contextmanager
-def _decoding(path: Source) -> Iterator[None]:
-    """Errors of either library become one sentence with the path and the reason."""
-    try:
-        yield
-    except (soundfile.SoundFileError, ValueError, OSError) as error:
+def _opened(path: Source) -> Iterator[_Recording]:
+    """A recording; whatever a library says of it is one sentence with the path and the reason."""
+    with contextlib.ExitStack() as stack:
         if isinstance(path, (str, os.PathLike)) and not os.path.isfile(path):
-            raise FileNotFoundError(f"there is no file {path}") from error
-        reason = getattr(error, "error_string", None) or getattr(error, "strerror", None) or error
-        raise ValueError(f"cannot decode {_name(path)}: {reason}") from error
+            raise FileNotFoundError(f"there is no file {path}")
+        try:
+            if isinstance(path, (str, os.PathLike)):
+                file: BinaryIO = stack.enter_context(open(path, "rb", buffering=0))
+            else:
+                file = path
+            recording = _by_soundfile(file, stack) or _by_av(file, stack)
+            if not RATES[0] <= recording.rate <= RATES[1]:
+                raise ValueError(
+                    f"its sample rate is {recording.rate} Hz, it must be {RATES[0]} to {RATES[1]}"
+                )
+            yield recording
+        except ImportError:
+            raise
+        except Exception as error:  # of libsndfile, or of any of FFmpeg's decoders
+            found = getattr(error, "error_string", None) or getattr(error, "strerror", None)
+            raise ValueError(f"cannot decode {_name(path)}: {found or error}") from error
+
+
+def _info(recording: _Recording, frames: int, sample_rate: int = 16000) -> AudioInfo:
+    if frames == 0:
+        raise ValueError("it holds no sample")
+    return AudioInfo(math.ceil(Fraction(frames * sample_rate, recording.rate)), recording.rate)
+
+
+def _mono(blocks: Iterable[np.ndarray]) -> np.ndarray:
+    """The mean of the channels, or the first if they cancel each other; (T,)."""
+    means, firsts = [np.zeros(0, np.float32)], [np.zeros(0, np.float32)]
+    together = apart = 0.0  # power of the mean, and of the channels
+    for block in blocks:  # (channels, T)
+        means.append(block.mean(axis=0))
+        firsts.append(block[0])
+        if len(block) > 1:
+            together += float(np.vdot(means[-1], means[-1]))
+            apart += float(np.vdot(block, block)) / len(block)
+    return np.concatenate(firsts if together < CANCELLED * apart else means)
+
+
+def _resample(wav: Tensor, rate: int, sample_rate: int) -> Tensor:
+    period = math.gcd(rate, sample_rate)
+    if max(rate, sample_rate) // period <= LARGEST_KERNEL:
+        return resample(wav, rate, sample_rate)
+    return torch.from_numpy(
+        resample_poly(wav.numpy(), sample_rate // period, rate // period)
+    ).float()
 
 
 def _native_segment(
@@ -243,47 +287,88 @@ def _native_segment(
     return first_second * native_rate, (last_second - first_second) * native_rate
 
 
-def _read_soundfile(
-    path: Source, start: int, num_frames: int, sample_rate: int
-) -> tuple[np.ndarray, int, int]:
-    """Mono samples at the file's own rate, that rate, and how many seconds were skipped."""
-    with soundfile.SoundFile(path) as file:
-        first, count = _native_segment(start, num_frames, sample_rate, file.samplerate)
-        file.seek(min(first, file.frames))
-        samples = file.read(count, dtype="float32", always_2d=True)  # (T, channels)
-        return samples.mean(axis=1), file.samplerate, first // file.samplerate
+def _by_soundfile(file: BinaryIO, stack: contextlib.ExitStack) -> _Recording | None:
+    """None for what libsndfile cannot read, or not exactly."""
+    head = file.read(3)
+    if head == b"ID3" or (head[:1] == b"\xff" and head[1:2] >= b"\xe0"):
+        return None  # MP3: it takes an estimate for the length
+    if head == b"Ogg" and b"OggS\0\2" in file.read():
+        return None  # several streams one after the other: it reads the first
+    file.seek(0)
+    try:  # a number in place of the path, or its suffix would count
+        handle = file.fileno() if _has_number(file) else file
+        found = stack.enter_context(soundfile.SoundFile(handle, closefd=False))
+    except (soundfile.SoundFileError, TypeError):
+        return None
+    if not found.seekable() or not 0 < found.frames < 2**62:  # a header without a count
+        return None
+    frames, rate = found.frames, found.samplerate
+
+    def blocks(first: int = 0, count: int = -1) -> Iterator[np.ndarray]:
+        left = frames - first if count == -1 else min(count, frames - first)
+        found.seek(min(first, frames))
+        while left > 0 and len(block := found.read(min(left, BLOCK), "float32", always_2d=True)):
+            left -= len(block)
+            yield block.T
+
+    seconds = frames / rate
+    sizes = re.findall(r"(\d+) \(should be (\d+)\)", found.extra_info)
+    if sizes and int(sizes[-1][0]) < STREAMED:  # bytes in the header, and in the file
+        seconds *= int(sizes[-1][0]) / max(1, int(sizes[-1][1]))
+    return _Recording(rate, frames, seconds, blocks)
 
 
-def _read_av(
-    path: Source, start: int, num_frames: int, sample_rate: int
-) -> tuple[np.ndarray, int, int]:
-    """The same as ``_read_soundfile``, decoding from the beginning.
-
-    A seek in AAC lands on a frame that lacks its overlap with the one before, and
-    decoding is some thousand times faster than real time.
-    """
-    av = _av(path)
-    with _open_av(path) as container:
-        native_rate = container.streams.audio[0].rate
-        first, count = _native_segment(start, num_frames, sample_rate, native_rate)
-        last = None if count == -1 else first + count
-        to_float = av.AudioResampler(format="fltp")  # sample format only, the rate stays
-        blocks, decoded = [np.zeros(0, np.float32)], 0
-        for frame in container.decode(audio=0):
-            blocks += [part.to_ndarray().mean(axis=0) for part in to_float.resample(frame)]
-            decoded += frame.samples
-            if last is not None and decoded >= last:
-                break
-    return np.concatenate(blocks)[first:last], native_rate, first // native_rate
+def _has_number(file: BinaryIO) -> bool:
+    try:
+        return file.fileno() >= 0
+    except OSError:  # in memory
+        return False
 
 
-def _open_av(path: Source) -> Any:
-    container = _av(path).open(os.fspath(path) if isinstance(path, os.PathLike) else path)
+def _by_av(file: BinaryIO, stack: contextlib.ExitStack) -> _Recording:
+    purpose = f"reading {file.name}, which is no WAV, FLAC or Ogg that soundfile reads,"
+    av = require("av", purpose)
+    file.seek(0)
+    # From a playlist nothing else is opened.
+    container = stack.enter_context(av.open(file, options={"protocol_whitelist": "none"}))
     if not container.streams.audio:
-        container.close()
         raise ValueError("it holds no audio stream")
-    return container
+    stream = container.streams.audio[0]
+    rate, name, seconds, frames = stream.rate, container.format.name, Fraction(0), None
+    if name.startswith("mov") and stream.duration:  # M4A and MP4 list every packet
+        seconds = stream.duration * stream.time_base
+        frames = math.ceil(seconds * rate)
+    elif name.startswith("matroska") and len(container.streams) == 1:
+        seconds = Fraction(container.duration or 0, av.time_base)
+
+    def blocks(first: int = 0, count: int = -1) -> Iterator[np.ndarray]:
+        """From the beginning: a seek in AAC lands on a frame without its overlap."""
+        end, position, kind = math.inf if count == -1 else first + count, 0, None
+        for frame in _frames(av, container, name):
+            if frame.sample_rate != rate:
+                raise ValueError(f"its sample rate changes from {rate} to {frame.sample_rate} Hz")
+            if (frame.format.name, frame.layout.name) != kind:
+                kind = frame.format.name, frame.layout.name
+                to_float = av.AudioResampler(format="fltp")  # sample format only
+            for part in to_float.resample(frame):
+                block = part.to_ndarray()
+                begin, position = position, position + block.shape[1]
+                if position > first:
+                    yield block[:, max(0, first - begin) : int(min(end - begin, block.shape[1]))]
+            if position >= end:
+                return
+
+    return _Recording(rate, frames, float(seconds), blocks)
 
 
-def _av(path: Source) -> Any:
-    return require("av", "m4a", f"reading {_name(path)}")
+def _frames(av: Any, container: Any, name: str) -> Iterator[Any]:
+    """Decoded frames; of MP3s that were joined, the one is left out that lacks what it builds on."""
+    broken = 0
+    for packet in container.demux(audio=0):
+        try:
+            yield from packet.decode()
+            broken = 0
+        except av.error.InvalidDataError:
+            broken += 1
+            if name != "mp3" or broken > 2:
+                raise

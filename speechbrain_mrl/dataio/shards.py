@@ -146,4 +146,4 @@ def shard_loader(
 
 
 def _webdataset() -> Any:
-    return require("webdataset", "shards", "reading shards")
+    return require("webdataset", "reading shards")

@@ -73,7 +73,7 @@ def write_plots(
 
 
 def _figure(size: tuple[float, float] = (6.4, 4.8)) -> Any:
-    require("matplotlib", "plots", "a plot")
+    require("matplotlib", "a plot")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -60,9 +60,9 @@ class MilvusIndex:
         prefix_index: Mapping[str, Any] | None = None,
     ) -> None:
         check_range("prefix_dim", prefix_dim, 1, dim)
-        pymilvus = require("pymilvus", "milvus", "an index in Milvus")
+        pymilvus = require("pymilvus", "an index in Milvus")
         if "://" not in uri:
-            require("milvus_lite", "milvus", "an index in a Milvus file")
+            require("milvus_lite", "an index in a Milvus file")
         self.dim, self.prefix_dim, self.collection = dim, prefix_dim, collection
         self._client = pymilvus.MilvusClient(uri, token=token)
         sizes = {"prefix": prefix_dim, "embedding": dim}

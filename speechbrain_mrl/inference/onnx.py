@@ -69,8 +69,8 @@ def export_onnx(model: ReDimNet, path: str | os.PathLike[str]) -> None:
     TypeError
         If ``model`` is not a ReDimNet, or is a copy by ``optimize_for_inference``.
     """
-    onnx = require("onnx", "onnx", "export_onnx")
-    require("onnxscript", "onnx", "export_onnx")  # torch.onnx uses it
+    onnx = require("onnx", "export_onnx")
+    require("onnxscript", "export_onnx")  # torch.onnx uses it
     model = packaged(model)
     graph = _Graph(copy.deepcopy(model).float().cpu()).eval()
     samples = torch.export.Dim("samples", max=2**31 - 1)  # torch 2.8 trips over a bound of its own
@@ -358,7 +358,7 @@ class _Options(NamedTuple):
 
 
 def _onnxruntime(path: str, options: _Options) -> tuple[_Run, Any]:
-    onnxruntime = require("onnxruntime", "onnx", "engine 'onnxruntime'")
+    onnxruntime = require("onnxruntime", "engine 'onnxruntime'")
     settings, threads = onnxruntime.SessionOptions(), options.threads
     if options.streams > 1:
         threads = max(1, (threads or os.cpu_count() or 1) // options.streams)
@@ -417,7 +417,7 @@ def _openvino_core() -> Any:
     # OpenVINO would report its use to its makers, over the network and from a fork of this process,
     # with the threads of whatever runs here; it does without where its reporter is not installed.
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
-    return require("openvino", "openvino", "engine 'openvino'").Core()
+    return require("openvino", "engine 'openvino'").Core()
 
 
 def _shared(requests: list[Any]) -> Callable[..., np.ndarray]:

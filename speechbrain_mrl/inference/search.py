@@ -134,7 +134,7 @@ class MatryoshkaIndex:
         check_range("prefix_dim", prefix_dim, 1, dim)
         if codes not in CODES or storage not in STORAGE:
             raise ValueError(f"codes {[*CODES]}, storage {[*STORAGE]}; got {codes!r}, {storage!r}")
-        self._faiss = faiss = require("faiss", "search", "a search index")
+        self._faiss = faiss = require("faiss", "a search index", package="faiss-cpu")
         self.dim, self.prefix_dim, self.codes, self.storage = dim, prefix_dim, codes, storage
         self._names: list[str] = []  # number n of both parts below is name n
         self._number_of: dict[str, int] = {}

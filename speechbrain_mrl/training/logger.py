@@ -46,7 +46,7 @@ class TrainingLog(FileTrainLogger):
         super().__init__(save_file)
         self.table = Path(save_file).with_suffix(".csv")
         if tensorboard:
-            require("tensorboard", "tensorboard", "the key tensorboard")
+            require("tensorboard", "the key tensorboard")
         self.wants_curves = tensorboard
         self.curves: Any = None
 

@@ -108,6 +108,6 @@ def test_argument_out_of_range_is_refused(tmp_path, arguments):
 
 def test_missing_espeak_names_the_extra_before_anything_is_removed(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "espeakng_loader", None)
-    with pytest.raises(ImportError, match=r"pip install 'speechbrain_mrl\[demo\]'"):
+    with pytest.raises(ImportError, match=r"pip install espeakng_loader"):
         make_demo_corpus(tmp_path / "demo")
     assert not (tmp_path / "demo").exists()
