@@ -263,9 +263,9 @@ def main():
     if bench.cuda and not parser.parse_args().no_tests:
         tests(bench)
     synchronisations(bench)
+    training(bench, peak)
     inference(bench)
     teachers_pass(bench)
-    training(bench, peak)
     print(f"written to {bench.output}")
 
 
