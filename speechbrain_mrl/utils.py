@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from speechbrain.utils.distributed import if_main_process
@@ -113,6 +114,21 @@ def only_run(folder: str | os.PathLike[str], patience: float = PATIENCE) -> Iter
         yield
     finally:
         lock.release()
+
+
+def choose_device(device: str | None = None) -> str:
+    """The device of this process: ``cuda`` is the GPU of its ``LOCAL_RANK``, which ``torchrun`` sets.
+
+    Without a device it is a GPU if there is one, else the CPU.
+
+    Example
+    -------
+    >>> choose_device("cpu"), choose_device("cuda"), choose_device("cuda:3")
+    ('cpu', 'cuda:0', 'cuda:3')
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device
 
 
 def require(module: str, purpose: str, package: str | None = None) -> Any:

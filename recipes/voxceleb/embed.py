@@ -19,6 +19,7 @@ from speechbrain_mrl.inference.optimize import (
     for_inference,
     prepare_cpu,
 )
+from speechbrain_mrl.utils import choose_device
 
 BATCH_SECONDS = 60.0  # of an encoder that is no ReDimNet, or on a GPU
 SECONDS_PER_STREAM = 30.0  # clips of a batch run side by side
@@ -90,6 +91,7 @@ def main(argv=None):
     )
     options = vars(parser.parse_args(argv))
     engine, precision = options.pop("engine"), options.pop("precision")
+    options["device"] = choose_device(options["device"])
     check_options(engine, precision, options["device"])
     encoder = load_teacher(options.pop("model"), device=options["device"])
     encoder, batch_seconds = choose_engine(encoder, engine, precision, options["device"])

@@ -6,14 +6,12 @@ Without ``--data_folder`` it runs a demo on synthetic voices with small teachers
 """
 
 import csv
-import os
 import sys
 import time
 from functools import partial
 from pathlib import Path
 
 import speechbrain as sb
-import torch
 from check_yaml import changed, check_train, dumped, merge
 from corpus import prepare
 from hyperpyyaml import load_hyperpyyaml, resolve_references
@@ -46,7 +44,7 @@ from speechbrain_mrl.training.projection import (
     spread,
     start_new_coordinates,
 )
-from speechbrain_mrl.utils import only_run, replacing
+from speechbrain_mrl.utils import choose_device, only_run, replacing
 
 RECIPE = Path(__file__).resolve().parent
 DEMO = "demo: synthetic voices and small demo teachers, no figure here is a VoxCeleb figure"
@@ -206,13 +204,6 @@ def train_stage(previous, hparams, corpus, run_opts, teachers, **embed_options):
     return (student, objective), stores, start
 
 
-def default_device():
-    """Where SpeechBrain puts the student if no ``--device`` is given; teachers go there too."""
-    if torch.cuda.is_available():
-        return f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    return "cpu"
-
-
 def main(argv):
     """Everything from the command line to the report."""
     hparams_file, run_opts, overrides = sb.parse_arguments(argv)
@@ -242,7 +233,7 @@ def run(document, stages, run_opts):
     corpus = prepare(hparams, debug)
 
     embed_options = {
-        "device": run_opts.get("device") or default_device(),
+        "device": choose_device(run_opts.get("device") or hparams.get("device")),
         "batch_seconds": hparams["teacher_batch_seconds"],
         "max_seconds": hparams["max_seconds"],
         "num_workers": hparams["num_workers"],

@@ -44,7 +44,7 @@ from speechbrain_mrl.inference.encoders import load_teacher, sizes_and_threshold
 from speechbrain_mrl.inference.fingerprint import fingerprint
 from speechbrain_mrl.inference.optimize import prepare_cpu
 from speechbrain_mrl.inference.store import TeacherStore
-from speechbrain_mrl.utils import only_run
+from speechbrain_mrl.utils import choose_device, only_run
 
 CLIP_LISTS = ("domain", "cohort", "plda")
 
@@ -296,7 +296,7 @@ def main(argv):
     hparams = load_hyperpyyaml(text)
     ddp_init_group(run_opts)
     with only_run(hparams["output_folder"]):
-        verify(hparams, run_opts.get("device") or "cpu")
+        verify(hparams, choose_device(run_opts.get("device") or "cpu"))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Embeds clips and long recordings with one or several encoders, reading each file once."""
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -89,19 +90,16 @@ def embed_clips(
         lengths = [min(length, int(max_seconds * SAMPLE_RATE)) for length in lengths]
     batches = _batches_by_length(lengths, batch_seconds * SAMPLE_RATE)
     loader = DataLoader(_Batches(clips, batches, lengths), batch_size=None, num_workers=num_workers)
-    modules = [encoder for encoder in encoders.values() if isinstance(encoder, nn.Module)]
-    training = [module.training for module in modules]
-    for module in modules:
-        module.eval()
-    encoders = arrange(encoders, device)
-    results: dict[str, Tensor] = {}
-    with torch.inference_mode():
+    with _evaluating(encoders.values()):
+        encoders = arrange(encoders, device)
+        results: dict[str, Tensor] = {}
         for wavs, wav_lens, indices in loader:
             wavs, wav_lens = wavs.to(device), wav_lens.to(device)
             is_long = wavs.shape[1] > LONG_SECONDS * SAMPLE_RATE
             for name, encoder in encoders.items():
-                found = _embed_windows(encoder, wavs) if is_long else encoder(wavs, wav_lens)
-                embeddings = found.float().cpu()  # (B, D)
+                with torch.inference_mode():
+                    found = _embed_windows(encoder, wavs) if is_long else encoder(wavs, wav_lens)
+                    embeddings = found.float().cpu()  # (B, D)
                 broken = ~embeddings.isfinite().all(dim=1)
                 if broken.any():
                     clip = clips[indices[broken.int().argmax().item()]]
@@ -111,8 +109,6 @@ def embed_clips(
                 results[name][indices] = embeddings
             if progress is not None:
                 progress.update(len(indices))
-    for module, mode in zip(modules, training):
-        module.train(mode)
     return results
 
 
@@ -124,6 +120,20 @@ def _embed_windows(encoder: Any, wav: Tensor) -> Tensor:
     if isinstance(encoder, ReDimNet):
         return embed_long(encoder, wav)
     return encoder(wav, torch.ones(1, device=wav.device))
+
+
+@contextlib.contextmanager
+def _evaluating(encoders: Iterable[Encoder]) -> Iterator[None]:
+    """Eval mode for the modules among the encoders; afterwards each part has the mode that it had."""
+    modules = [encoder for encoder in encoders if isinstance(encoder, nn.Module)]
+    modes = {part: part.training for module in modules for part in module.modules()}
+    try:
+        for module in modules:
+            module.eval()
+        yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
 
 
 def _batches_by_length(lengths: Sequence[int], max_samples: float) -> list[list[int]]:
@@ -148,7 +158,6 @@ def _batches_by_length(lengths: Sequence[int], max_samples: float) -> list[list[
     return batches
 
 
-@torch.inference_mode()
 def embed_long(
     model: ReDimNet, wav: Tensor, window_seconds: float = 30.0, margin_seconds: float = 6.0
 ) -> Tensor:
@@ -203,6 +212,13 @@ def embed_long(
     wav = check_wavs(wav, model.min_samples)
     if len(wav) != 1:
         raise ValueError(f"wav must be one recording, got {len(wav)}; embed them one by one")
+    with torch.inference_mode():
+        embedding = _windowed(model, wav, window_seconds, margin_seconds)
+    return embedding.clone()  # a tensor that autograd takes
+
+
+def _windowed(model: ReDimNet, wav: Tensor, window_seconds: float, margin_seconds: float) -> Tensor:
+    """``embed_long`` of what was checked, (1, T)."""
     feats, _ = model.spec(wav)  # (1, F, frames)
     stride = model.spec.time_stride
     per_second = SAMPLE_RATE / model.spec.hop_length / stride
@@ -217,7 +233,7 @@ def embed_long(
             frames = part.new_empty(1, part.shape[1], feats.shape[-1])
         frames[..., start : start + window] = part
     embeddings = model.linear(model.bn(_pool(model.pool, frames, window)))
-    return (embeddings if model.bn2 is None else model.bn2(embeddings)).clone()
+    return embeddings if model.bn2 is None else model.bn2(embeddings)
 
 
 def _pool(pool: nn.Module, frames: Tensor, window: int) -> Tensor:

@@ -25,9 +25,11 @@ from speechbrain_mrl.dataio.shards import ShardedClips
 from speechbrain_mrl.evaluation.report import agreement
 from speechbrain_mrl.evaluation.verification import Trials, evaluate
 from speechbrain_mrl.models.redimnet import ReDimNet
+from speechbrain_mrl.utils import choose_device
 
 logger = logging.getLogger(__name__)
 
+OPTIONS = ("run_opts", "hparams")
 AGREEMENT_CLIPS = 1_000  # validation clips whose pairs are compared with the teachers', at most
 
 
@@ -88,7 +90,11 @@ class MRLBrain(sb.Brain):
         part_lrs: Mapping[str, float] | None = None,
         **brain_arguments: Any,
     ) -> None:
-        super().__init__(**brain_arguments)
+        run_opts, hparams = (brain_arguments.pop(name, None) or {} for name in OPTIONS)
+        chosen = {k: run_opts[k] for k in getattr(run_opts, "overridden_args", run_opts)}
+        # SpeechBrain puts all processes that are told "cuda" on the first GPU
+        chosen["device"] = choose_device(chosen.get("device") or hparams.get("device"))
+        super().__init__(run_opts=chosen, hparams=hparams, **brain_arguments)
         if self.optimizer_step_limit is not None:  # from the command line SpeechBrain has a string
             self.optimizer_step_limit = int(self.optimizer_step_limit)
         self.stores, self.valid_trials, self.lr_schedule = stores, valid_trials, lr_schedule

@@ -212,8 +212,9 @@ def train_distilled_mrl(
     else:
         clips = find_clips(data) if Path(data).is_dir() else read_clips(data)
         held_out = clips[::20][:500]
+        kept_out = set(held_out)
         splits = {
-            sb.Stage.TRAIN: [clip for clip in clips if clip not in set(held_out)],
+            sb.Stage.TRAIN: [clip for clip in clips if clip not in kept_out],
             sb.Stage.VALID: held_out,
         }
         for stage, split in splits.items():

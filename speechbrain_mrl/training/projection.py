@@ -24,11 +24,15 @@ FIT_CLIPS = 50_000  # clips that rotations are fitted on, at most
 HEAD_CLIPS = 4_000  # training clips that a head is fitted on, at most
 
 
-def fit_objective(objective: Any, store: TeacherStore | LiveTeachers) -> nn.Module:
-    """Fit an objective's rotations on the teachers' embeddings of at most 50,000 clips."""
+def fit_objective(objective: Any, store: TeacherStore | LiveTeachers) -> None:
+    """Fit an objective's rotations on the teachers' embeddings of at most 50,000 clips.
+
+    Those of rank 0 count, so that all processes distil to one target.
+    """
     embeddings = store.embeddings
     step = -(-len(next(iter(embeddings.values()))) // FIT_CLIPS)
-    return objective.fit({name: found[::step] for name, found in embeddings.items()})
+    objective.fit({name: found[::step] for name, found in embeddings.items()})
+    _same_on_all_ranks(objective)
 
 
 def align_head(
@@ -245,7 +249,7 @@ def _same_on_all_ranks(*modules: nn.Module) -> None:
     """Rank 0's tensors everywhere: axes of nearly equal variance may differ between processes."""
     if not dist.is_initialized():
         return
-    states = [[module.state_dict() for module in modules]]
+    states = [[{key: x.cpu() for key, x in module.state_dict().items()} for module in modules]]
     dist.broadcast_object_list(states)
     for module, state in zip(modules, states[0]):
         module.load_state_dict(state)

@@ -1,3 +1,5 @@
+import contextlib
+
 import pytest
 import soundfile
 import torch
@@ -54,6 +56,26 @@ def test_encoders_run_in_eval_mode_and_keep_their_own(small_clips):
     counter = Counter().train()
     assert embed_clips({"a": counter}, small_clips[:3])["a"][:, 2].sum() == 0
     assert counter.training
+
+
+@pytest.mark.parametrize("encoder", [NanForShortClips, Counter])
+def test_every_part_of_an_encoder_has_its_mode_back_also_after_an_error(small_clips, encoder):
+    """As a student in training whose frozen part is in eval mode."""
+    student = encoder().train()
+    student.frozen = nn.BatchNorm1d(2).eval()
+    fails = encoder is NanForShortClips
+    with pytest.raises(ValueError) if fails else contextlib.nullcontext():
+        embed_clips({"a": student}, small_clips)
+    assert student.training and not student.frozen.training
+
+
+def test_embeddings_are_tensors_that_autograd_takes(small_clips, random_model, tiny_config):
+    model = random_model(tiny_config)
+    wav = read_audio(small_clips[0].wav)
+    for embeddings in (embed_clips({"a": model}, small_clips[:3])["a"], embed_long(model, wav)):
+        layer = nn.Linear(embeddings.shape[1], 2)
+        layer(embeddings).sum().backward()
+        torch.testing.assert_close(layer.weight.grad[0], embeddings.sum(dim=0))
 
 
 def test_a_batch_is_as_long_as_told_and_pads_little(small_clips):

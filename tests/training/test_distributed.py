@@ -12,6 +12,8 @@ from speechbrain.dataio.batch import PaddedBatch
 from speechbrain_mrl import MatryoshkaDistillationLoss, ReDimNetMRL
 from speechbrain_mrl.inference.store import TeacherStore
 from speechbrain_mrl.training.distill import MRLBrain
+from speechbrain_mrl.training.projection import fit_objective
+from speechbrain_mrl.utils import choose_device
 
 N_CLIPS, N_STEPS = 8, 3
 
@@ -119,3 +121,58 @@ def test_each_process_validates_its_share_and_knows_all(runs):
     assert len(expected) == N_CLIPS
     for _, _, found in ranks:
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def fit_apart(rank, folder):
+    """Rotations fitted by each rank on embeddings of its own, as ``LiveTeachers`` of its share."""
+    join(rank, 2, folder)
+    store = SimpleNamespace(embeddings=own_embeddings(rank))
+    objective = MatryoshkaDistillationLoss([4, 8], "all")
+    fit_objective(objective, store)
+    torch.save(objective.state_dict(), f"{folder}/objective-{rank}.pt")
+    leave(2)
+
+
+def own_embeddings(rank):
+    generator = torch.Generator().manual_seed(rank)
+    return {name: torch.randn(40, 6, generator=generator) + rank for name in "ab"}
+
+
+def test_two_processes_distil_to_the_target_that_the_first_has_fitted(tmp_path):
+    torch.multiprocessing.spawn(fit_apart, args=(tmp_path,), nprocs=2)
+    expected = MatryoshkaDistillationLoss([4, 8], "all").fit(own_embeddings(0)).state_dict()
+    for rank in (0, 1):
+        found = torch.load(tmp_path / f"objective-{rank}.pt")
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            torch.testing.assert_close(found[key], value)
+
+
+@pytest.mark.parametrize("given", ["command line", "run options", "YAML"])
+def test_each_process_that_is_told_cuda_takes_its_own_gpu(given, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(sb.Brain, "__init__", lambda brain, **options: seen.update(options))
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    run_opts, hparams = {}, {"device": "cuda"}
+    if given == "command line":
+        _, run_opts, _ = sb.parse_arguments(["any.yaml", "--device=cuda", "--precision=bf16"])
+        hparams = {}
+    if given == "run options":
+        run_opts, hparams = {"device": "cuda"}, {"device": "cpu"}
+    with pytest.raises(AttributeError):  # there is no Brain behind it
+        MRLBrain(stores={}, valid_trials=None, hparams=hparams, run_opts=run_opts, modules={})
+    assert seen["run_opts"]["device"] == "cuda:3"
+    assert seen["run_opts"].get("precision") == ("bf16" if given == "command line" else None)
+
+
+def test_a_device_is_chosen_by_rank_unless_it_is_named(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "5")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert [choose_device(d) for d in (None, "cuda", "cuda:1", "cpu")] == [
+        "cuda:5",
+        "cuda:5",
+        "cuda:1",
+        "cpu",
+    ]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device() == "cpu"
