@@ -36,8 +36,8 @@ from speechbrain_mrl.publish.load import (
 
 PROGRAM = "python -m speechbrain_mrl"
 MODEL_HELP = (
-    "folder or Hub id of a SpeechBrain speaker encoder, a released name (b0 … b6), or a "
-    "ReDimNet checkpoint file"
+    "folder or Hub id of a SpeechBrain speaker encoder, a released name (b0 … b6, redimnet2_b0 … "
+    "redimnet2_b6), or a checkpoint file of ReDimNet or ReDimNet2"
 )
 DTYPES = ("float32", "float16")
 
@@ -112,16 +112,21 @@ Intervals, score normalisation, calibration, comparison of models: recipes/voxce
 
     one = command(
         "convert",
-        "turn a released ReDimNet into a SpeechBrain model",
+        "turn a released ReDimNet or ReDimNet2 into a SpeechBrain model",
         f"""examples:
   {PROGRAM} convert b2-vox2-ft_lm models/b2
+  {PROGRAM} convert redimnet2_b2-vox2-lm models/redimnet2_b2
   {PROGRAM} convert b2-vox2-ft_lm models/b2-mrl --recordings calls/ --mrl_dims 64 128 192
 
 Without --recordings the weights stay as they are. With them, the embedding is rotated to the
 principal axes of these recordings, so that its first 64 coordinates are an embedding too; a few
 thousand recordings are good, nobody needs to know who speaks, and it takes no training.""",
     )
-    one.add_argument("release", metavar="RELEASE", help="model-dataset-training: b2-vox2-ft_lm")
+    one.add_argument(
+        "release",
+        metavar="RELEASE",
+        help="model-dataset-training: b2-vox2-ft_lm, redimnet2_b2-vox2-lm",
+    )
     one.add_argument("folder", metavar="FOLDER", help="to be written")
     one.add_argument("--recordings", metavar="FOLDER", help="rotate to their principal axes")
     one.add_argument(
@@ -286,7 +291,7 @@ def _verify_list(given: argparse.Namespace) -> Any:
 
 
 def convert(given: argparse.Namespace) -> Any:
-    """A released ReDimNet as a SpeechBrain model."""
+    """A released ReDimNet or ReDimNet2 as a SpeechBrain model."""
     convert_release(
         given.release,
         given.folder,

@@ -64,6 +64,13 @@ SPEC_DEFAULTS = {
     "spec_norm": "mn",
     "freq_mask_width": (0, 8),
     "time_mask_width": (0, 10),
+    "num_apply_spec_aug": 1,
+    "freq_start_bin": 0,
+    "sample_rate": SAMPLE_RATE,
+    "n_fft": N_FFT,
+    "win_length": WIN_LENGTH,
+    "f_min": 20.0,
+    "f_max": 7600.0,
 }
 # Options of the authors' code that are refused unless they have one of these values.
 SUPPORTED = {
@@ -81,6 +88,9 @@ SUPPORTED = {
     "return_all_outputs": (False, None),
     "tf_optimized_arch": (False, None),
     "spec_norm": ("mn", "mvn"),
+    "freq_start_bin": (0,),
+    "sample_rate": (SAMPLE_RATE,),
+    "n_fft": (N_FFT,),
 }
 
 
@@ -344,8 +354,9 @@ class LogMel(_StaysFloat, nn.Module):
         F, number of mel bands between 20 and 7600 Hz.
     hop_length : int
         Samples between frames.
-    do_spec_aug, norm_signal, do_preemph, spec_norm, freq_mask_width, time_mask_width
-        A checkpoint's ``spec_params``.
+    do_spec_aug, norm_signal, do_preemph, spec_norm, freq_mask_width, time_mask_width, …
+        A checkpoint's ``spec_params``; of ``freq_start_bin``, ``sample_rate`` and ``n_fft`` the
+        defaults alone are supported.
     """
 
     smallest_deviation = 1e-6  # added to that of a signal before it is divided by it
@@ -361,12 +372,20 @@ class LogMel(_StaysFloat, nn.Module):
         spec_norm: str,
         freq_mask_width: Iterable[int],
         time_mask_width: Iterable[int],
+        num_apply_spec_aug: int = 1,
+        freq_start_bin: int = 0,
+        sample_rate: int = SAMPLE_RATE,
+        n_fft: int = N_FFT,
+        win_length: int = WIN_LENGTH,
+        f_min: float = 20.0,
+        f_max: float = 7600.0,
     ) -> None:
         super().__init__()
         self.hop_length, self.norm_signal, self.spec_norm = hop_length, norm_signal, spec_norm
         # Named and numbered like the release's state dict.
         preemphasis = PreEmphasis() if do_preemph else nn.Identity()
-        self.torchfbank = nn.Sequential(nn.Identity(), preemphasis, self._mel(n_mels))
+        mel = self._mel(n_mels, win_length, f_min, f_max)
+        self.torchfbank = nn.Sequential(nn.Identity(), preemphasis, mel)
         self.drops = nn.ModuleList()
         if do_spec_aug:
             for dim, (low, high) in ((1, time_mask_width), (2, freq_mask_width)):
@@ -374,21 +393,21 @@ class LogMel(_StaysFloat, nn.Module):
                     SpectrogramDrop(
                         drop_length_low=low,
                         drop_length_high=high,
-                        drop_count_low=1,
-                        drop_count_high=1,
+                        drop_count_low=num_apply_spec_aug,
+                        drop_count_high=num_apply_spec_aug,
                         dim=dim,
                     )
                 )
 
-    def _mel(self, n_mels: int) -> nn.Module:
+    def _mel(self, n_mels: int, win_length: int, f_min: float, f_max: float) -> nn.Module:
         """Power mel spectrogram of waveforms, (B, T) -> (B, F, frames)."""
         return torchaudio.transforms.MelSpectrogram(
             sample_rate=SAMPLE_RATE,
             n_fft=N_FFT,
-            win_length=WIN_LENGTH,
+            win_length=win_length,
             hop_length=self.hop_length,
-            f_min=20.0,
-            f_max=7600.0,
+            f_min=f_min,
+            f_max=f_max,
             n_mels=n_mels,
             window_fn=torch.hamming_window,
             center=False,
@@ -959,6 +978,8 @@ def check_config(
         check_bool(key, config["spec_params"][key])
     for key in ("freq_mask_width", "time_mask_width"):
         _check_range(key, config["spec_params"][key])
+    if "n_fft" in spec_defaults:
+        _check_mel(config["spec_params"])
     return config
 
 
@@ -990,6 +1011,22 @@ def _check_range(key: str, value: Any) -> None:
     ok = isinstance(value, (list, tuple)) and len(value) == 2
     if not ok or not all(type(x) is int for x in value) or not 0 <= value[0] < value[1]:
         raise ValueError(f"spec_params has {key}={value!r}; it must be two ascending integers")
+
+
+def _check_mel(spec_params: dict[str, Any]) -> None:
+    for key in ("num_apply_spec_aug", "win_length"):
+        check_positive(key, spec_params[key])
+    if spec_params["win_length"] > N_FFT:
+        raise ValueError(
+            f"spec_params has win_length={spec_params['win_length']}; it must be at most {N_FFT}"
+        )
+    edges = [spec_params["f_min"], spec_params["f_max"]]
+    numbers = all(isinstance(f, (int, float)) and not isinstance(f, bool) for f in edges)
+    if not numbers or not 0 <= edges[0] < edges[1] <= SAMPLE_RATE / 2:
+        raise ValueError(
+            f"spec_params has f_min={edges[0]!r} and f_max={edges[1]!r}; they must be ascending "
+            f"frequencies in 0..{SAMPLE_RATE // 2} Hz"
+        )
 
 
 def check_stages(config: dict[str, Any]) -> None:

@@ -95,6 +95,7 @@ SUPPORTED2: dict[str, tuple[Any, ...]] = {
     "feat_type": ("tf", "tf_mel", "pt", "pt_mel"),
     "return_all_outputs": (False, None),
 }
+TF_PARAMS = ("do_spec_aug", "norm_signal", "do_preemph", "freq_mask_width", "time_mask_width")
 
 
 def complete_config(model_config: dict[str, Any]) -> dict[str, Any]:
@@ -107,10 +108,9 @@ def complete_config(model_config: dict[str, Any]) -> dict[str, Any]:
     """
     feat_type = model_config.get("feat_type") if isinstance(model_config, dict) else None
     of_tf = str(feat_type).startswith("tf")
-    spec_defaults = {
-        key: value for key, value in SPEC_DEFAULTS.items() if not (of_tf and key == "spec_norm")
-    }
-    supported = SUPPORTED2 if of_tf else {**SUPPORTED2, "spec_norm": SUPPORTED["spec_norm"]}
+    spec_defaults = {key: SPEC_DEFAULTS[key] for key in TF_PARAMS} if of_tf else SPEC_DEFAULTS
+    of_pt = {key: SUPPORTED[key] for key in SUPPORTED if key in SPEC_DEFAULTS}
+    supported = SUPPORTED2 if of_tf else {**SUPPORTED2, **of_pt}
     config = check_config(model_config, CONFIG_DEFAULTS, spec_defaults, supported)
     for key in ("compress_tconvs", "return_2d_output", "use_freq_pos_enc", "dual_agg", "agg_gnorm"):
         check_bool(key, config[key])
@@ -262,7 +262,7 @@ class TfLogMel(LogMel):
 
     smallest_deviation = 1e-8
 
-    def _mel(self, n_mels: int) -> nn.Module:
+    def _mel(self, n_mels: int, win_length: int, f_min: float, f_max: float) -> nn.Module:
         return TfMel(n_mels, self.hop_length)
 
     def _log_mel(self, wavs: Tensor, counts: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -5,6 +5,7 @@ import fill
 import pytest
 import torch
 import torch.nn.functional as F
+import torchaudio
 from plain import PlainReDimNet
 
 from speechbrain_mrl.models.redimnet import (
@@ -104,7 +105,13 @@ def test_preset_builds_and_runs_with_the_keys_of_its_fixture(parity, voices, siz
         ({"block_1d_type": "gru"}, "block_1d_type='gru'; supported: 'fc', 'conv', 'att'"),
         ({"block_2d_type": "convnext"}, "block_2d_type='convnext'"),
         ({"n_mels": 80}, r"model_config has unknown keys \['n_mels'\]"),
-        ({"spec_params": {"n_fft": 1024}}, r"spec_params has unknown keys \['n_fft'\]"),
+        ({"spec_params": {"eps": 1e-5}}, r"spec_params has unknown keys \['eps'\]"),
+        ({"spec_params": {"n_fft": 1024}}, "n_fft=1024; supported: 512"),
+        ({"spec_params": {"sample_rate": 8000}}, "sample_rate=8000; supported: 16000"),
+        ({"spec_params": {"freq_start_bin": 3}}, "freq_start_bin=3; supported: 0"),
+        ({"spec_params": {"win_length": 600}}, "win_length=600; it must be at most 512"),
+        ({"spec_params": {"f_max": 9000}}, "f_min=20.0 and f_max=9000; they must be ascending"),
+        ({"spec_params": {"num_apply_spec_aug": 0}}, "num_apply_spec_aug=0"),
         ({"spec_params": {"spec_norm": "bn"}}, "spec_norm='bn'; supported: 'mn', 'mvn'"),
         ({"spec_params": {"norm_signal": 1}}, "norm_signal=1; it must be true or false"),
         ({"spec_params": {"freq_mask_width": [6, 0]}}, r"freq_mask_width=\[6, 0\]"),
@@ -339,6 +346,19 @@ def test_silence_has_a_finite_embedding(tiny_config, random_model, spec_norm):
 def test_impossible_wav_lens_are_refused(tiny_config, wav_lens, message):
     with pytest.raises(ValueError, match=message):
         ReDimNet.from_config(tiny_config)(torch.zeros(2, 16000), torch.tensor(wav_lens))
+
+
+def test_mel_parameters_of_a_checkpoint_are_those_of_torchaudio(tiny_config):
+    given = {"f_min": 60, "f_max": 7000, "win_length": 320, "num_apply_spec_aug": 2}
+    whole = {"sample_rate": 16000, "n_fft": 512, "freq_start_bin": 0, "do_preemph": False, **given}
+    spec = ReDimNet.from_config({**tiny_config, "spec_params": whole}).eval().spec
+    wavs = torch.randn(1, 16000)
+    mel = torchaudio.transforms.MelSpectrogram(
+        16000, 512, 320, 240, 60, 7000, n_mels=24, window_fn=torch.hamming_window
+    )
+    expected = (mel(wavs) + 1e-6).log()
+    expected = expected - expected.mean(dim=-1, keepdim=True)
+    torch.testing.assert_close(spec(wavs)[0], expected, atol=1e-4, rtol=1e-4)
 
 
 # Training

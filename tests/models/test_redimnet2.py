@@ -123,6 +123,8 @@ def test_presets_have_as_many_parameters_as_published(size):
         ({"offset_fm_weights": 1}, r"unknown keys \['offset_fm_weights'\]"),
         ({"spec_params": {"spec_norm": "mn"}}, r"spec_params has unknown keys \['spec_norm'\]"),
         ({"feat_type": "pt", "spec_params": {"spec_norm": "bn"}}, "spec_norm='bn'; supported"),
+        ({"feat_type": "pt", "spec_params": {"n_fft": 1024}}, "n_fft=1024; supported: 512"),
+        ({"spec_params": {"n_fft": 512}}, r"unknown keys \['n_fft'\]"),
         ({"pad_right_samples": -1}, "pad_right_samples=-1"),
         ({"before_pool_offset": 1.5}, "before_pool_offset=1.5"),
         ({"stages_setup": []}, "stages_setup=\\[\\]; it must list the stages"),
