@@ -15,7 +15,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-from hyperpyyaml import load_hyperpyyaml
 from ruamel.yaml import YAML
 
 RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "voxceleb"
@@ -23,6 +22,7 @@ sys.path.insert(0, str(RECIPE))
 
 import train  # noqa: E402
 from corpus import prepare  # noqa: E402
+from read_hparams import is_demo, read_yaml  # noqa: E402
 
 from speechbrain_mrl.dataio.clips import read_clips  # noqa: E402
 from speechbrain_mrl.evaluation.baselines import truncation_baselines  # noqa: E402
@@ -51,7 +51,7 @@ WAYS = {  # YAML and what it changes
     "distill": ("mrl_distill", {}),
     "amalgamate": ("mrl_amalgamate", {}),
     "progressive": ("mrl_progressive", {}),
-    "supervised": ("mrl_supervised", {"teachers": None, "stages": None, "margin_epochs": 0}),
+    "supervised": ("mrl_supervised", {"stages": None, "margin_epochs": 0}),
     "separate": ("mrl_distill", {}),  # one model for each size, each with the whole budget
     "best_teacher": ("mrl_distill", {}),  # the one with the lowest EER, alone
     # Terms of mrl_distill
@@ -63,7 +63,7 @@ WAYS = {  # YAML and what it changes
     "mse": ("mrl_distill", terms(mse=1.0)),
     "map": ("mrl_distill", {}),  # small sizes follow the first teachers, large ones the last
     # Supervised, and the second half of the steps is large-margin fine-tuning
-    "large_margin": ("mrl_supervised", {"teachers": None, "margin_epochs": 0}),
+    "large_margin": ("mrl_supervised", {"margin_epochs": 0}),
 }
 DEFAULT_WAYS = ["distill", "amalgamate", "progressive", "supervised", "separate"]
 
@@ -71,15 +71,14 @@ DEFAULT_WAYS = ["distill", "amalgamate", "progressive", "supervised", "separate"
 def common_options(given, folder):
     """What every run is called with, the corpus, and the teachers: the demo's if no data is given."""
     overrides = "".join(f"{key}: {value}\n" for key, value in given.items())
-    document = train.read_yaml(HPARAMS / "mrl_distill.yaml", overrides)
-    demo = document["data_folder"] is None
+    document = read_yaml(HPARAMS / "mrl_distill.yaml", overrides)
     document["output_folder"] = str(folder)
-    hparams = load_hyperpyyaml(train.resolve(document))
+    hparams = train.load_stage(document)
     corpus = prepare(hparams, debug=False)
-    if demo:
-        keys = [*YAML().load(RECIPE / "demo.yaml"), "backbone", "teachers"]
-        given = {**{key: dump(document[key]) for key in keys}, **given}
-        given["data_folder"] = str(folder / "voices")
+    if is_demo(hparams):
+        demo = YAML().load(RECIPE / "demo.yaml").keys() & document.keys()
+        given = {**{key: dump(document[key]) for key in demo}, **given}
+        given["data_folder"] = hparams["data_folder"]
     if given.get("trials") is None:  # the same for all runs
         given["trials"] = str(folder / "trials.txt")
         Path(given["trials"]).write_text(Path(corpus.test_trials).read_text())
@@ -122,20 +121,16 @@ def progressive_stages(mrl_dims, n_teachers):
 
     >>> progressive_stages([64, 128, 256], n_teachers=2)[1]
     {'stage': 'to_128', 'embed_dim': 128, 'mrl_dims': [64, 128], 'taught_by': [0]}
+    >>> progressive_stages([64, 128, 256], n_teachers=2)[2]  # all sizes, those of the YAML
+    {'stage': 'to_256', 'taught_by': [1]}
     """
     n_stages = min(N_STAGES, len(mrl_dims))
     stages = []
     for number in range(1, n_stages + 1):
         dims = mrl_dims[: math.ceil(number * len(mrl_dims) / n_stages)]
         teacher = round((number - 1) * (n_teachers - 1) / max(1, n_stages - 1))
-        stages.append(
-            {
-                "stage": f"to_{dims[-1]}",
-                "embed_dim": dims[-1],
-                "mrl_dims": dims,
-                "taught_by": [teacher],
-            }
-        )
+        sizes = {"embed_dim": dims[-1], "mrl_dims": dims} if number < n_stages else {}
+        stages.append({"stage": f"to_{dims[-1]}", **sizes, "taught_by": [teacher]})
     return stages
 
 
@@ -150,8 +145,10 @@ def scores_of(way, seed, common, corpus, steps, hparams, device, trials, folder)
             n_batches = len(read_clips(corpus.train_csv)) * hparams["chunks_per_clip"]
             n_batches = max(1, round(0.9 * n_batches) // hparams["batch_size"])
             options["number_of_epochs"] = math.ceil(changes["optimizer_step_limit"] / n_batches)
-            arguments = [f"--{key}={dump(value)}" for key, value in options.items()]
-            student = train.main([str(HPARAMS / f"{WAYS[way][0]}.yaml"), *arguments])
+            yaml = HPARAMS / f"{WAYS[way][0]}.yaml"
+            known = {"device", "optimizer_step_limit", *YAML().load(yaml)}
+            arguments = [f"--{k}={dump(value)}" for k, value in options.items() if k in known]
+            student = train.main([str(yaml), *arguments])
             found = embed(student, corpus, trials, hparams, device)
             scores |= score_trials(found, trials, student.mrl_dims)
         seconds = time.time() - started
@@ -179,7 +176,7 @@ def baselines(teachers, corpus, trials, hparams, device, n_bootstrap, folder):
             teachers,
             read_clips(getattr(corpus, f"{split}_csv")),
             device,
-            hparams["teacher_batch_seconds"],
+            hparams["batch_seconds"],
             hparams["max_seconds"],
             hparams["num_workers"],
         )

@@ -16,8 +16,8 @@ import pytest
 import soundfile
 import speechbrain as sb
 import torch
-import train
 from hyperpyyaml import load_hyperpyyaml
+from read_hparams import read_yaml, split_stages
 from ruamel.yaml import YAML
 from speechbrain.utils import fetching
 
@@ -202,7 +202,7 @@ def check_recipe(script, options):
     yaml = ROOT / options[0]
     _, _, overrides = sb.parse_arguments([str(yaml), *options[1:]])
     if script == "train.py":  # an unknown key raises
-        train.resolve_stages(train.read_yaml(yaml, overrides))
+        split_stages(read_yaml(yaml, overrides))
     else:
         keys = YAML().load(yaml)
         assert set(load_hyperpyyaml(overrides)) <= set(keys), overrides

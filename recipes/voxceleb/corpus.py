@@ -5,6 +5,7 @@ from pathlib import Path
 
 from demo_voices import make_demo_corpus
 from folder_prepare import prepare_folder
+from read_hparams import is_demo
 from speechbrain.utils.distributed import run_on_main
 from voxceleb_prepare import prepare_voxceleb
 
@@ -13,16 +14,10 @@ from speechbrain_mrl.dataio.clips import iter_clips
 
 def prepare(hparams, debug):
     """The corpus' lists; on the main process first."""
-    data_folder = hparams["data_folder"]
-    if hparams["labels"] and not hparams["speaker_folders"]:
-        raise ValueError(
-            "labels need speaker_folders; set labels to False or speaker_folders to True"
-        )
-    if data_folder is None:
-        data_folder = str(Path(hparams["output_folder"]) / "voices")
-        run_on_main(make_demo_corpus, kwargs={"folder": data_folder})
+    if is_demo(hparams):
+        run_on_main(make_demo_corpus, kwargs={"folder": hparams["data_folder"]})
     arguments = {
-        "data_folder": data_folder,
+        "data_folder": hparams["data_folder"],
         "save_folder": str(Path(hparams["output_folder"]) / "lists"),
         "trials": hparams["trials"],
         "seed": hparams["split_seed"],

@@ -6,6 +6,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
+from read_hparams import is_demo
 
 from speechbrain_mrl import export_model
 from speechbrain_mrl.dataio.clips import iter_clips, read_clips
@@ -67,7 +68,7 @@ def report_on(student, start, teachers, fit_embeddings, corpus, hparams, started
     )
     report = make_report(
         trials=trials,
-        corpus=hparams["data_folder"] or "demo",
+        corpus="demo" if is_demo(hparams) else hparams["data_folder"],
         params=sum(p.numel() for p in student.parameters()),
         seconds=round(time.time() - started, 1),
         **results,

@@ -6,27 +6,35 @@ Without ``--data_folder`` it runs a demo on synthetic voices with small teachers
 """
 
 import csv
+import json
 import sys
 import time
 from functools import partial
 from pathlib import Path
 
 import speechbrain as sb
-from check_yaml import changed, check_train, dumped, merge
+from check_hparams import check_training
 from corpus import prepare
-from hyperpyyaml import load_hyperpyyaml, resolve_references
+from hyperpyyaml import load_hyperpyyaml
 from outcome import enrol, export, report_agreement, report_on
-from ruamel.yaml import YAML
-from rules import TRAIN
+from read_hparams import (
+    dumped,
+    is_demo,
+    parse,
+    read_yaml,
+    resolved,
+    run_options,
+    split_stages,
+)
 from speechbrain.dataio.encoder import CategoricalEncoder
 from speechbrain.utils.distributed import ddp_init_group, if_main_process
 
-from speechbrain_mrl import ReDimNetMRL, matryoshka_rotation, push_to_hub
+from speechbrain_mrl import matryoshka_rotation, push_to_hub
 from speechbrain_mrl.dataio.clips import read_clips
 from speechbrain_mrl.dataio.dataset import seed_draws, train_dataset, valid_dataset
 from speechbrain_mrl.dataio.shards import shard_loader
 from speechbrain_mrl.evaluation.verification import read_trials
-from speechbrain_mrl.inference.encoders import load_teachers
+from speechbrain_mrl.inference.encoders import choose_teachers, load_teachers
 from speechbrain_mrl.inference.extract import embed_clips
 from speechbrain_mrl.inference.optimize import prepare_cpu
 from speechbrain_mrl.inference.store import TeacherStore
@@ -46,115 +54,75 @@ from speechbrain_mrl.training.projection import (
 )
 from speechbrain_mrl.utils import choose_device, only_run, replacing
 
-RECIPE = Path(__file__).resolve().parent
 DEMO = "demo: synthetic voices and small demo teachers, no figure here is a VoxCeleb figure"
 
 
-def read_yaml(hparams_file, overrides):
-    """The YAML on its base, with the command line's overrides; the demo's where no data is given."""
-    yaml = YAML()
-    document = yaml.load(Path(hparams_file))
-    own_demo = document.pop("demo", {})
-    if "base" in document:
-        changes = document
-        document = yaml.load(Path(hparams_file).with_name(changes.pop("base")))
-        merge(document, changes)
-    given = yaml.load(overrides) or {}
-    if given.get("data_folder") is None:
-        checkpoints = sorted(
-            (RECIPE / "demo_teachers").glob("*.pt"), key=lambda p: p.stat().st_size
-        )
-        demo = {**yaml.load(RECIPE / "demo.yaml"), "backbone": str(checkpoints[-1]), **own_demo}
-        if document["teachers"] is not None:
-            demo["teachers"] = [str(path) for path in checkpoints]
-        given = {**demo, **given}
-    return changed(document, given)
+def load_stage(document):
+    """The objects of a stage; of a pretrained one ``backbone`` is the network it starts from.
 
-
-def resolve_stages(document):
-    """The text of each stage: the YAML with that stage's changes, all references resolved.
-
-    Without ``stages`` it is one, without a name.
+    The student has that network's architecture, whatever is usual for its name.
     """
-    stages, rule = document["stages"], TRAIN["stages"]
-    if not rule.holds(stages):
-        raise ValueError(f"stages must be {rule.text}, got {stages!r}")
-    texts = {}
-    for number, stage in enumerate(stages or [{"stage": ""}], start=1):
-        stage = {"stage": str(number), **stage}
-        if stage["stage"] in texts:
-            raise ValueError(f"two stages are called {stage['stage']!r}; give each its own name")
-        texts[stage["stage"]] = resolve(changed({**document, "stages": None}, stage))
-    return list(texts.values())
-
-
-def resolve(document):
-    """The document's text, without references."""
-    return resolve_references(dumped(document)).getvalue()
-
-
-def make_student(hparams, corpus, objective, stores, **embed_options):
-    """The student before its first step: random, or pretrained and rotated.
-
-    The rotation changes no cosine of the checkpoint's coordinates. It puts the teachers' principal
-    axes first, or without teachers the checkpoint's own.
-    """
-    embed_dim, mrl_dims = hparams["embed_dim"], hparams["mrl_dims"]
-    backbone = hparams["backbone"]
-    if not hparams["pretrained"]:
-        return ReDimNetMRL(embed_dim, mrl_dims, backbone)
-    if Path(backbone).is_file():
-        redimnet = load_checkpoint(backbone)
+    tree = parse(document)
+    if not tree.get("pretrained"):
+        return load_hyperpyyaml(resolved(document))
+    if Path(tree["backbone"]).is_file():
+        network = load_checkpoint(tree["backbone"])
     else:
-        release = hparams["student_train_type"], hparams["student_dataset"]
-        redimnet = load_released(backbone, *release)
-    k = redimnet.embed_dim
-    cut = embed_dim < k
-    student = ReDimNetMRL.from_redimnet(redimnet, *((k, [k]) if cut else (embed_dim, mrl_dims)))
-    if hparams["checkpointer"].find_checkpoint() is None:
-        clips = spread(read_clips(corpus.train_csv))
-        student.to(embed_options.get("device", "cpu"))
-        if stores:
-            align_head(student, k, objective, stores[sb.Stage.TRAIN], clips, **embed_options)
-        else:
-            found = embed_clips({"backbone": student}, clips, **embed_options)["backbone"]
-            student.rotate_head(matryoshka_rotation(found[:, :k], [k]).matrix)
-    return resize_model(student, mrl_dims) if cut else student
+        release = tree["student_train_type"], tree["student_dataset"]
+        network = load_released(tree["backbone"], *release)
+    architecture = json.loads(json.dumps(network.model_config))  # lists where it has tuples
+    hparams = load_hyperpyyaml(resolved({**document, "backbone": architecture}))
+    return hparams | {"backbone": network}
 
 
-def go_on(student, previous_objective, hparams, corpus, objective, stores, **embed_options):
-    """The student of the stage before, in the sizes of this one; its new coordinates are fitted."""
-    grown = resize_model(student, hparams["mrl_dims"])
+def start_student(hparams, corpus, objective, stores, **embed_options):
+    """The YAML's student before its first step: random, or pretrained and rotated.
+
+    The rotation changes no cosine of the checkpoint's dimensions. It puts the teachers' principal
+    components first, or without teachers the checkpoint's own.
+    """
+    student, mrl_dims = hparams["student"], hparams["mrl_dims"]
+    if hparams["checkpointer"].find_checkpoint() is not None:  # which has the weights
+        return student
+    if "pretrainer" in hparams:
+        hparams["pretrainer"].collect_files()
+        hparams["pretrainer"].load_collected()
+    if not hparams.get("pretrained"):
+        return student
+    k = hparams["backbone"].embed_dim
+    whole_dim = max(k, hparams["embed_dim"])
+    whole = type(student).from_redimnet(hparams["backbone"], whole_dim, [whole_dim])
+    clips = spread(read_clips(corpus.train_csv))
+    whole.to(embed_options.get("device", "cpu"))
+    if stores:
+        align_head(whole, k, objective, stores[sb.Stage.TRAIN], clips, **embed_options)
+    else:
+        found = embed_clips({"student": whole}, clips, **embed_options)["student"]
+        whole.rotate_head(matryoshka_rotation(found[:, :k], [k]).matrix)
+    student.load_state_dict(resize_model(whole, mrl_dims).state_dict())
+    return student
+
+
+def go_on(previous, previous_objective, hparams, corpus, objective, stores, **embed_options):
+    """The YAML's student as the stage before left its own; new dimensions are fitted."""
+    student = hparams["student"]
     carry_over(objective, previous_objective)
-    if stores and hparams["checkpointer"].find_checkpoint() is None:
+    if hparams["checkpointer"].find_checkpoint() is not None:
+        return student
+    grown = resize_model(previous, hparams["mrl_dims"])
+    if stores:
         fit_objective(objective, stores[sb.Stage.TRAIN])
         clips = spread(read_clips(corpus.train_csv))
         start_new_coordinates(
             grown.to(embed_options["device"]),
-            min(student.embed_dim, grown.embed_dim),
+            min(previous.embed_dim, grown.embed_dim),
             objective,
             stores[sb.Stage.TRAIN].lookup([clip.id for clip in clips]),
             clips,
             **embed_options,
         )
-    return grown
-
-
-def load_stage_teachers(hparams, device):
-    """The teachers of a stage, by name; none without ``teachers``."""
-    named = hparams["teachers"]
-    if named is None:
-        return {}
-    if hparams["taught_by"] is not None:
-        pairs = list(named.items() if isinstance(named, dict) else enumerate(named))
-        if not all(-len(pairs) <= position < len(pairs) for position in hparams["taught_by"]):
-            raise ValueError(
-                f"taught_by {hparams['taught_by']} must be positions in the {len(pairs)} teachers "
-                f"{[str(name) for name in named]}, the first is 0"
-            )
-        chosen = [pairs[position] for position in hparams["taught_by"]]
-        named = dict(chosen) if isinstance(named, dict) else [teacher for _, teacher in chosen]
-    return load_teachers(named, hparams["teacher_train_type"], hparams["teacher_dataset"], device)
+    student.load_state_dict(grown.state_dict())
+    return student
 
 
 def train_stage(previous, hparams, corpus, run_opts, teachers, **embed_options):
@@ -183,13 +151,13 @@ def train_stage(previous, hparams, corpus, run_opts, teachers, **embed_options):
         n_classes = len(label_encoder)
     seed_draws(0)  # whatever a killed run had already done
     objective = hparams["objective"](n_classes=n_classes)
-    make = make_student if previous is None else partial(go_on, *previous)
+    make = start_student if previous is None else partial(go_on, *previous)
     student = make(hparams, corpus, objective, stores, **embed_options)
     start = starting_point(student, hparams["checkpointer"])
     train_set = train_dataset(
         corpus.train_csv, hparams["chunk_seconds"], hparams["chunks_per_clip"], label_encoder
     )
-    if hparams["shards"] is not None and not run_opts.get("debug"):
+    if hparams["shards"] is not None and not run_options(run_opts, hparams).get("debug"):
         train_set = shard_loader(train_set, hparams["shards"], **hparams["train_loader"])
     train_student(
         student,
@@ -208,11 +176,11 @@ def main(argv):
     """Everything from the command line to the report."""
     hparams_file, run_opts, overrides = sb.parse_arguments(argv)
     document = read_yaml(hparams_file, overrides)
-    texts = resolve_stages(document)
-    for text in texts:
-        check_train(text)
-    stages = [load_hyperpyyaml(text) for text in texts]
-    ddp_init_group(run_opts)
+    stages = split_stages(document)
+    for stage in stages:
+        check_training(parse(stage))
+    stages = [load_stage(stage) for stage in stages]
+    ddp_init_group(run_options(run_opts, stages[-1]))
     with only_run(stages[-1]["output_folder"]):
         return run(document, stages, run_opts)
 
@@ -221,20 +189,20 @@ def run(document, stages, run_opts):
     """All stages, the report and the model folder."""
     started = time.time()
     hparams = stages[-1]
-    demo = hparams["data_folder"] is None
+    options = run_options(run_opts, hparams)
+    demo, debug = is_demo(hparams), options.get("debug", False)
     if demo and if_main_process():
         print(DEMO)
-    resolved = Path(hparams["output_folder"]) / "resolved.yaml"
+    kept = Path(hparams["output_folder"]) / "resolved.yaml"
     if if_main_process():
-        with replacing(resolved) as part:
-            part.write_text(resolve(document))
-    sb.create_experiment_directory(hparams["output_folder"], resolved)
-    debug = run_opts.get("debug", False)
+        with replacing(kept) as part:
+            part.write_text(dumped(document))
+    sb.create_experiment_directory(hparams["output_folder"], kept)
     corpus = prepare(hparams, debug)
 
     embed_options = {
-        "device": choose_device(run_opts.get("device") or hparams.get("device")),
-        "batch_seconds": hparams["teacher_batch_seconds"],
+        "device": choose_device(options.get("device")),
+        "batch_seconds": hparams["batch_seconds"],
         "max_seconds": hparams["max_seconds"],
         "num_workers": hparams["num_workers"],
     }
@@ -243,7 +211,14 @@ def run(document, stages, run_opts):
     for stage in stages:
         if debug:  # its rows would stay in the table of the training after it
             stage["train_logger"] = TrainingLog(Path(stage["output_folder"]) / "debug_log.txt")
-        taught = load_stage_teachers(stage, embed_options["device"])
+        taught = {}
+        if stage.get("teachers") is not None:
+            taught = load_teachers(
+                choose_teachers(stage["teachers"], stage["taught_by"]),
+                stage["teacher_train_type"],
+                stage["teacher_dataset"],
+                embed_options["device"],
+            )
         trained, stores, start = train_stage(
             trained, stage, corpus, run_opts, taught, **embed_options
         )

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import speechbrain as sb
 import torch
-from check_yaml import changed, check_verify, dumped
+from check_hparams import check_verification
 from hyperpyyaml import load_hyperpyyaml
-from ruamel.yaml import YAML
+from read_hparams import parse, read_yaml, resolved, run_options
 from speechbrain.utils.distributed import ddp_init_group, if_main_process
 from voxceleb_prepare import SAMPLE_RATE, find_recordings, read_headers
 
@@ -290,13 +290,13 @@ def report_on(hparams, trials, parts, cosines, params, started):
 def main(argv):
     """From the command line to the report."""
     hparams_file, run_opts, overrides = sb.parse_arguments(argv)
-    yaml = YAML()
-    text = dumped(changed(yaml.load(Path(hparams_file)), yaml.load(overrides) or {}))
-    check_verify(text)
-    hparams = load_hyperpyyaml(text)
-    ddp_init_group(run_opts)
+    document = read_yaml(hparams_file, overrides)
+    check_verification(parse(document))
+    hparams = load_hyperpyyaml(resolved(document))
+    options = run_options(run_opts, hparams)
+    ddp_init_group(options)
     with only_run(hparams["output_folder"]):
-        verify(hparams, choose_device(run_opts.get("device") or "cpu"))
+        verify(hparams, choose_device(options.get("device") or "cpu"))
 
 
 if __name__ == "__main__":

@@ -116,18 +116,27 @@ def sizes_and_thresholds(encoder: nn.Module, embed_dim: int) -> tuple[list[int],
     return sizes, {int(size): found["eer"] for size, found in thresholds.items()}
 
 
-def load_teachers(
-    teachers: Mapping[str, Any] | Sequence[Any],
-    train_type: str = "ft_lm",
-    dataset: str = "vox2",
-    device: str = "cpu",
-) -> dict[str, nn.Module]:
+def choose_teachers(
+    teachers: Mapping[str, Any] | Sequence[Any], taught_by: Sequence[int] | None = None
+) -> dict[str, Any]:
     """Teachers by name; a list names each after its release or file.
+
+    Arguments
+    ---------
+    teachers : mapping or sequence
+        What ``load_teacher`` takes; modules only in a mapping.
+    taught_by : sequence of int, optional
+        Positions of those to choose, the first is 0, the last -1. None: all.
 
     Raises
     ------
     ValueError
-        If there is none, or two have one name.
+        If there is none, two have one name, or a position is past the last.
+
+    Example
+    -------
+    >>> choose_teachers(["b0", "/models/mine.pt"], taught_by=[-1])
+    {'mine': '/models/mine.pt'}
     """
     if not isinstance(teachers, Mapping):
         named = {Path(str(teacher)).stem: teacher for teacher in teachers}
@@ -136,7 +145,25 @@ def load_teachers(
         teachers = named
     if not teachers:
         raise ValueError("teachers is empty; name at least one, as in teachers: [b2]")
+    if taught_by is None:
+        return dict(teachers)
+    if not all(-len(teachers) <= position < len(teachers) for position in taught_by):
+        raise ValueError(
+            f"taught_by {taught_by} must be positions in the {len(teachers)} teachers "
+            f"{list(teachers)}, the first is 0"
+        )
+    chosen = [list(teachers)[position] for position in taught_by]
+    return {name: teachers[name] for name in chosen}
+
+
+def load_teachers(
+    teachers: Mapping[str, Any] | Sequence[Any],
+    train_type: str = "ft_lm",
+    dataset: str = "vox2",
+    device: str = "cpu",
+) -> dict[str, nn.Module]:
+    """Teachers by name, as ``choose_teachers`` names them, each as from ``load_teacher``."""
     return {
         name: load_teacher(teacher, train_type, dataset, device)
-        for name, teacher in teachers.items()
+        for name, teacher in choose_teachers(teachers).items()
     }

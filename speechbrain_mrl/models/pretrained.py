@@ -222,12 +222,23 @@ def load_released(
 
     The families' names of large-margin fine-tuning, "ft_lm" and "lm", mean the same here.
     """
+    train_type = _own_train_type(model_name, train_type)
     if not model_name.startswith(PREFIX2):
-        train_type = "ft_lm" if train_type == "lm" else train_type
         return load_pretrained_redimnet(model_name, train_type, dataset, source)
-    train_type = "lm" if train_type == "ft_lm" else train_type
     model_name = model_name.removeprefix(PREFIX2)
     return load_pretrained_redimnet2(model_name, train_type, dataset, source)
+
+
+def _own_train_type(model_name: str, train_type: str) -> str:
+    """The family's own name of large-margin fine-tuning."""
+    if train_type not in ("lm", "ft_lm"):
+        return train_type
+    return "lm" if model_name.startswith(PREFIX2) else "ft_lm"
+
+
+def check_released(model_name: str, train_type: str, dataset: str) -> None:
+    """Raise ValueError unless there is a release as ``load_released`` names it."""
+    _check_release(model_name, _own_train_type(model_name, train_type), dataset)
 
 
 def load_checkpoint(
@@ -260,15 +271,24 @@ class ReDimNetMRL(MatryoshkaReDimNet):
         str(MatryoshkaReDimNet.__doc__)
         .replace("MatryoshkaReDimNet(", "ReDimNetMRL(")
         .replace('"b0" … "b6" for', '"b0" … "b6" or "redimnet2_b0" … "redimnet2_b6" for')
+        .replace("or a checkpoint's", "a checkpoint file, or its")
     )
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "ReDimNetMRL":
         """Of a ReDimNet2 backbone the subclass for it."""
-        backbone = args[2] if len(args) > 2 else kwargs.get("backbone")
+        backbone = _config_of(args[2] if len(args) > 2 else kwargs.get("backbone"))
         named = isinstance(backbone, str) and backbone.startswith(PREFIX2)
         if cls is ReDimNetMRL and (named or network_class(backbone) is ReDimNet2):
             cls = ReDimNet2MRL
         return super().__new__(cls)
+
+    def __init__(
+        self,
+        embed_dim: int = 256,
+        mrl_dims: Iterable[int] = (64, 128, 192, 256),
+        backbone: str | os.PathLike[str] | dict[str, Any] = "b2",
+    ) -> None:
+        super().__init__(embed_dim, mrl_dims, _config_of(backbone))
 
     @classmethod
     def from_pretrained(
@@ -293,6 +313,12 @@ class ReDimNetMRL(MatryoshkaReDimNet):
 
 class ReDimNet2MRL(ReDimNetMRL, MatryoshkaReDimNet2):
     """``ReDimNetMRL`` of a ReDimNet2 backbone, which ``ReDimNetMRL(backbone=…)`` makes."""
+
+
+def _config_of(backbone: Any) -> Any:
+    """Of a checkpoint file its ``model_config``, of anything else itself."""
+    is_file = isinstance(backbone, (str, os.PathLike)) and os.path.isfile(backbone)
+    return read_checkpoint(backbone)["model_config"] if is_file else backbone
 
 
 def read_checkpoint(path: str | os.PathLike[str], sha256: str | None = None) -> dict[str, Any]:
@@ -344,32 +370,41 @@ def load_strictly(
     )
 
 
+def _is_released(model_name: str, train_type: str, dataset: str) -> bool:
+    release = releases_of(model_name).get(dataset, {"model_names": (), "train_types": ()})
+    named = model_name.removeprefix(PREFIX2) in release["model_names"]
+    return named and train_type in release["train_types"]
+
+
+def _check_release(model_name: str, train_type: str, dataset: str) -> None:
+    if not _is_released(model_name, train_type, dataset):
+        known = [
+            f"{'/'.join(entry['model_names'])}-{data}-{'/'.join(entry['train_types'])}"
+            for data, entry in releases_of(model_name).items()
+        ]
+        name = f"{model_name.removeprefix(PREFIX2)}-{dataset}-{train_type}.pt"
+        family = "ReDimNet2" if model_name.startswith(PREFIX2) else "ReDimNet"
+        raise ValueError(f"{name} of {family} was never released; released are {', '.join(known)}")
+
+
 def _find_release(
     model_name: str, train_type: str, dataset: str, folder: str | os.PathLike[str] | None
 ) -> Path:
     """Path of a release file, in a folder or, downloaded if need be, in torch.hub's cache."""
-    own, table = model_name.removeprefix(PREFIX2), releases_of(model_name)
     of_two = model_name.startswith(PREFIX2)
-    name = f"{own}-{dataset}-{train_type}.pt"
+    name = f"{model_name.removeprefix(PREFIX2)}-{dataset}-{train_type}.pt"
     url = (URL2 if of_two else URL) + urllib.parse.quote(name)
-    release = table.get(dataset, {"model_names": (), "train_types": ()})
-    released = own in release["model_names"] and train_type in release["train_types"]
     if folder is not None:
         path = Path(folder) / name
         if not path.is_file():
+            released = _is_released(model_name, train_type, dataset)
             hint = f"; download it from {url}" if released else ""
             raise FileNotFoundError(
                 f"source {str(folder)!r} is neither a checkpoint nor a folder that holds {name}"
                 + hint
             )
         return path
-    if not released:
-        known = [
-            f"{'/'.join(entry['model_names'])}-{data}-{'/'.join(entry['train_types'])}"
-            for data, entry in table.items()
-        ]
-        family = "ReDimNet2" if of_two else "ReDimNet"
-        raise ValueError(f"{name} of {family} was never released; released are {', '.join(known)}")
+    _check_release(model_name, train_type, dataset)
     path = Path(torch.hub.get_dir(), "checkpoints", "redimnet2" if of_two else "", name)
     if not path.is_file():
         try:

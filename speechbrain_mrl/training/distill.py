@@ -109,7 +109,7 @@ def train_student(
         cooldown=max(1, round(hparams["cooldown"] * n_steps)),
         total_steps=n_steps,
     )
-    brain.margin_steps = round(hparams["margin_epochs"] * steps_per_epoch)
+    brain.margin_steps = round(hparams.get("margin_epochs", 0) * steps_per_epoch)
     with only_run(checkpointer.checkpoints_dir):
         brain.fit(
             hparams["epoch_counter"],
@@ -231,7 +231,6 @@ def train_distilled_mrl(
         "mrl_dims": student.mrl_dims,
         "stage": "",
         "labels": False,
-        "margin_epochs": 0,
         "freeze": None,
         "unfreeze": None,
         "wav_augment": wav_augment,

@@ -16,13 +16,20 @@ import verify
 from huggingface_hub import ModelCard
 from shards import write_shards
 from speechbrain.inference.classifiers import EncoderClassifier
+from speechbrain.utils.parameter_transfer import Pretrainer
 
-from speechbrain_mrl import MatryoshkaDistillationLoss, ReDimNetMRL, load_pretrained_redimnet
+from speechbrain_mrl import (
+    MatryoshkaDistillationLoss,
+    ReDimNet,
+    ReDimNetMRL,
+    load_pretrained_redimnet,
+)
 from speechbrain_mrl.dataio.clips import read_clips, write_clips
 from speechbrain_mrl.dataio.dataset import SeededClips
 from speechbrain_mrl.evaluation.verification import evaluate, read_trials
 from speechbrain_mrl.inference.extract import embed_clips
 from speechbrain_mrl.inference.store import TeacherStore
+from speechbrain_mrl.training.brain import MRLBrain
 
 SIZES = {"embed_dim": 48, "mrl_dims": "[8, 16, 32, 48]"}
 
@@ -49,7 +56,8 @@ def run(small_corpus, release_file, tiny_config, tmp_path):
             **SIZES,
             **changes,
         }
-        student = train.main([yaml, *flags, *(f"--{k}={v}" for k, v in options.items())])
+        given = {key: value for key, value in options.items() if value is not None}
+        student = train.main([yaml, *flags, *(f"--{k}={v}" for k, v in given.items())])
         return student, Path(options["output_folder"])
 
     return call
@@ -159,20 +167,20 @@ def test_a_list_has_one_eer_in_training_and_in_verification(run, small_corpus, t
 def test_start_is_the_student_before_its_first_step(run, tiny_config, monkeypatch):
     """Also in the report of a run that only goes on."""
     seen = []
-    real = train.make_student
+    real = train.start_student
 
-    def make_student(*arguments, **options):
+    def start_student(*arguments, **options):
         student = real(*arguments, **options)
         seen.append({key: value.clone() for key, value in student.state_dict().items()})
         return student
 
-    monkeypatch.setattr(train, "make_student", make_student)
+    monkeypatch.setattr(train, "start_student", start_student)
     _, folder = run(number_of_epochs=1)
     run(number_of_epochs=1)  # which finds the start of the first run
     kept = torch.load(folder / "checkpoints" / "start.ckpt", weights_only=True)
     for key, value in kept.items():
         torch.testing.assert_close(value, seen[0][key], rtol=0, atol=0)
-    student = train.ReDimNetMRL(48, [8, 16, 32, 48], tiny_config)
+    student = ReDimNetMRL(48, [8, 16, 32, 48], tiny_config)
     student.load_state_dict(kept)
     clips = read_clips(folder / "lists" / "test.csv")
     found = embed_clips({"student": student}, clips)["student"]
@@ -230,7 +238,7 @@ def test_debug_runs_two_batches_and_the_same_command_without_it_trains(run, monk
 
 def test_labels_train_without_any_teacher(run):
     student, folder = run(
-        yaml="hparams/mrl_supervised.yaml", teachers="null", stages="null", number_of_epochs=1
+        yaml="hparams/mrl_supervised.yaml", teachers=None, stages="null", number_of_epochs=1
     )
     assert "train aam/8" in (folder / "train_log.txt").read_text()
     baselines = json.loads((folder / "report.json").read_text())["baselines"]
@@ -318,18 +326,17 @@ def test_the_untrained_student_verifies_as_its_backbone_does(
     path = release_file(tiny_config, name="first")
 
     hparams = {
-        "backbone": path,
+        "backbone": load_pretrained_redimnet(source=path),
         "pretrained": True,
-        "student_train_type": "ptn",
-        "student_dataset": "vox2",
         "embed_dim": 48,
         "mrl_dims": [8, 32, 48],
+        "student": ReDimNetMRL(48, [8, 32, 48], tiny_config),
         "checkpointer": SimpleNamespace(find_checkpoint=lambda: None),
     }
     csv_path = path.with_suffix(".csv")
     write_clips(small_clips, csv_path)
     corpus = SimpleNamespace(train_csv=csv_path)
-    student = train.make_student(hparams, corpus, None, {})
+    student = train.start_student(hparams, corpus, None, {})
     encoders = {"student": student, "backbone": load_pretrained_redimnet(source=path)}
     found = embed_clips(encoders, read_clips(csv_path))
     cosines = {
@@ -365,31 +372,82 @@ def test_the_untrained_student_agrees_with_its_teachers(
     write_clips(small_clips, tmp_path / "train.csv")
     corpus = SimpleNamespace(train_csv=tmp_path / "train.csv")
     hparams = {
-        "backbone": release_file(tiny_config, model.state_dict()),
+        "backbone": model,
         "pretrained": True,
-        "student_train_type": "ptn",
-        "student_dataset": "vox2",
         "embed_dim": 48,
         "mrl_dims": [8, 32, 48],
+        "student": ReDimNetMRL(48, [8, 32, 48], tiny_config),
         "checkpointer": SimpleNamespace(find_checkpoint=lambda: None),
     }
     objective = MatryoshkaDistillationLoss((8, 32, 48), "all", terms={"cosine": 1.0})
-    student = train.make_student(hparams, corpus, objective, {sb.Stage.TRAIN: store})
+    student = train.start_student(hparams, corpus, objective, {sb.Stage.TRAIN: store})
     found = embed_clips({"student": student}, small_clips)["student"]
     targets = store.lookup([clip.id for clip in small_clips])
     _, values = objective(found, targets)
     assert max(values.values()) < 0.05  # near 1 between unrelated directions
 
 
-def test_a_teacher_module_without_arguments_survives_the_stages():
-    teachers = "{mine: !new:torch.nn.Identity []}"
-    overrides = f"data_folder: /data\nteachers: {teachers}\n"
-    (text,) = train.resolve_stages(train.read_yaml("hparams/mrl_distill.yaml", overrides))
-    assert f"teachers: {teachers}" in text
+def test_weights_of_a_student_may_come_through_speechbrains_pretrainer(
+    random_model, tiny_config, tmp_path
+):
+    """As in any recipe of SpeechBrain; not again where there is a checkpoint."""
+    model = random_model(tiny_config)
+    torch.save(model.state_dict(), tmp_path / "student.ckpt")
+    for found in (None, "a checkpoint"):
+        student = ReDimNet.from_config(tiny_config)
+        hparams = {
+            "student": student,
+            "mrl_dims": [32],
+            "checkpointer": SimpleNamespace(find_checkpoint=lambda found=found: found),
+            "pretrainer": Pretrainer(
+                tmp_path / "collected", {"it": student}, {"it": str(tmp_path / "student.ckpt")}
+            ),
+        }
+        assert train.start_student(hparams, None, None, {}) is student
+        same = torch.equal(student.linear.weight, model.linear.weight)
+        assert same == (found is None)
 
 
-def test_a_random_student_has_the_sizes_of_the_yaml(tiny_config):
-    hparams = {"backbone": tiny_config, "pretrained": False, "embed_dim": 48, "mrl_dims": [8, 48]}
-    student = train.make_student(hparams, None, None, {})
+def test_what_a_run_keeps_of_its_yaml_can_be_trained_again(run, tmp_path):
+    student, folder = run(number_of_epochs=1, stages="[{stage: a}, {stage: b, lr: 0.0001}]")
+    before = student.state_dict()
+    log = (folder / "train_log.txt").read_text()
+    again = train.main([str(folder / "resolved.yaml"), "--device=cpu"])
+    assert (folder / "train_log.txt").read_text() == log
+    anew = train.main(
+        [str(folder / "resolved.yaml"), "--device=cpu", f"--output_folder={tmp_path / 'anew'}"]
+    )
+    for key, value in before.items():
+        assert torch.equal(again.state_dict()[key], value), key
+        assert torch.equal(anew.state_dict()[key], value), key
+
+
+def test_run_options_of_a_yaml_are_those_of_the_training(run, tmp_path, monkeypatch):
+    given, fit = [], MRLBrain.fit
+
+    def watched(brain, *arguments, **options):
+        given.append((brain.max_grad_norm, brain.grad_accumulation_factor, brain.precision))
+        return fit(brain, *arguments, **options)
+
+    monkeypatch.setattr(MRLBrain, "fit", watched)
+    own = tmp_path / "own.yaml"
+    text = Path("hparams/mrl_distill.yaml").read_text()
+    own.write_text(text + "max_grad_norm: 3.0\ngrad_accumulation_factor: 2\nprecision: bf16\n")
+    run(yaml=str(own), number_of_epochs=1)
+    run("--max_grad_norm=2.0", yaml=str(own), number_of_epochs=1, output_folder=tmp_path / "two")
+    assert given == [(3.0, 2, "bf16"), (2.0, 2, "bf16")]
+    own.write_text(text + "optimizer_step_limit: 3\ndebug_epochs: 1\n")
+    _, folder = run(yaml=str(own), output_folder=tmp_path / "three")
+    (checkpoint,) = (folder / "checkpoints").glob("CKPT*")
+    optimizer = torch.load(checkpoint / "optimizer.ckpt", weights_only=True)
+    assert optimizer["state"][0]["step"].item() == 3
+
+
+def test_the_students_architecture_is_that_of_its_checkpoint(release_file, tiny_config, tmp_path):
+    """Also of a release whose architecture no preset has; its weights come later."""
+    path = release_file(tiny_config)
+    changes = f"data_folder: {tmp_path}\noutput_folder: {tmp_path}\nbackbone: {path}\n"
+    document = train.read_yaml("hparams/mrl_distill.yaml", changes)
+    student = train.load_stage(document)["student"]
     assert isinstance(student, ReDimNetMRL)
-    assert student.mrl_dims == (8, 48)
+    assert student.model_config["stages_setup"] == tiny_config["stages_setup"]

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 import train
 from folder_prepare import prepare_folder
+from read_hparams import read_yaml
 from ruamel.yaml import YAML
 from speechbrain import Stage
 from speechbrain.inference.classifiers import EncoderClassifier
@@ -57,6 +58,9 @@ def run(small_corpus, release_file, tiny_config, tmp_path):
             **({} if yaml == "mrl_amalgamate" else {"valid_speakers": 4, "test_speakers": 6}),
             **changes,
         }
+        left_out = {"mrl_supervised": ["teachers"], "mrl_progressive": ["embed_dim", "mrl_dims"]}
+        for key in left_out.get(yaml, ()):  # not there, or of the stages
+            del options[key]
         student = train.main([f"hparams/{yaml}.yaml", *(f"--{k}={v}" for k, v in options.items())])
         return student, Path(options["output_folder"])
 
@@ -322,7 +326,7 @@ def test_labels_of_a_folder_without_speakers_are_refused(run):
 @pytest.mark.parametrize(
     ("stages", "message"),
     [
-        ("none", "stages must be .* a mapping of changes.*, got 'none'"),
+        ("none", "stages must be null or a list of mappings of changes, got 'none'"),
         ("[{stage: a}, {stage: a}]", "two stages are called 'a'"),
         ("[{stage: a}, {chunk_secs: 3}]", "chunk_secs is not a key"),
         ("[{taught_by: [2]}]", r"positions in the 2 teachers"),
@@ -373,7 +377,6 @@ def test_margins_rise_from_zero_and_a_second_stage_has_larger_ones(run, monkeypa
 
     _, folder = run(
         "mrl_supervised",
-        teachers="null",
         number_of_epochs=2,
         batch_size=10,
         margins="{8: 0.9, 32: 0.2}",
@@ -401,7 +404,6 @@ def test_a_stage_goes_on_with_the_classifier_of_the_last():
 def test_a_frozen_backbone_keeps_every_tensor_until_a_stage_unfreezes_it(run, tmp_path):
     _, folder = run(
         "mrl_supervised",
-        teachers="null",
         lr=0.001,
         freeze="[backbone]",
         stages="[{stage: head}, {stage: all, unfreeze: {backbone: 0.0001}}]",
@@ -579,7 +581,7 @@ def test_the_way_map_gives_small_sizes_to_the_first_teachers():
     hparams = {"mrl_dims": [16, 32, 64, 128, 256], "teachers": ["/a/small.pt", "b6"]}
     (changes,) = ways.options_of("map", None, 10, hparams)
     overrides = f"data_folder: /data\nobjective: {changes['objective']}\n"
-    document = train.read_yaml("hparams/mrl_distill.yaml", overrides)
+    document = read_yaml("hparams/mrl_distill.yaml", overrides)
     assert document["objective"]["teacher_map"] == {
         16: "small",
         32: "small",
