@@ -1,6 +1,7 @@
 """The lists that a training reads, as its YAML asks for them."""
 
 import csv
+from itertools import islice
 from pathlib import Path
 
 from demo_voices import make_demo_corpus
@@ -9,7 +10,8 @@ from read_hparams import is_demo
 from speechbrain.utils.distributed import run_on_main
 from voxceleb_prepare import prepare_voxceleb
 
-from speechbrain_mrl.dataio.clips import iter_clips
+from speechbrain_mrl.dataio.clips import iter_clips, speaker_of
+from speechbrain_mrl.dataio.lists import read_lines, read_rows
 
 
 def prepare(hparams, debug):
@@ -42,7 +44,7 @@ def refuse_shared_speakers(corpus):
     speakers = {}
     for path in (corpus.train_csv, corpus.valid_csv, corpus.test_csv):
         for clip in iter_clips(path):
-            speaker = clip.id.split("/")[0]
+            speaker = speaker_of(clip.id)
             if speakers.setdefault(speaker, path) != path:
                 raise ValueError(
                     f"speaker {speaker!r} is in {speakers[speaker]} and in {path}, and would be "
@@ -59,7 +61,7 @@ def shrink(corpus, n_clips):
         if getattr(corpus, f"{split}_trials") is None:
             continue
         trials = Path(getattr(corpus, f"{split}_trials"))
-        lines = trials.read_text().splitlines()
+        lines = read_lines(trials)
         few = [line for label in "10" for line in [x for x in lines if x[0] == label][:8]]
         paths[f"{split}_trials"] = str(
             Path(corpus.train_csv).with_name(f"debug_{split}_{trials.name}")
@@ -74,12 +76,10 @@ def shrink(corpus, n_clips):
 
 def _copy_rows(path, wanted, limit=None):
     path = Path(path)
-    with open(path, newline="") as file:
-        reader = csv.DictReader(file)
-        rows = [row for row in reader if wanted(row)][:limit]
+    rows = list(islice((row for _, row in read_rows(path, ["ID"]) if wanted(row)), limit))
     copy = path.with_name(f"debug_{path.name}")
-    with open(copy, "w", newline="") as file:
-        writer = csv.DictWriter(file, reader.fieldnames)
+    with open(copy, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
     return str(copy)

@@ -6,7 +6,14 @@ from pathlib import Path
 
 from voxceleb_prepare import PreparedCorpus, read_headers
 
-from speechbrain_mrl.dataio.clips import AUDIO_SUFFIXES, Clip, read_clips, write_clips
+from speechbrain_mrl.dataio.clips import (
+    Clip,
+    find_listed,
+    find_recordings,
+    iter_clips,
+    read_clips,
+    write_clips,
+)
 from speechbrain_mrl.evaluation.verification import read_trials
 from speechbrain_mrl.utils import replacing
 
@@ -95,14 +102,14 @@ def prepare_folder(
         write_clips([clip for i, clip in enumerate(clips) if i in held_out], paths["valid"])
         write_clips(test, paths["test"])
         with replacing(folder / "bad_files.txt") as part:
-            part.write_text("".join(f"{reason}\n" for reason in sorted(set(bad))))
+            part.write_text("".join(f"{reason}\n" for reason in sorted(set(bad))), encoding="utf-8")
     return PreparedCorpus(
         str(paths["train"]),
         str(paths["valid"]),
         str(paths["test"]) if trials is not None else None,
         None,
         trials,
-        {split: {"clips": len(read_clips(path))} for split, path in paths.items()},
+        {split: {"clips": sum(1 for _ in iter_clips(path))} for split, path in paths.items()},
     )
 
 
@@ -111,13 +118,7 @@ def _clips(source, save_folder, skip_bad_files, bad) -> list[Clip]:
     if os.path.isfile(source):
         return read_clips(source)
     root = Path(source, "wav") if Path(source, "wav").is_dir() else Path(source)
-    paths = {
-        str(path.relative_to(root)): str(path)
-        for path in sorted(root.rglob("*"))
-        if path.suffix.lower() in AUDIO_SUFFIXES
-    }
-    if not paths:
-        raise ValueError(f"{source} holds no recording ({', '.join(AUDIO_SUFFIXES)})")
+    paths = {os.path.relpath(path, root): path for path in find_recordings(root)}
     frames = read_headers(paths, save_folder, decode=skip_bad_files)
     bad += [reason for reason in frames.values() if isinstance(reason, str)]
     if bad and not skip_bad_files:
@@ -134,7 +135,6 @@ def _clips(source, save_folder, skip_bad_files, bad) -> list[Clip]:
 
 def _test_clips(trials, clips) -> list[Clip]:
     """The clips of the trials, under the trials' names."""
-    by_stem = {os.path.splitext(clip.id)[0]: clip for clip in clips}
-    stems = {name: os.path.splitext(name)[0] for name in trials.clip_ids}
-    trials.check_clips({name for name, stem in stems.items() if stem in by_stem})
-    return [by_stem[stem]._replace(id=name) for name, stem in stems.items()]
+    found = find_listed(trials.clip_ids, clips)
+    trials.check_clips({clip.id for clip in found})
+    return found

@@ -9,7 +9,7 @@ import torch
 from read_hparams import is_demo
 
 from speechbrain_mrl import export_model
-from speechbrain_mrl.dataio.clips import iter_clips, read_clips
+from speechbrain_mrl.dataio.clips import iter_clips, read_clips, speaker_of
 from speechbrain_mrl.evaluation.baselines import evaluate_student
 from speechbrain_mrl.evaluation.plots import write_plots
 from speechbrain_mrl.evaluation.report import agreement, make_report, print_report, write_report
@@ -85,14 +85,14 @@ def enrol(student, corpus, **embed_options):
     """Embeddings of a few clips of each training speaker, for the exported classifier."""
     clips = defaultdict(list)
     for clip in iter_clips(corpus.train_csv):
-        found = clips[clip.id.split("/")[0]]
+        found = clips[speaker_of(clip.id)]
         if len(found) < ENROLMENT_CLIPS:
             found.append(clip)
     chosen = [clip for found in clips.values() for clip in found]
     embeddings = embed_clips({"student": student}, chosen, **embed_options)["student"]
     speakers = defaultdict(list)
     for clip, embedding in zip(chosen, embeddings, strict=True):
-        speakers[clip.id.split("/")[0]].append(embedding)
+        speakers[speaker_of(clip.id)].append(embedding)
     return {speaker: torch.stack(found) for speaker, found in speakers.items()}
 
 
@@ -101,7 +101,7 @@ def export(student, speakers, teachers, report, corpus, hparams):
     licenses = {name: release_license(name, hparams["teacher_dataset"]) for name in teachers}
     first_clips = {}
     for clip in iter_clips(corpus.train_csv) if speakers else ():
-        first_clips.setdefault(clip.id.split("/")[0], clip.wav)
+        first_clips.setdefault(speaker_of(clip.id), clip.wav)
     folder = Path(hparams["output_folder"])
     export_model(
         student,

@@ -5,7 +5,6 @@ python recipes/voxceleb/train.py hparams/mrl_distill.yaml --data_folder=/data/Vo
 Without ``--data_folder`` it runs a demo on synthetic voices with small teachers.
 """
 
-import csv
 import json
 import sys
 import time
@@ -32,6 +31,7 @@ from speechbrain.utils.distributed import ddp_init_group, if_main_process
 from speechbrain_mrl import matryoshka_rotation, push_to_hub
 from speechbrain_mrl.dataio.clips import read_clips
 from speechbrain_mrl.dataio.dataset import seed_draws, train_dataset, valid_dataset
+from speechbrain_mrl.dataio.lists import read_rows
 from speechbrain_mrl.dataio.shards import shard_loader
 from speechbrain_mrl.evaluation.verification import read_trials
 from speechbrain_mrl.inference.encoders import choose_teachers, load_teachers
@@ -146,8 +146,8 @@ def train_stage(previous, hparams, corpus, run_opts, teachers, **embed_options):
     label_encoder, n_classes = None, None
     if hparams["labels"]:
         label_encoder = CategoricalEncoder()
-        with open(corpus.train_csv, newline="") as file:
-            label_encoder.update_from_iterable(row["spk_id"] for row in csv.DictReader(file))
+        rows = read_rows(corpus.train_csv, ["spk_id"])
+        label_encoder.update_from_iterable(row["spk_id"] for _, row in rows)
         n_classes = len(label_encoder)
     seed_draws(0)  # whatever a killed run had already done
     objective = hparams["objective"](n_classes=n_classes)

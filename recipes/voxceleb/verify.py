@@ -21,7 +21,7 @@ from read_hparams import parse, read_yaml, resolved, run_options
 from speechbrain.utils.distributed import ddp_init_group, if_main_process
 from voxceleb_prepare import SAMPLE_RATE, find_recordings, read_headers
 
-from speechbrain_mrl.dataio.clips import Clip
+from speechbrain_mrl.dataio.clips import Clip, speaker_of, stem_of
 from speechbrain_mrl.evaluation.calibration import (
     Calibration,
     log_durations,
@@ -65,10 +65,10 @@ def read_lists(hparams):
     chosen = {hparams[role] for role in CLIP_LISTS if hparams[role] is not None}
     clip_lists = {path: read_clip_list(path) for path in sorted(chosen)}
 
-    tested = {_speaker(clip_id) for one in trials.values() for clip_id in one.clip_ids}
+    tested = {speaker_of(clip_id) for one in trials.values() for clip_id in one.clip_ids}
     others = clip_lists | ({} if to_fit is None else {calibration: to_fit.clip_ids})
     for path, clip_ids in others.items():
-        if shared := sorted(tested.intersection(map(_speaker, clip_ids))):
+        if shared := sorted(tested.intersection(map(speaker_of, clip_ids))):
             raise ValueError(
                 f"{path} has {len(shared)} speakers of the trials, such as {shared[0]!r}; "
                 "what is fitted must not know whom it is tested on"
@@ -80,16 +80,12 @@ def _is_fitted(calibration):
     return Path(calibration).suffix == ".json"
 
 
-def _speaker(clip_id):
-    return clip_id.split("/")[0]
-
-
 def locate_clips(data_folder, trial_lists, clip_lists):
     """Every clip of the lists by its id."""
     folders = [data_folder] if isinstance(data_folder, str) else data_folder
     paths = find_recordings([os.path.abspath(folder) for folder in folders])
     wanted = [*clip_lists.values(), *(trials.clip_ids for trials in trial_lists)]
-    stems = {clip_id: os.path.splitext(clip_id)[0] for ids in wanted for clip_id in ids}
+    stems = {clip_id: stem_of(clip_id) for ids in wanted for clip_id in ids}
     stems = {clip_id: stem for clip_id, stem in stems.items() if stem in paths}
     for trials in trial_lists:
         trials.check_clips(stems)
@@ -150,7 +146,7 @@ class Steps:
         }
         self.domain, self.cohort, self.plda = (found.get(hparams[role]) for role in CLIP_LISTS)
         if self.plda is not None:
-            self.plda_speakers = [_speaker(clip_id) for clip_id in clip_lists[hparams["plda"]]]
+            self.plda_speakers = [speaker_of(clip_id) for clip_id in clip_lists[hparams["plda"]]]
         self.calibrations = None
 
     def uncalibrated(self, trials):

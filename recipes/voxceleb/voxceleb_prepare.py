@@ -1,6 +1,6 @@
 """Lists VoxCeleb's clips for training, validation and test, no speaker in two of them.
 
-Any corpus laid out as ``wav/<speaker>/<session>/<utterance>.<wav|flac|ogg|m4a>`` will do.
+Any corpus laid out as ``wav/<speaker>/<session>/<utterance>.<wav|flac|m4a|...>`` will do.
 """
 
 import contextlib
@@ -20,6 +20,15 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from speechbrain_mrl.dataio.audio import audio_info, check_audio
+from speechbrain_mrl.dataio.clips import (
+    AUDIO_SUFFIXES,
+    check_name,
+    recordings_in,
+    speaker_of,
+    stem_of,
+)
+from speechbrain_mrl.dataio.lists import read_lines
+from speechbrain_mrl.evaluation.verification import read_trials
 from speechbrain_mrl.utils import replacing, writing
 
 logger = logging.getLogger(__name__)
@@ -28,7 +37,6 @@ SAMPLE_RATE = 16000  # Hz, at which start, stop and durations are counted
 CLIPS_PER_HELD_OUT_SPEAKER = 10  # in generated trials
 IMPOSTORS_PER_TARGET = 10  # in generated trials, as far as there are enough pairs
 
-_SUFFIXES = (".wav", ".flac", ".ogg", ".m4a")  # of one utterance in several formats, the first
 _ROOTS = ("wav", "aac", "dev/wav", "dev/aac", "test/wav", "test/aac")
 _THREADS = 16  # header reading waits for the disk more than it computes
 _JOURNALS = ("headers.tsv", "decoded.tsv")  # length, size, time and path of what was read
@@ -64,7 +72,7 @@ class _Clip(NamedTuple):
 
     @property
     def speaker(self):
-        return self.ID.split("/")[0]
+        return speaker_of(self.ID)
 
     @property
     def session(self):
@@ -166,9 +174,8 @@ def prepare_voxceleb(
         return _prepared(save_folder)
 
     speakers = _train_speakers(train_speakers, paths)
-    trial_list = _read_trials(trials) if trials else []
-    test_ids = _locate_trial_clips(trials, trial_list, paths)
-    tested = {ID.split("/")[0] for ID in test_ids}
+    trial_list, test_ids = _given_trials(trials, paths)
+    tested = {speaker_of(ID) for ID in test_ids}
 
     needed = {stem for stem in paths if not trials or stem.split("/")[0] in speakers - tested}
     listed = {s: paths[s] for s in needed.union(test_ids.values())}
@@ -270,7 +277,7 @@ def find_recordings(folders: list[str]) -> dict[str, str]:
         if len(found) == before:
             raise ValueError(
                 f"data_folder {folder} adds no clip; expected "
-                f"{folder}/wav/<speaker>/<session>/<utterance>.<wav|flac|ogg|m4a>"
+                f"{folder}/wav/<speaker>/<session>/<utterance>.<wav|flac|m4a|...>"
             )
     return found
 
@@ -283,16 +290,19 @@ def _subfolders(folder: str) -> list[str]:
 def _list_speaker(folder: str) -> list[tuple[str, str]]:
     clips = []
     for session in _subfolders(folder):
-        for name in os.listdir(session):
-            utterance, suffix = os.path.splitext(name)
-            if suffix.lower() in _SUFFIXES:
-                stem = f"{os.path.basename(folder)}/{os.path.basename(session)}/{utterance}"
-                clips.append((stem, os.path.join(session, name)))
+        for path in recordings_in(session):
+            name = os.path.splitext(os.path.basename(path))[0]
+            stem = f"{os.path.basename(folder)}/{os.path.basename(session)}/{name}"
+            if stem.split() != [stem]:
+                raise ValueError(
+                    f"the name of {path!r} holds a space, at which trial lists end a name; rename it"
+                )
+            clips.append((stem, check_name(path)))
     return clips
 
 
 def _preference(path: str) -> int:
-    return _SUFFIXES.index(os.path.splitext(path)[1].lower())
+    return AUDIO_SUFFIXES.index(os.path.splitext(path)[1].lower())
 
 
 def _in_threads(function, items, description):
@@ -312,7 +322,7 @@ def _train_speakers(path: str | None, paths: dict[str, str]) -> set[str]:
     present = {stem.split("/")[0] for stem in paths}
     if path is None:
         return present
-    wanted = set(Path(path).read_text(encoding="utf-8").split())
+    wanted = set(" ".join(read_lines(path)).split())
     if missing := sorted(wanted - present):
         raise ValueError(
             f"{len(missing)} of {len(wanted)} speakers in {path} have no clip in data_folder, "
@@ -321,29 +331,14 @@ def _train_speakers(path: str | None, paths: dict[str, str]) -> set[str]:
     return wanted
 
 
-def _read_trials(path: str) -> list[tuple[str, str, str]]:
-    trials = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
-        fields = line.split()
-        if len(fields) != 3 or fields[0] not in ("0", "1"):
-            raise ValueError(
-                f"{path}, line {number}: expected '1 a b' (same speaker) or '0 a b', got {line!r}"
-            )
-        trials.append(tuple(fields))
-    if not trials:
-        raise ValueError(f"{path} holds no trial")
-    return trials
-
-
-def _locate_trial_clips(path, trials, paths: dict[str, str]) -> dict[str, str]:
-    """Stem of each clip in the trials, in the order in which the trials name them."""
-    stems = {}
-    for number, (_, *pair) in enumerate(trials, 1):
-        for ID in pair:
-            stem = stems.setdefault(ID, os.path.splitext(ID)[0])
-            if stem not in paths:
-                raise ValueError(f"{path}, line {number}: {ID} is not in data_folder")
-    return stems
+def _given_trials(path: str | None, paths: dict[str, str]) -> tuple[list, dict[str, str]]:
+    """Labels of the trials, and the stem of each of their clips in the order of their names."""
+    if path is None:
+        return [], {}
+    trials = read_trials(path)
+    stems = {ID: stem_of(ID) for ID in trials.clip_ids}
+    trials.check_clips({ID for ID, stem in stems.items() if stem in paths})
+    return [(str(int(label)),) for label in trials.labels], stems
 
 
 def read_headers(
@@ -465,7 +460,7 @@ def _count(clips: list[_Clip]) -> dict:
 
 
 def _count_trials(trials) -> dict:
-    target = sum(label == "1" for label, _, _ in trials)
+    target = sum(label == "1" for label, *_ in trials)
     return {"target": target, "impostor": len(trials) - target}
 
 

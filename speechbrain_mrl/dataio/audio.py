@@ -21,7 +21,7 @@ from torchaudio.functional import resample
 
 from speechbrain_mrl.utils import require
 
-__all__ = ["AudioInfo", "audio_info", "check_audio", "read_audio"]
+__all__ = ["AudioInfo", "audio_info", "check_audio", "read_audio", "read_sound"]
 
 Source = str | os.PathLike[str] | BinaryIO  # a path, or a file that is open and has a name
 RATES = 4000, 384000  # Hz, of a recording that may hold speech
@@ -112,6 +112,35 @@ def read_audio(
     if not (wav.abs() <= FULL_SCALE).all():
         raise ValueError(f"{_name(path)} {_BEYOND}")
     return wav
+
+
+def read_sound(path: Source, start: int, stop: int, length: int) -> torch.Tensor:
+    """At most ``length`` samples of a clip at 16 kHz, (T,): its first, unless they are all zeros.
+
+    Then those from its first sample that is not zero, or its last ``length`` if fewer are left.
+
+    Raises
+    ------
+    ValueError
+        If the whole clip is zeros, or ``read_audio`` refuses it.
+
+    Example
+    -------
+    >>> path = getfixture("tmp_path") / "late.wav"
+    >>> soundfile.write(path, np.repeat([0, 0.5], [40000, 8000]), 16000)
+    >>> read_sound(path, 0, 48000, length=16000).count_nonzero().item()
+    8000
+    """
+    for first in range(start, stop, length):
+        wav = read_audio(path, first, min(length, stop - first))
+        if wav.any():
+            if first == start:
+                return wav
+            sound = first + int(wav.ne(0).int().argmax())
+            return read_audio(path, max(start, min(sound, stop - length)), length)
+        if len(wav) < length:  # the file ends
+            break
+    raise ValueError(f"{_name(path)} holds only zeros, nobody's voice; leave it out")
 
 
 def audio_info(path: str | os.PathLike[str], sample_rate: int = 16000) -> AudioInfo:

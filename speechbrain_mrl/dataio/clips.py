@@ -1,8 +1,9 @@
 """Clips: segments of recordings, their CSV, and finding the recordings of a folder."""
 
 import csv
+import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple
@@ -10,11 +11,23 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from speechbrain_mrl.dataio.audio import audio_info
+from speechbrain_mrl.dataio.lists import read_rows
 from speechbrain_mrl.utils import replacing
+
+logger = logging.getLogger(__name__)
 
 SAMPLE_RATE = 16000  # Hz
 THREADS = 16  # header reading waits for the disk more than it computes
-AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a")
+COLUMNS = ["ID", "wav", "start", "stop"]
+# Of recordings, which PyAV decodes; of one utterance in several formats, the first is taken.
+AUDIO_SUFFIXES = tuple(
+    f".{suffix}"
+    for suffix in (
+        "wav flac aif aiff aifc au caf sph w64 rf64 wv tta ape "  # lossless
+        "ogg oga opus spx m4a m4b mp4 aac mp3 mp2 webm weba mka mkv wma asf amr awb ac3 "
+        "3gp 3g2 mov m4v avi flv mpg mpeg"
+    ).split()
+)
 
 
 class Clip(NamedTuple):
@@ -47,10 +60,14 @@ def iter_clips(path: str | os.PathLike[str]) -> Iterator[Clip]:
 
 
 def _lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, Clip]]:
-    with open(path, newline="") as file:
-        rows = csv.DictReader(file)
-        for row in rows:
-            yield rows.line_num, Clip(row["ID"], row["wav"], int(row["start"]), int(row["stop"]))
+    for number, row in read_rows(path, COLUMNS):
+        start, stop = row["start"], row["stop"]
+        if not (start.isdecimal() and stop.isdecimal() and int(start) < int(stop)):
+            raise ValueError(
+                f"{path}, line {number}: start and stop must be whole samples at 16 kHz, the first "
+                f"below the second, got {start!r} and {stop!r}"
+            )
+        yield number, Clip(row["ID"], row["wav"], int(start), int(stop))
 
 
 def read_clips(path: str | os.PathLike[str]) -> list[Clip]:
@@ -59,7 +76,7 @@ def read_clips(path: str | os.PathLike[str]) -> list[Clip]:
     Raises
     ------
     ValueError
-        If two rows have one ID.
+        If two rows have one ID, or there is none.
     """
     lines: dict[str, int] = {}
     clips = []
@@ -70,16 +87,65 @@ def read_clips(path: str | os.PathLike[str]) -> list[Clip]:
                 "give each row its own, for embeddings are kept by it"
             )
         clips.append(clip)
+    if not clips:
+        raise ValueError(f"{path} has no row below its header")
     return clips
 
 
 def write_clips(clips: Sequence[Clip], path: str | os.PathLike[str]) -> None:
     """Write clips as the CSV that ``read_clips`` and SpeechBrain's datasets read."""
-    with replacing(path) as part, open(part, "w", newline="") as file:
+    with replacing(path) as part, open(part, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["ID", "duration", "wav", "start", "stop"])
         for clip in clips:
             writer.writerow([clip.id, clip.num_frames / SAMPLE_RATE, *clip[1:]])
+
+
+def recordings_in(folder: str | os.PathLike[str]) -> list[str]:
+    """Paths of the recordings that lie in a folder itself, hidden ones aside, in their order."""
+    with os.scandir(folder) as entries:
+        found = [
+            entry
+            for entry in entries
+            if not entry.name.startswith(".")  # as macOS' ._1.wav
+            and os.path.splitext(entry.name)[1].lower() in AUDIO_SUFFIXES
+            and not entry.is_dir()
+        ]
+    for entry in found:
+        if not entry.is_file():
+            logger.warning("%s is left out: it links to no file", entry.path)
+    return sorted(entry.path for entry in found if entry.is_file())
+
+
+def check_name(path: str) -> str:
+    """The path, if a list can hold it."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"the name of {path!r} is not UTF-8, as lists are; rename it") from None
+    return path
+
+
+def find_recordings(folder: str | os.PathLike[str]) -> list[str]:
+    """Paths of all recordings below a folder, in their order; each linked folder is followed once.
+
+    Raises
+    ------
+    ValueError
+        If there is none, or the name of one is not UTF-8.
+    """
+    found: list[str] = []
+    walked: set[str] = set()
+    for root, folders, _ in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        if (real := os.path.realpath(root)) in walked:
+            folders.clear()
+        else:
+            walked.add(real)
+            found += recordings_in(root)
+    if not found:
+        raise ValueError(f"{folder} holds no recording ({', '.join(AUDIO_SUFFIXES)})")
+    return [str(path) for path in sorted(Path(check_name(path)) for path in found)]
 
 
 def find_clips(folder: str | os.PathLike[str]) -> list[Clip]:
@@ -90,14 +156,35 @@ def find_clips(folder: str | os.PathLike[str]) -> list[Clip]:
     ValueError
         If there is none, or one cannot be read.
     """
-    root = Path(folder)
-    paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in AUDIO_SUFFIXES)
-    if not paths:
-        raise ValueError(f"{folder} holds no recording ({', '.join(AUDIO_SUFFIXES)})")
+    paths = find_recordings(folder)
     with ThreadPool(THREADS) as pool:
         headers = pool.imap(audio_info, paths, chunksize=16)
         headers = tqdm(headers, "Reading headers", len(paths), unit="file", disable=None)
         return [
-            Clip(str(path.relative_to(root)), str(path), 0, header.num_frames)
+            Clip(os.path.relpath(path, folder), path, 0, header.num_frames)
             for path, header in zip(paths, headers)
         ]
+
+
+def stem_of(clip_id: str) -> str:
+    """What names an utterance in a list, whatever its format and with ``wav/`` before it or not.
+
+    Example
+    -------
+    >>> stem_of("wav/id1/call/1.m4a"), stem_of("id1/call/1.wav"), stem_of("id1/call/at.10")
+    ('id1/call/1', 'id1/call/1', 'id1/call/at.10')
+    """
+    stem, suffix = os.path.splitext(clip_id.removeprefix("wav/"))
+    return stem if suffix.lower() in AUDIO_SUFFIXES else stem + suffix
+
+
+def speaker_of(clip_id: str) -> str:
+    """The speaker in a clip's ID, ``speaker/session/utterance.wav``."""
+    return stem_of(clip_id).split("/")[0]
+
+
+def find_listed(clip_ids: Iterable[str], clips: Iterable[Clip]) -> list[Clip]:
+    """Of ``clips`` those that a list names, under its names; others of its names are left out."""
+    by_stem = {stem_of(clip.id): clip for clip in clips}
+    stems = {clip_id: stem_of(clip_id) for clip_id in clip_ids}
+    return [by_stem[stem]._replace(id=i) for i, stem in stems.items() if stem in by_stem]

@@ -14,8 +14,9 @@ from speechbrain.dataio.encoder import CategoricalEncoder
 from speechbrain.utils.data_pipeline import DataPipeline, DynamicItem
 from torch import Tensor
 
-from speechbrain_mrl.dataio.audio import read_audio
+from speechbrain_mrl.dataio.audio import read_audio, read_sound
 from speechbrain_mrl.dataio.clips import SAMPLE_RATE
+from speechbrain_mrl.dataio.lists import check_columns, check_row, read_rows
 
 
 class ClipDataset(DynamicItemDataset):
@@ -62,10 +63,9 @@ class _Rows:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
-        with open(path, "rb") as file:
-            self.columns = next(csv.reader([file.readline().decode()]), [])
-        if "ID" not in self.columns:
-            raise ValueError(f"{path} must have a column ID, its columns are {self.columns}")
+        with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
+            names = next(csv.reader([file.readline()], skipinitialspace=True), [])
+        self.columns = check_columns(path, names, ["ID"])
         self.text = np.memmap(path, dtype=np.uint8, mode="r")
         ends = np.concatenate(
             [
@@ -83,9 +83,11 @@ class _Rows:
         return len(self.begins) - 1
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        line = self.text[self.begins[number] : self.begins[number + 1]].tobytes().decode()
+        line = self.text[self.begins[number] : self.begins[number + 1]].tobytes()
+        text = line.decode(errors="surrogateescape")
+        cells = next(csv.reader([text], skipinitialspace=True), [])
         row: dict[str, Any] = dict(
-            zip(self.columns, next(csv.reader([line], skipinitialspace=True)))
+            check_row(f"{self.path}, line {number + 2}", self.columns, cells, ["ID"])
         )
         row = {"id": row.pop("ID"), **row}
         if "duration" in row:
@@ -177,22 +179,28 @@ def valid_dataset(csv_path: str | os.PathLike[str], max_seconds: float) -> Dynam
     """Whole clips of a CSV, longest first; of each at most its first ``max_seconds``."""
     beginning = partial(_beginning, round(max_seconds * SAMPLE_RATE))
     items = [DynamicItem(AUDIO_KEYS, beginning, ["sig"])]
-    dataset = DynamicItemDataset.from_csv(csv_path, {}, items, ["id", "sig"])
+    columns = ["ID", "duration", *AUDIO_KEYS]
+    rows = {
+        row["ID"]: {**row, "duration": float(row["duration"])}
+        for _, row in read_rows(csv_path, columns)
+    }
+    dataset = DynamicItemDataset(rows, items, ["id", "sig"])
     return dataset.filtered_sorted(sort_key="duration", reverse=True)
 
 
 # Functions of the module, so that workers can be sent them where they are not forks (macOS).
 def _chunk(length: int, wav: str, start: Any, stop: Any) -> Tensor:
     """Somewhere in a clip, ``length`` samples."""
-    start, stop = int(start), int(stop)
-    spare = stop - start - length
+    first, stop = int(start), int(stop)
+    start, spare = first, stop - first - length
     if spare > 0:
         start += torch.randint(spare + 1, (1,)).item()
     signal = read_audio(wav, start, min(length, stop - start))
+    if not signal.any():
+        signal = read_sound(wav, first, stop, length)
     return signal.repeat(-(-length // len(signal)))[:length]
 
 
 def _beginning(length: int, wav: str, start: Any, stop: Any) -> Tensor:
-    """At most ``length`` samples of a clip, from its start."""
-    start, stop = int(start), int(stop)
-    return read_audio(wav, start, min(stop - start, length))
+    """At most ``length`` samples of a clip, as ``read_sound`` finds them."""
+    return read_sound(wav, int(start), int(stop), length)

@@ -10,13 +10,14 @@ import itertools
 import os
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from speechbrain_mrl.dataio.clips import speaker_of
+from speechbrain_mrl.dataio.lists import read_lines
 from speechbrain_mrl.evaluation.metrics import Ranking, eer_of_rates
 from speechbrain_mrl.prefixes import check_mrl_dims, prefix_norms
 
@@ -103,15 +104,12 @@ def read_trials(path: str | os.PathLike[str]) -> Trials:
 
     Example
     -------
-    >>> from tempfile import TemporaryDirectory
-    >>> with TemporaryDirectory() as folder:
-    ...     path = Path(folder, "trials.txt")
-    ...     _ = path.write_text("1 a/1.wav a/2.wav\\n0 a/1.wav b/1.wav\\n")
-    ...     read_trials(path).clip_ids
+    >>> path = getfixture("tmp_path") / "trials.txt"
+    >>> _ = path.write_text("1 a/1.wav a/2.wav\\n0 a/1.wav b/1.wav\\n")
+    >>> read_trials(path).clip_ids
     ['a/1.wav', 'a/2.wav', 'b/1.wav']
     """
-    lines = Path(path).read_text(encoding="utf-8").rstrip().split("\n")
-    return Trials.parse(lines, source=str(path))
+    return Trials.parse(read_lines(path), source=str(path))
 
 
 def read_clip_list(path: str | os.PathLike[str]) -> list[str]:
@@ -121,16 +119,13 @@ def read_clip_list(path: str | os.PathLike[str]) -> list[str]:
 
     Example
     -------
-    >>> from tempfile import TemporaryDirectory
-    >>> with TemporaryDirectory() as folder:
-    ...     path = Path(folder, "cohort.txt")
-    ...     _ = path.write_text("a/1.wav\\nb/1.wav\\n")
-    ...     read_clip_list(path)
+    >>> path = getfixture("tmp_path") / "cohort.txt"
+    >>> _ = path.write_text("a/1.wav\\nb/1.wav\\n")
+    >>> read_clip_list(path)
     ['a/1.wav', 'b/1.wav']
     """
     clip_ids: dict[str, int] = {}
-    lines = Path(path).read_text(encoding="utf-8").rstrip().split("\n")
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(read_lines(path), start=1):
         fields = line.split()
         if len(fields) != 1:
             raise ValueError(f"{path}, line {number}: expected one clip id, got {line!r}")
@@ -335,7 +330,7 @@ def _bootstrap(
 
     Every model sees the same draws. Weights are (n_trials,), in the order of the list.
     """
-    speakers = [clip_id.split("/")[0] for clip_id in trials.clip_ids]
+    speakers = [speaker_of(clip_id) for clip_id in trials.clip_ids]
     names, speaker = np.unique(speakers, return_inverse=True)
     enrol, test = speaker[trials.enrol], speaker[trials.test]
     contradicted = (enrol == test) != trials.labels

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from speechbrain_mrl.dataio.audio import read_audio
+from speechbrain_mrl.dataio.audio import read_sound
 from speechbrain_mrl.dataio.clips import Clip
 from speechbrain_mrl.inference.optimize import arrange
 from speechbrain_mrl.models.redimnet import ASTP, SAMPLE_RATE, ReDimNet, check_wavs
@@ -34,10 +34,7 @@ class _Batches(torch.utils.data.Dataset[Any]):
         wavs = []
         for index in self.batches[i]:
             clip = self.clips[index]
-            wav = read_audio(clip.wav, clip.start, self.lengths[index])
-            if not wav.any():
-                raise ValueError(f"{clip.wav} holds only zeros, nobody's voice; leave it out")
-            wavs.append(wav)
+            wavs.append(read_sound(clip.wav, clip.start, clip.stop, self.lengths[index]))
         lengths = torch.tensor([len(wav) for wav in wavs])
         padded = nn.utils.rnn.pad_sequence(wavs, batch_first=True)  # (B, T)
         return padded, lengths / padded.shape[1], self.batches[i]
@@ -67,7 +64,8 @@ def embed_clips(
     batch_seconds : float
         Seconds of audio in a batch, padding included. Clips of like length travel together.
     max_seconds : float or None
-        Only that much of the beginning of a clip is read; None: all of it. What is longer than 150 s
+        Only that much of a clip is heard, from its beginning or, where that is silent, from its
+        first sound; None: all of it. What is longer than 150 s
         a ReDimNet embeds by ``embed_long``, in bounded memory; any other encoder hears it whole.
     num_workers : int
         Processes that read and decode; 0: this one.

@@ -1,6 +1,5 @@
 """Augmentation that every utterance of a batch draws for itself, by torch's generator alone."""
 
-import csv
 import os
 from collections.abc import Sequence
 from functools import lru_cache
@@ -14,7 +13,8 @@ from torch import Tensor, nn
 from torchaudio.functional import mu_law_decoding, mu_law_encoding, resample
 
 from speechbrain_mrl.dataio.audio import audio_info, read_audio
-from speechbrain_mrl.dataio.clips import AUDIO_SUFFIXES, SAMPLE_RATE
+from speechbrain_mrl.dataio.clips import SAMPLE_RATE, find_recordings
+from speechbrain_mrl.dataio.lists import read_rows
 
 KEPT_RIRS = 1024  # room impulse responses that stay in memory
 LONGEST_ROOM = 0.8  # seconds in which a synthetic room decays by 60 dB, at most
@@ -103,16 +103,13 @@ def _inside(wavs: Tensor, lengths: Tensor) -> Tensor:
     return positions < (lengths * wavs.shape[1]).round()[:, None]
 
 
-def find_recordings(source: str | os.PathLike[str]) -> list[str]:
+def _recordings(source: str | os.PathLike[str]) -> list[str]:
     """Paths of the recordings of a folder, or of a CSV with a column ``wav`` (SpeechBrain's)."""
     if Path(source).is_dir():
-        found = [str(p) for p in Path(source).rglob("*") if p.suffix.lower() in AUDIO_SUFFIXES]
-    else:
-        with open(source, newline="") as file:
-            found = [row["wav"] for row in csv.DictReader(file, skipinitialspace=True)]
-    if not found:
-        raise ValueError(f"{source} holds no recording")
-    return sorted(found)
+        return find_recordings(source)
+    if found := sorted(row["wav"] for _, row in read_rows(source, ["wav"])):
+        return found
+    raise ValueError(f"{source} holds no recording")
 
 
 class Noise:
@@ -132,7 +129,7 @@ class Noise:
     """
 
     def __init__(self, csv_file: str | os.PathLike[str] | None = None) -> None:
-        self.paths = None if csv_file is None else find_recordings(csv_file)
+        self.paths = None if csv_file is None else _recordings(csv_file)
 
     def __call__(self, wavs: Tensor) -> Tensor:
         """Noise for waveforms (n, T), of their shape, a recording for each."""
@@ -194,7 +191,7 @@ class Reverb(nn.Module):
 
     def __init__(self, csv_file: str | os.PathLike[str] | None = None) -> None:
         super().__init__()
-        self.paths = None if csv_file is None else find_recordings(csv_file)
+        self.paths = None if csv_file is None else _recordings(csv_file)
 
     def forward(self, wavs: Tensor) -> Tensor:
         """Waveforms (n, T) to reverberant ones, whose direct path is not delayed."""

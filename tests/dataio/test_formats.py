@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from sounds import encode
 
 from speechbrain_mrl.dataio.audio import AudioInfo, audio_info, check_audio, read_audio
 
@@ -17,19 +18,6 @@ av = pytest.importorskip("av")
 def voice(seconds, rate=16000):
     times = np.arange(round(seconds * rate)) / rate
     return 0.3 * np.sin(2 * np.pi * 220 * times) + 0.1 * np.sin(2 * np.pi * 1310 * times)
-
-
-def encode(path, samples, codec, container, rate=16000):
-    """Write samples with PyAV, whatever suffix the path has."""
-    with av.open(str(path), "w", format=container) as file:
-        stream = file.add_stream(codec, rate=rate, layout="mono")
-        frame = av.AudioFrame.from_ndarray(samples[None].astype("f4"), "fltp", "mono")
-        frame.sample_rate, frame.pts = rate, 0
-        to_stream = av.AudioResampler(stream.format, "mono", rate, stream.frame_size or 1024)
-        for part in [*to_stream.resample(frame), *to_stream.resample(None)]:
-            file.mux(stream.encode(part))
-        file.mux(stream.encode(None))
-    return path
 
 
 def without_xing(path):

@@ -1,6 +1,5 @@
 """The ways to a Matryoshka model beside plain distillation, from their YAMLs."""
 
-import csv
 import hashlib
 import json
 import shutil
@@ -22,6 +21,7 @@ from speechbrain.utils.checkpoints import Checkpointer
 
 from benchmarks import ways
 from speechbrain_mrl import MatryoshkaDistillationLoss, ReDimNetMRL, expand_model
+from speechbrain_mrl.dataio import lists
 from speechbrain_mrl.dataio.clips import find_clips, read_clips
 from speechbrain_mrl.evaluation.report import agreement
 from speechbrain_mrl.inference.extract import embed_clips
@@ -97,8 +97,8 @@ class PoisonedRow(dict):
 @pytest.fixture
 def poison(monkeypatch):
     """Reading a speaker from a CSV, encoding one or listing speakers' folders fails the test."""
-    read = csv.DictReader.__next__
-    monkeypatch.setattr(csv.DictReader, "__next__", lambda reader: PoisonedRow(read(reader)))
+    read = lists.check_row
+    monkeypatch.setattr(lists, "check_row", lambda *given: PoisonedRow(read(*given)))
 
     def refuse(*arguments, **options):
         raise AssertionError("a label was asked for")
