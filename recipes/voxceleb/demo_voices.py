@@ -3,7 +3,7 @@
     python recipes/voxceleb/demo_voices.py FOLDER
 
 The voices are espeak-ng's English accents and speaker variants, each with a pitch, pace and vocal
-tract of its own; every session has another room, microphone and background noise.
+tract of its own. A session is recorded in loud noise, in a reverberant room or by telephone.
 """
 
 import argparse
@@ -25,8 +25,7 @@ from tqdm import tqdm
 from speechbrain_mrl.utils import replacing, require
 
 SAMPLE_RATE = 16000  # Hz
-SNR_DB = (8.0, 15.0)
-CLIPS_PER_SESSION = 4
+CLIPS_PER_SESSION = 2
 
 _ACCENTS = (
     "en en-us en-us-nyc en-029 en-gb-scotland en-gb-x-rp en-gb-x-gbclan en-gb-x-gbcwmd"
@@ -55,7 +54,8 @@ _WORDS = (
     "yesterday young zero"
 ).split()
 
-_SPEAKERS_PER_PROCESS = 11
+_TEACHER_GROUPS = 3  # of accents and variants, that the demo's speakers do not have
+_SPEAKERS_PER_PROCESS = 20
 _BABBLE_VOICES = 6
 _ESPEAK_RATE, _ESPEAK_PITCH, _ESPEAK_RANGE = 1, 3, 4  # espeak_PARAMETER in speak_lib.h
 _ESPEAK_SYNCHRONOUS, _ESPEAK_DONT_EXIT, _ESPEAK_UTF8 = 2, 0x8000, 1
@@ -71,12 +71,13 @@ class _Voice(NamedTuple):
 
 def make_demo_corpus(
     folder: str,
-    n_speakers: int = 88,
-    clips_per_speaker: int = 16,
-    seconds: float = 3.5,
+    n_speakers: int = 210,
+    clips_per_speaker: int = 8,
+    seconds: float = 3.0,
     seed: int = 0,
+    group: int = 0,
 ) -> Path:
-    """Writes ``wav/demo0000/s00/00000.flac`` and so on, 16 kHz mono.
+    """Writes ``wav/demo0000/s00/00000.wav`` and so on, 16 kHz mono.
 
     Does nothing when the folder holds a complete corpus of the same arguments; another
     or a half-made one is replaced.
@@ -86,13 +87,17 @@ def make_demo_corpus(
     folder : str
         Where the corpus goes. A folder that holds other speakers is refused.
     n_speakers : int
-        Speakers, 2 to 458: accents times variants, less the voices of the babble.
+        Speakers, 2 or more. Once all accents and variants of the group are taken, they come again
+        with another pitch, pace and vocal tract.
     clips_per_speaker : int
-        Clips of each, four to a session.
+        Clips of each, two to a session.
     seconds : float
         Mean length of a clip; lengths vary by up to half a second.
     seed : int
         The same seed gives the same clips, on one platform and espeak-ng to the bit.
+    group : int
+        0 for the demo's speakers, 1 to 3 for those that its teachers are trained on. No accent and
+        variant is in two groups.
 
     Returns
     -------
@@ -112,14 +117,15 @@ def make_demo_corpus(
     >>> espeakng_loader = pytest.importorskip("espeakng_loader")
     >>> folder = make_demo_corpus(getfixture("tmp_path"), n_speakers=2, clips_per_speaker=1)
     >>> sorted(path.relative_to(folder).as_posix() for path in folder.glob("wav/*/*/*"))
-    ['wav/demo0000/s00/00000.flac', 'wav/demo0001/s00/00000.flac']
+    ['wav/demo0000/s00/00000.wav', 'wav/demo0001/s00/00000.wav']
     """
-    most = len(_ACCENTS) * len(_VARIANTS) - _BABBLE_VOICES
-    if not 2 <= n_speakers <= most or clips_per_speaker < 1 or seconds < 1:
+    if n_speakers < 2 or clips_per_speaker < 1 or seconds < 1:
         raise ValueError(
-            f"n_speakers must be 2 to {most}, clips_per_speaker and seconds 1 or more; "
+            "n_speakers must be 2 or more, clips_per_speaker and seconds 1 or more; "
             f"got {n_speakers}, {clips_per_speaker} and {seconds}"
         )
+    if not 0 <= group <= _TEACHER_GROUPS:
+        raise ValueError(f"group must be 0 to {_TEACHER_GROUPS}, got {group}")
     folder = Path(folder)
     marker = folder / "demo.json"
     contents = {
@@ -127,10 +133,11 @@ def make_demo_corpus(
         "clips_per_speaker": clips_per_speaker,
         "seconds": seconds,
         "seed": seed,
+        "group": group,
         "script": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
     }
     if marker.is_file() and json.loads(marker.read_text()) == contents:
-        if len(list(folder.glob("wav/*/*/*.flac"))) == n_speakers * clips_per_speaker:
+        if len(list(folder.glob("wav/*/*/*.wav"))) == n_speakers * clips_per_speaker:
             return folder
     _espeakng_loader()
     wav_folder = folder / "wav"
@@ -149,7 +156,12 @@ def make_demo_corpus(
     speakers = range(n_speakers)
     blocks = [speakers[i : i + _SPEAKERS_PER_PROCESS] for i in speakers[::_SPEAKERS_PER_PROCESS]]
     make_block = functools.partial(
-        _make_speakers, wav_folder, _draw_voices(n_speakers, seed), clips_per_speaker, seconds, seed
+        _make_speakers,
+        wav_folder,
+        _draw_voices(n_speakers, seed, group),
+        clips_per_speaker,
+        seconds,
+        seed + 1000 * group,
     )
     with (
         multiprocessing.Pool(maxtasksperchild=1) as pool,
@@ -166,10 +178,13 @@ def _espeakng_loader():
     return require("espeakng_loader", "making demo voices")
 
 
-def _draw_voices(n_speakers: int, seed: int) -> list[_Voice]:
-    """The speakers' voices, no accent and variant twice, then those of the babble."""
-    rng = np.random.default_rng(seed)
+def _draw_voices(n_speakers: int, seed: int, group: int) -> list[_Voice]:
+    """The speakers' voices, then those of the babble."""
     names = [f"{accent}+{variant}" for accent in _ACCENTS for variant in _VARIANTS]
+    dealt = np.random.default_rng(0).permutation(len(names))
+    half, share = len(names) // 2, len(names) // 2 // _TEACHER_GROUPS
+    groups = np.split(dealt, [half + share * teacher for teacher in range(_TEACHER_GROUPS)])
+    rng = np.random.default_rng([seed, group])
     return [
         _Voice(
             name=names[number],
@@ -178,7 +193,7 @@ def _draw_voices(n_speakers: int, seed: int) -> list[_Voice]:
             rate=rng.uniform(140, 195),
             tract=int(rng.integers(410, 475)),
         )
-        for number in rng.permutation(len(names))[: n_speakers + _BABBLE_VOICES]
+        for number in np.resize(rng.permutation(groups[group]), n_speakers + _BABBLE_VOICES)
     ]
 
 
@@ -196,7 +211,7 @@ def _make_speakers(wav_folder, voices, clips_per_speaker, seconds, seed, speaker
             length = round((seconds + rng.uniform(-0.5, 0.5)) * SAMPLE_RATE)
             speech = synthesizer.speak(voices[speaker], length, rng)
             wav = _record(speech, babble, session_rng, rng)
-            soundfile.write(folder / f"{clip:05d}.flac", wav, SAMPLE_RATE)
+            soundfile.write(folder / f"{clip:05d}.wav", wav, SAMPLE_RATE)
     return len(speakers)
 
 
@@ -207,16 +222,8 @@ class _Synthesizer:
         loader = _espeakng_loader()
         self.library = ctypes.CDLL(loader.get_library_path())
         self.library.espeak_ng_SetRandSeed.argtypes = [ctypes.c_long]
-        self.library.espeak_Synth.argtypes = [
-            ctypes.c_char_p,
-            ctypes.c_size_t,
-            ctypes.c_uint,
-            ctypes.c_int,
-            ctypes.c_uint,
-            ctypes.c_uint,
-            ctypes.c_void_p,
-            ctypes.c_void_p,
-        ]
+        text, pointers = [ctypes.c_char_p, ctypes.c_size_t], 2 * [ctypes.c_void_p]
+        self.library.espeak_Synth.argtypes = [*text, *4 * [ctypes.c_uint], *pointers]
         data_folder = loader.get_data_path()
         sample_rate = self.library.espeak_Initialize(
             _ESPEAK_SYNCHRONOUS, 0, data_folder.encode(), _ESPEAK_DONT_EXIT
@@ -269,26 +276,44 @@ def _make_babble(synthesizer, voices, seed) -> np.ndarray:
 
 
 def _record(speech, babble, session_rng, rng) -> np.ndarray:
-    """Speech in the session's room and noise through its microphone, at a random level."""
-    room = _room(session_rng)
-    low, high = session_rng.uniform(60, 300), session_rng.uniform(3400, 7600)
-    microphone = butter(1, (low, high), "bandpass", fs=SAMPLE_RATE, output="sos")
+    """Speech in the session's condition, room, noise and microphone, at a random level."""
+    condition = session_rng.choice(["noise", "room", "phone"])
+    reverberation, decay = session_rng.uniform(0.1, 0.5), session_rng.uniform(0.1, 0.3)
+    low, high = session_rng.uniform(60, 200), session_rng.uniform(5000, 7600)
     kind = session_rng.choice(["white", "pink", "babble"])
+    snr_db = (0.0, 10.0) if condition == "noise" else (15.0, 22.0)
+    if condition == "room":
+        reverberation, decay = session_rng.uniform(1.0, 2.5), session_rng.uniform(0.4, 0.9)
+    elif condition == "phone":
+        low, high = session_rng.uniform(250, 400), session_rng.uniform(2600, 3600)
 
+    room = _room(reverberation, decay, session_rng)
     wav = _unit_power(fftconvolve(speech, room)[: len(speech)])
     noise = _unit_power(_noise(kind, len(wav), babble, rng))
-    wav = wav + 10 ** (-rng.uniform(*SNR_DB) / 20) * noise
-    wav = _unit_power(sosfilt(microphone, wav)) * 10 ** (rng.uniform(-30, -22) / 20)
+    wav = wav + 10 ** (-rng.uniform(*snr_db) / 20) * noise
+    order = 4 if condition == "phone" else 1
+    microphone = butter(order, (low, high), "bandpass", fs=SAMPLE_RATE, output="sos")
+    wav = _unit_power(sosfilt(microphone, wav))
+    if condition == "phone":
+        wav = _unit_power(_coarse_mu_law(wav))
+    wav = wav * 10 ** (rng.uniform(-30, -22) / 20)
     return wav / max(1.0, np.abs(wav).max() / 0.95)
 
 
-def _room(rng) -> np.ndarray:
-    """Impulse response: the direct sound, then noise that decays by 60 dB in 0.1 to 0.4 s."""
-    times = np.arange(SAMPLE_RATE // 4) / SAMPLE_RATE
-    tail = rng.standard_normal(len(times)) * 10 ** (-3 * times / rng.uniform(0.1, 0.4))
-    room = rng.uniform(0.1, 0.6) * tail / np.linalg.norm(tail)
+def _room(reverberation: float, decay: float, rng) -> np.ndarray:
+    """Impulse response: the direct sound, then noise that falls by 60 dB in ``decay`` seconds."""
+    times = np.arange(round(decay * SAMPLE_RATE)) / SAMPLE_RATE
+    tail = rng.standard_normal(len(times)) * 10 ** (-3 * times / decay)
+    room = reverberation * tail / np.linalg.norm(tail)
     room[0] = 1.0
     return room
+
+
+def _coarse_mu_law(wav: np.ndarray) -> np.ndarray:
+    """A telephone's companding, with 33 steps instead of 256."""
+    wav = np.clip(wav / 4, -1, 1)
+    law = np.round(16 * np.sign(wav) * np.log1p(255 * np.abs(wav)) / np.log(256)) / 16
+    return np.sign(law) * np.expm1(np.abs(law) * np.log(256)) / 255
 
 
 def _noise(kind: str, length: int, babble: np.ndarray, rng) -> np.ndarray:

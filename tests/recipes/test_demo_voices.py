@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 import soundfile
-from demo_voices import make_demo_corpus
+from demo_voices import _draw_voices, make_demo_corpus
 from voxceleb_prepare import prepare_voxceleb
 
 
@@ -30,9 +30,9 @@ def mean_log_spectrum(path):
     return bands - bands.mean()
 
 
-def test_corpus_has_the_promised_clips_four_to_a_session(corpus):
+def test_corpus_has_the_promised_clips_two_to_a_session(corpus):
     expected = {
-        f"wav/demo{speaker:04d}/s{clip // 4:02d}/{clip:05d}.flac"
+        f"wav/demo{speaker:04d}/s{clip // 2:02d}/{clip:05d}.wav"
         for speaker, clip in itertools.product(range(12), range(5))
     }
     assert set(contents(corpus)) == expected
@@ -50,7 +50,7 @@ def test_clips_are_16_khz_mono_of_the_asked_length_and_a_sane_level(corpus):
 
 def test_clips_of_a_speaker_are_more_alike_than_those_of_others(corpus):
     clips = [
-        [mean_log_spectrum(path) for path in sorted(folder.rglob("*.flac"))]
+        [mean_log_spectrum(path) for path in sorted(folder.rglob("*.wav"))]
         for folder in sorted(corpus.glob("wav/*"))
     ]
     flat = np.array(clips)  # (speakers, clips, bands)
@@ -64,14 +64,14 @@ def test_same_seed_same_clips_and_another_seed_others(corpus, tmp_path):
     again = make_demo_corpus(tmp_path / "again", n_speakers=12, clips_per_speaker=5, seconds=2)
     assert contents(again) == contents(corpus)
     other = make_demo_corpus(tmp_path / "other", 2, 1, seconds=2, seed=1)
-    assert contents(other)["wav/demo0000/s00/00000.flac"] not in contents(corpus).values()
+    assert contents(other)["wav/demo0000/s00/00000.wav"] not in contents(corpus).values()
 
 
 def test_complete_corpus_is_kept_and_half_a_corpus_is_made_again(tmp_path):
     pytest.importorskip("espeakng_loader")
     make_demo_corpus(tmp_path, n_speakers=3, clips_per_speaker=1, seconds=1)
     before = contents(tmp_path)
-    clip = tmp_path / "wav/demo0001/s00/00000.flac"
+    clip = tmp_path / "wav/demo0001/s00/00000.wav"
     written = clip.stat().st_mtime_ns
     make_demo_corpus(tmp_path, n_speakers=3, clips_per_speaker=1, seconds=1)
     assert clip.stat().st_mtime_ns == written
@@ -87,8 +87,8 @@ def test_complete_corpus_is_kept_and_half_a_corpus_is_made_again(tmp_path):
 def test_corpus_can_be_prepared(corpus, tmp_path):
     prepared = prepare_voxceleb(str(corpus), str(tmp_path / "lists"), test_speakers=4)
     assert [prepared.counts[part]["speakers"] for part in ("train", "valid", "test")] == [4, 4, 4]
-    # 5 clips in sessions of 4 and 1: four pairs cross sessions
-    assert prepared.counts["test"]["target"] == 16
+    # 5 clips in sessions of 2, 2 and 1: eight pairs cross sessions
+    assert prepared.counts["test"]["target"] == 32
 
 
 def test_folder_of_other_speakers_is_refused_and_untouched(tmp_path):
@@ -100,9 +100,29 @@ def test_folder_of_other_speakers_is_refused_and_untouched(tmp_path):
     assert (tmp_path / "wav" / "demo0000").is_dir()
 
 
-@pytest.mark.parametrize("arguments", [{"n_speakers": 1}, {"n_speakers": 1000}, {"seconds": 0.5}])
-def test_argument_out_of_range_is_refused(tmp_path, arguments):
-    with pytest.raises(ValueError, match="n_speakers must be 2 to 4"):
+def test_no_accent_and_variant_is_in_two_groups_or_twice_in_the_demo():
+    names = [{voice.name for voice in _draw_voices(400, 0, group)} for group in range(4)]
+    assert all(not (one & other) for one, other in itertools.combinations(names, 2))
+    assert sum(map(len, names)) == 8 * 58  # every accent with every variant
+    demo = [voice.name for voice in _draw_voices(210, 0, 0)]
+    assert len(set(demo)) == len(demo)
+
+
+def test_a_group_has_speakers_of_its_own(corpus, tmp_path):
+    teachers = make_demo_corpus(tmp_path, n_speakers=2, clips_per_speaker=1, seconds=2, group=1)
+    assert not set(contents(teachers).values()) & set(contents(corpus).values())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"n_speakers": 1}, "n_speakers must be 2 or more"),
+        ({"seconds": 0.5}, "seconds 1 or more"),
+        ({"group": 4}, "group must be 0 to 3, got 4"),
+    ],
+)
+def test_argument_out_of_range_is_refused(tmp_path, arguments, message):
+    with pytest.raises(ValueError, match=message):
         make_demo_corpus(tmp_path, **arguments)
 
 
