@@ -94,6 +94,7 @@ OPTIONAL = [  # left out where nothing needs it
     (Place | None, "test_folder"),
     (Models | None, "teachers"),
     (Annotated[list[int], Field(min_length=1)] | None, "taught_by"),
+    (Object | None, "teacher_augment"),
     (Text, "teacher_store teacher_train_type teacher_dataset student_train_type student_dataset"),
     (Backbone, "backbone"),
     (bool, "pretrained"),

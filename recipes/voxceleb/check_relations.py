@@ -17,7 +17,13 @@ NEEDED = {  # keys that go with a value of another
     ("speaker_folders", True): ("train_speakers", "valid_speakers", "test_speakers"),
     ("speaker_folders", False): ("test_folder",),
     ("pretrained", True): ("backbone", "student_train_type", "student_dataset"),
-    ("teachers", "any"): ("taught_by", "teacher_train_type", "teacher_dataset", "teacher_store"),
+    ("teachers", "any"): (
+        "taught_by",
+        "teacher_train_type",
+        "teacher_dataset",
+        "teacher_store",
+        "teacher_augment",
+    ),
 }
 
 

@@ -52,6 +52,7 @@ from speechbrain_mrl.training.projection import (
     spread,
     start_new_coordinates,
 )
+from speechbrain_mrl.training.teachers import SegmentTeachers
 from speechbrain_mrl.utils import choose_device, only_run, replacing
 
 DEMO = "demo: synthetic voices and small demo teachers, no figure here is a VoxCeleb figure"
@@ -143,6 +144,10 @@ def train_stage(previous, hparams, corpus, run_opts, teachers, **embed_options):
             if split == sb.Stage.TEST:  # an EER is that of whole utterances
                 options = {**embed_options, "max_seconds": None}
             stores[split].fill(teachers, read_clips(path), **options)
+        if hparams["teacher_augment"] is not None:
+            train_store = stores[sb.Stage.TRAIN]
+            device = embed_options["device"]
+            stores[sb.Stage.TRAIN] = SegmentTeachers(teachers, train_store, device)
     label_encoder, n_classes = None, None
     if hparams["labels"]:
         label_encoder = CategoricalEncoder()

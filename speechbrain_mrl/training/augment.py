@@ -225,6 +225,38 @@ def _read_rir(path: str) -> Tensor:
     return rir[int(rir.abs().argmax()) :]
 
 
+class Speed(nn.Module):
+    """Plays each utterance faster or slower, with its pitch: another voice, for ``teacher_augment``.
+
+    Arguments
+    ---------
+    speeds : sequence of int
+        Percent, of which each utterance draws one. A shortened utterance is repeated to its length.
+
+    Example
+    -------
+    >>> Speed([80, 125])(torch.zeros(4, 16000)).shape
+    torch.Size([4, 16000])
+    """
+
+    def __init__(self, speeds: Sequence[int] = (80, 90, 110, 125)) -> None:
+        super().__init__()
+        if not speeds or any(speed <= 0 or speed == 100 for speed in speeds):
+            raise ValueError(f"speeds must be percentages above 0 and other than 100, got {speeds}")
+        self.speeds = tuple(speeds)
+
+    def forward(self, wavs: Tensor) -> Tensor:
+        """Waveforms (n, T) to ones of the same length."""
+        n, length = wavs.shape
+        drawn, changed = torch.randint(len(self.speeds), (n,)), wavs.clone()
+        for number, speed in enumerate(self.speeds):
+            rows = (drawn == number).nonzero().squeeze(1).to(wavs.device)
+            if len(rows):
+                found = resample(wavs[rows], SAMPLE_RATE * speed // 100, SAMPLE_RATE)
+                changed[rows] = found.repeat(1, -(-length // found.shape[1]))[:, :length]
+        return changed
+
+
 class LowPass(nn.Module):
     """Muffles each utterance: a Butterworth low-pass without delay, its cutoff drawn.
 

@@ -11,6 +11,7 @@ import speechbrain as sb
 import torch
 import torch.distributed as dist
 import yaml
+from speechbrain.dataio.batch import PaddedData
 from speechbrain.utils.checkpoints import (
     mark_as_loader,
     mark_as_saver,
@@ -51,8 +52,8 @@ class MRLBrain(sb.Brain):
     The student before its first step is validated as epoch 0, so that the log tells what training
     brought.
 
-    Takes from ``hparams``: ``mrl_dims``, ``labels``, ``wav_augment`` (or None), ``train_logger``,
-    ``stage``. The checkpoint with the lowest ``valid_error`` is kept: the mean EER over sizes, or
+    Takes from ``hparams``: ``mrl_dims``, ``labels``, ``wav_augment`` and ``teacher_augment`` (each
+    may be None), ``train_logger``, ``stage``. The checkpoint with the lowest ``valid_error`` is kept: the mean EER over sizes, or
     without trials the objective's loss, which is the disagreement with the teachers.
 
     Arguments
@@ -189,9 +190,15 @@ class MRLBrain(sb.Brain):
     def compute_forward(self, batch: Any, stage: sb.Stage) -> Tensor:
         """A batch of waveforms to embeddings (B, D), augmented in training."""
         batch = batch.to(self.device)
-        wavs, wav_lens = batch.sig
-        if stage == sb.Stage.TRAIN and self.hparams.wav_augment is not None:
-            with torch.autocast(wavs.device.type, enabled=False):  # half precision is noise, too
+        if stage != sb.Stage.TRAIN:
+            return self._parts(stage)["student"](*batch.sig)
+        with torch.autocast(
+            batch.sig[0].device.type, enabled=False
+        ):  # half precision is noise, too
+            if (augment := getattr(self.hparams, "teacher_augment", None)) is not None:
+                batch.sig = PaddedData(*augment(batch.sig[0].float(), batch.sig[1]))
+            wavs, wav_lens = batch.sig
+            if self.hparams.wav_augment is not None:
                 wavs, wav_lens = self.hparams.wav_augment(wavs.float(), wav_lens)
         return self._parts(stage)["student"](wavs, wav_lens)
 

@@ -1,6 +1,6 @@
 """Teachers that embed every batch as it is trained on."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from speechbrain_mrl.inference.optimize import arrange
+from speechbrain_mrl.inference.store import TeacherStore
 
 
 class LiveTeachers:
@@ -39,5 +40,30 @@ class LiveTeachers:
 
     @torch.no_grad()
     def targets(self, batch: Any) -> dict[str, Tensor]:
-        """Embeddings of a SpeechBrain batch's signals, ``sig``."""
-        return {name: teacher(*batch.sig) for name, teacher in self.teachers.items()}
+        """Embeddings of a SpeechBrain batch's signals, ``sig``; in float32 beside any autocast."""
+        with torch.autocast(batch.sig[0].device.type, enabled=False):
+            return {name: teacher(*batch.sig) for name, teacher in self.teachers.items()}
+
+
+class SegmentTeachers(LiveTeachers):
+    """Teachers that embed each training segment; fits still read the store of whole utterances.
+
+    Arguments
+    ---------
+    teachers : dict of str to torch.nn.Module
+        As from ``load_teachers``, on ``device``.
+    store : TeacherStore
+        Filled with the training utterances.
+    device : str
+        Where the teachers are.
+    """
+
+    def __init__(
+        self, teachers: Mapping[str, nn.Module], store: TeacherStore, device: str = "cpu"
+    ) -> None:
+        self.teachers, self.store = arrange(teachers, device), store
+        self.embeddings = store.embeddings
+
+    def lookup(self, ids: Sequence[str]) -> dict[str, Tensor]:
+        """Embeddings of whole utterances, as the store's."""
+        return self.store.lookup(ids)

@@ -68,6 +68,7 @@ OUT_OF_RANGE = {
     "student_dataset": "vox1",
     "student_train_type": "pre",
     "taught_by": [],
+    "teacher_augment": 3,
     "teacher_dataset": "vox1",
     "teacher_store": " ",
     "teacher_train_type": "pre",

@@ -101,6 +101,15 @@ def test_training_is_recorded_as_a_table_and_as_curves(run):
     assert list((folder / "tensorboard").glob("events*"))
 
 
+def test_teachers_may_hear_augmented_segments(run):
+    speed = "augmentations: [!new:speechbrain_mrl.training.augment.Speed {}], max_augmentations: 1"
+    augment = f"!new:speechbrain_mrl.training.augment.UtteranceAugmenter {{{speed}}}"
+    _, folder = run(number_of_epochs=1, teacher_augment=augment)
+    with open(folder / "train_log.csv", newline="") as file:
+        last = list(csv.DictReader(file))[-1]
+    assert 0 < float(last["train cosine/48"]) < 2
+
+
 def test_the_model_folder_loads_with_speechbrain_and_gives_the_students_embeddings(run):
     student, folder = run(number_of_epochs=1)
     wavs, wav_lens = torch.randn(2, 16000) * 0.1, torch.tensor([1.0, 0.6])

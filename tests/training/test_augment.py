@@ -14,6 +14,7 @@ from speechbrain_mrl.training.augment import (
     LowPass,
     Noise,
     Reverb,
+    Speed,
     Telephone,
     UtteranceAugmenter,
     babble,
@@ -251,3 +252,12 @@ def test_dropped_chunks_are_silent_and_lie_inside_the_utterance():
 def _runs(silent):
     edges = np.flatnonzero(np.diff(np.concatenate([[0], silent.astype(int), [0]])))
     return edges[1::2] - edges[::2]
+
+
+@pytest.mark.parametrize("speed, hertz", [(80, 800), (125, 1250)])
+def test_speed_moves_the_pitch_and_keeps_the_length(speed, hertz):
+    sine = torch.sin(2 * torch.pi * 1000 * torch.arange(16000) / 16000).repeat(2, 1)
+    changed = Speed([speed])(sine)
+    assert changed.shape == sine.shape
+    # within one period of what is repeated at the seam, a second has a bin for each hertz
+    assert (torch.fft.rfft(changed).abs().argmax(dim=1) - hertz).abs().max() <= 1

@@ -1,6 +1,7 @@
 import copy
 import itertools
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from speechbrain_mrl.evaluation.verification import Trials
 from speechbrain_mrl.inference.extract import embed_clips
 from speechbrain_mrl.training import distill as training
 from speechbrain_mrl.training.distill import MRLBrain, finish_head
+from speechbrain_mrl.training.teachers import SegmentTeachers
 
 
 @pytest.fixture
@@ -128,6 +130,39 @@ def test_an_augmented_copy_learns_the_target_of_the_clean_clip():
     brain.compute_objectives(brain.compute_forward(batch, sb.Stage.TRAIN), batch, sb.Stage.TRAIN)
     assert seen["embeddings"][:, 0].tolist() == [1, 3, -1, -3]
     assert seen["targets"][:, 0].tolist() == [1, 2, 1, 2]
+
+
+def test_teachers_and_student_hear_the_same_where_teachers_hear_augmentation():
+    """Twice as loud for both, then negated for the student alone."""
+    heard = []
+
+    class Loud(torch.nn.Module):
+        def forward(self, wavs, wav_lens):
+            heard.append(wavs)
+            return wavs
+
+    class Objective(torch.nn.Module):
+        def forward(self, embeddings, targets, labels):
+            return (embeddings + targets["a"]).abs().sum(), {}
+
+    store = SegmentTeachers({"a": Loud()}, SimpleNamespace(embeddings={}))
+    brain = MRLBrain(
+        stores={sb.Stage.TRAIN: store},
+        valid_trials=None,
+        lr_schedule=None,
+        modules={"student": PassThrough(), "objective": Objective()},
+        hparams={
+            "teacher_augment": lambda wavs, wav_lens: (2 * wavs, wav_lens),
+            "wav_augment": lambda wavs, wav_lens: (-wavs, wav_lens),
+            "labels": False,
+        },
+        run_opts={"device": "cpu"},
+    )
+    brain.on_stage_start(sb.Stage.TRAIN)
+    batch = PaddedBatch([{"id": "x", "sig": torch.linspace(-1, 1, 5)}])
+    embeddings = brain.compute_forward(batch, sb.Stage.TRAIN)
+    assert brain.compute_objectives(embeddings, batch, sb.Stage.TRAIN) == 0
+    assert heard[0][0].tolist() == [-2, -1, 0, 1, 2]
 
 
 def test_augmentation_runs_in_float32_where_the_network_is_in_bfloat16():
