@@ -8,10 +8,10 @@ Weights are random. Every model of a size embeds the same clip in turns, as it i
 
 from functools import partial
 
+import timing
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import timing
 from speechbrain_mrl import ReDimNetMRL
 from speechbrain_mrl.inference.optimize import optimize_for_inference
 from speechbrain_mrl.models.redimnet import PRESETS
@@ -46,7 +46,9 @@ def main():
             row = {"parameters_millions": millions, "gmacs": multiply_adds(model, wavs)}
             row |= {how: 1e3 * spent[name, how] for how in ("plain", "optimised")}
             rows[name] = row
-            numbers = f"{millions:10.1f}M{row['gmacs']:8.2f}{row['plain']:10.1f}{row['optimised']:14.1f}"
+            numbers = (
+                f"{millions:10.1f}M{row['gmacs']:8.2f}{row['plain']:10.1f}{row['optimised']:14.1f}"
+            )
             print(f"{name:15}{numbers}", flush=True)
     timing.write(args.output, {"threads": args.threads, "seconds": args.seconds, "models": rows})
 

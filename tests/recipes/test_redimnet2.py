@@ -5,8 +5,10 @@ import subprocess
 import sys
 
 import pytest
+import read_hparams
 import torch
 import train
+from check_hparams import check_training
 
 from speechbrain_mrl.models.redimnet import ReDimNet
 from speechbrain_mrl.models.redimnet2 import ReDimNet2
@@ -40,6 +42,24 @@ def run(small_corpus, release_file, tiny_config, tiny_config2, tmp_path):
         return train.main([yaml, *(f"--{k}={v}" for k, v in options.items())]), tmp_path / "run"
 
     return call
+
+
+RELEASES = "data_folder: hparams\nteachers: [redimnet2_b6, b6]\nbackbone: redimnet2_b2\n"
+
+
+def test_a_yaml_names_teachers_and_backbone_of_either_family():
+    document = read_hparams.read_yaml("hparams/mrl_distill.yaml", f"{RELEASES}pretrained: False\n")
+    (document,) = read_hparams.split_stages(document)
+    check_training(read_hparams.parse(document))
+    assert isinstance(train.load_stage(document)["student"], ReDimNet2)
+
+
+@pytest.mark.parametrize("key", ["teacher_dataset", "student_dataset"])
+def test_what_was_not_released_of_redimnet2_is_refused(key):
+    document = read_hparams.read_yaml("hparams/mrl_distill.yaml", f"{RELEASES}{key}: vb2\n")
+    (document,) = read_hparams.split_stages(document)
+    with pytest.raises(ValueError, match="of ReDimNet2 was never released; released are b0/b1"):
+        check_training(read_hparams.parse(document))
 
 
 WITHOUT_THE_PACKAGE = """
