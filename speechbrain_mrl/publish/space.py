@@ -27,6 +27,9 @@ SAMPLE_RATE = 16000  # Hz
 MIN_SECONDS, MAX_SECONDS = 1, 60  # of a recording; more is not listened to
 SILENCE = 1e-4  # a recording whose loudest sample is below has no voice in it
 SEARCHED, RUNS = 100_000, 7  # voices of the search that is timed, and how often it is
+FULL_SCALE = 2.0**31  # no format's samples are larger
+READ_SECONDS = 20  # that decoding one recording may take
+WAITING = 20  # visitors who may wait for their turn; the next is told to come back
 KEPT_SECONDS = 600
 MIN_TSNE = 12  # recordings; fewer are drawn along their principal axes
 # FFmpeg's formats that hold sound of their own; playlists, which name other files, are not read
@@ -59,17 +62,22 @@ def read_voice(path: str | os.PathLike[str]) -> torch.Tensor:
     import av
 
     name = f"“{Path(path).name}”"
-    blocks, seconds = [], 0.0
+    blocks, seconds, started = [], 0.0, time.monotonic()
+    # An open file, and no protocol: neither a path nor anything in the file is taken for an address
+    options = {"format_whitelist": FORMATS, "protocol_whitelist": "none"}
     try:
-        with av.open(os.fspath(path), options={"format_whitelist": FORMATS}) as container:
+        with open(path, "rb") as file, av.open(file, options=options) as container:
             to_mono = av.AudioResampler(format="flt", layout="mono", rate=SAMPLE_RATE)
-            for frame in container.decode(audio=0):
-                blocks += [part.to_ndarray()[0] for part in to_mono.resample(frame)]
-                seconds += frame.samples / frame.sample_rate
+            for packet in container.demux(audio=0):
+                if time.monotonic() - started > READ_SECONDS:
+                    raise Refusal(f"{name} takes too long to read; give a shorter one.")
+                for frame in packet.decode():
+                    blocks += [part.to_ndarray()[0] for part in to_mono.resample(frame)]
+                    seconds += frame.samples / frame.sample_rate
                 if seconds > MAX_SECONDS:
                     break
             blocks += [part.to_ndarray()[0] for part in to_mono.resample(None)]
-    except (av.FFmpegError, IndexError, OSError):  # IndexError: no audio stream
+    except (av.FFmpegError, IndexError, OSError, ValueError):  # IndexError: no audio stream
         raise Refusal(
             f"{name} cannot be read as sound; give a WAV, FLAC, Ogg, MP3 or M4A file."
         ) from None
@@ -79,6 +87,8 @@ def read_voice(path: str | os.PathLike[str]) -> torch.Tensor:
         raise Refusal(
             f"{name} lasts {len(wav) / SAMPLE_RATE:.1f} s; at least {MIN_SECONDS} s is needed."
         )
+    if not (wav.abs() <= FULL_SCALE).all():
+        raise Refusal(f"{name} holds numbers that are no sound; record it again.")
     if not wav.abs().max() > SILENCE:
         raise Refusal(f"{name} is silent; check the microphone.")
     return wav
@@ -108,16 +118,26 @@ class Model:
         }
         self.calibration = _read_json(Path(folder, "calibration.json")).get("dims")
         self.report = _read_json(Path(folder, "report.json"))
+        self.heard: dict[str, tuple[float, Voice]] = {}  # by path: when, and what
 
     def embed(self, path: str) -> Voice:
-        """Embedding (D,) and seconds of a recording, which is deleted."""
+        """Embedding (D,) and seconds of a recording, which is deleted.
+
+        One file that was uploaded twice has one path, so what was heard is known for a while.
+        """
+        now = time.monotonic()
+        recent = list(self.heard.items())
+        self.heard = {one: kept for one, kept in recent if now - kept[0] < KEPT_SECONDS}
+        if path in self.heard and not os.path.exists(path):
+            return self.heard[path][1]
         try:
             wav = read_voice(path)
         finally:
             Path(path).unlink(missing_ok=True)
         with torch.no_grad():
             embedding = self.encoder.encode_batch(wav.unsqueeze(0))[0, 0]
-        return embedding.cpu().numpy(), len(wav) / SAMPLE_RATE
+        self.heard[path] = now, (embedding.cpu().numpy(), len(wav) / SAMPLE_RATE)
+        return self.heard[path][1]
 
     def log_ratio(self, size: int, cosine: float, seconds: tuple[float, float]) -> float:
         """Calibrated: log-likelihood ratio of one person against two."""
@@ -345,6 +365,16 @@ def draw_map(
     return figure, about
 
 
+def check_uploaded(*paths: str | None) -> None:
+    """Raise Refusal if a path is none that Gradio gave to an upload: a request may name any file."""
+    from gradio.utils import get_upload_folder
+
+    folder = os.path.realpath(get_upload_folder())
+    for path in paths:
+        if path is not None and not os.path.realpath(path).startswith(folder + os.sep):
+            raise Refusal("Only recordings that you upload here are read.")
+
+
 def build(model: Model) -> Any:
     """The page, a ``gradio.Blocks``."""
     import gradio as gr
@@ -361,18 +391,22 @@ def build(model: Model) -> Any:
         return call
 
     def on_compare(one: str | None, two: str | None, heard: dict[str, Voice]) -> list[Any]:
+        check_uploaded(one, two)
         return [compare(model, [one, two], heard), heard]
 
     def on_enrol(path: str | None, name: str, people: dict[str, list[Voice]]) -> list[Any]:
+        check_uploaded(path)
         return [enrol(model, path, name, people), None, "", people]
 
     def on_find(path: str | None, people: dict[str, list[Voice]]) -> list[Any]:
+        check_uploaded(path)
         return [find(model, path, people), None]
 
     def on_files(paths: list[str], size: int, voices: list[tuple[str, np.ndarray]]) -> list[Any]:
         bad = []
         for path in paths:
             try:
+                check_uploaded(path)
                 voices = [*voices, (Path(path).stem, model.embed(path)[0])]
             except Refusal as refusal:
                 bad.append(str(refusal))
@@ -507,8 +541,16 @@ def launch(model: Model, **options: Any) -> Any:
         "font": ["system-ui", "sans-serif"],
         "font_mono": ["ui-monospace", "monospace"],
     }
-    return build(model).launch(
-        theme=gr.themes.Default(**fonts), css=CSS, max_file_size="50mb", footer_links=[], **options
+    return (
+        build(model)
+        .queue(max_size=WAITING)
+        .launch(
+            theme=gr.themes.Default(**fonts),
+            css=CSS,
+            max_file_size="50mb",
+            footer_links=[],
+            **options,
+        )
     )
 
 

@@ -1,9 +1,12 @@
 import html
+import http.server
 import json
 import os
 import re
 import shutil
 import tempfile
+import threading
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -230,16 +233,7 @@ def test_a_map_has_a_point_for_each_recording_and_a_colour_for_each_voice(model,
     assert {text.get_text() for text in axes.texts} == {name for name, _ in voices}
 
 
-# The page in a browser
-
-needs_chromium = pytest.mark.skipif(
-    not (shutil.which("chromium") and shutil.which("chromedriver")),
-    reason="needs the packages chromium and chromium-driver",
-)
-FLAGS = (
-    "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking "
-    "disable-component-update disable-sync window-size=1100,900"
-).split()
+# What a request may name
 
 
 @pytest.fixture(scope="module")
@@ -251,6 +245,120 @@ def uploads(tmp_path_factory):
     os.environ.pop("GRADIO_TEMP_DIR")
     if before is not None:
         os.environ["GRADIO_TEMP_DIR"] = before
+
+
+class Request:
+    """One call of the page's own functions over HTTP, as a program could make it."""
+
+    def __init__(self, address, page):
+        self.address, self.page = address.rstrip("/"), page
+
+    def compare(self, one, two):
+        button = next(fn for fn in self.page.fns.values() if fn.api_name == "call")  # the first
+        body = {"data": [one, two, None], "fn_index": button._id, "session_hash": "s"}
+        self._ask("/gradio_api/queue/join", body)
+        with urllib.request.urlopen(
+            f"{self.address}/gradio_api/queue/data?session_hash=s", timeout=60
+        ) as answer:
+            for line in answer:
+                event = json.loads(line[5:]) if line.startswith(b"data:") else {}
+                if event.get("msg") == "process_completed":
+                    return json.dumps(event["output"])
+
+    def _ask(self, path, body):
+        data, kind = json.dumps(body).encode(), {"Content-Type": "application/json"}
+        request = urllib.request.Request(self.address + path, data, kind)
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return json.loads(answer.read())
+
+
+@pytest.fixture(scope="module")
+def request_(model, uploads):
+    app, address, _ = space.launch(
+        model, prevent_thread_lock=True, quiet=True, server_name="127.0.0.1"
+    )
+    yield Request(address, app.get_blocks())
+    app.get_blocks().close()
+
+
+@pytest.fixture
+def elsewhere():
+    """A server that is not the page's; the paths that it was asked for."""
+    asked = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_error(404)
+
+        def log_message(self, *arguments):
+            pass
+
+    server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/x.wav", asked
+    server.shutdown()
+
+
+def _stream(path):
+    return {"path": str(path), "is_stream": True, "meta": {"_type": "gradio.FileData"}}
+
+
+def test_an_address_that_a_visitor_names_is_not_fetched(request_, elsewhere):
+    address, asked = elsewhere
+    answer = request_.compare(_stream(address), _stream(address))
+    assert "Only recordings that you upload here are read." in answer
+    with pytest.raises(space.Refusal, match="cannot be read as sound"):
+        space.read_voice(address)
+    assert asked == []
+
+
+def test_a_file_of_the_server_that_a_visitor_names_is_neither_read_nor_deleted(request_, recording):
+    path = recording(1)
+    answer = request_.compare(_stream(path), _stream(path))
+    assert "cosine" not in answer and os.path.exists(path)
+
+
+def test_a_file_that_takes_too_long_is_given_up(recording, monkeypatch):
+    ticks = iter(range(0, 1000, 7))
+    monkeypatch.setattr(space.time, "monotonic", lambda: next(ticks))
+    with pytest.raises(space.Refusal, match="takes too long to read; give a shorter one"):
+        space.read_voice(recording(1))
+
+
+def test_the_queue_has_an_end(request_):
+    assert request_.page._queue.max_size == space.WAITING
+
+
+def test_one_file_uploaded_twice_is_heard_twice(model, recording, monkeypatch):
+    path = recording(1)
+    first, again = model.embed(path), model.embed(path)
+    np.testing.assert_array_equal(first[0], again[0])
+    assert not os.path.exists(path)
+    monkeypatch.setattr(space, "KEPT_SECONDS", 0)
+    with pytest.raises(space.Refusal):
+        model.embed(path)
+
+
+@pytest.mark.parametrize("value", [np.inf, np.nan, 1e30])
+def test_samples_that_are_no_sound_are_refused(model, tmp_path, value):
+    samples = 0.1 * np.ones(32000, np.float32)
+    samples[9000] = value
+    soundfile.write(tmp_path / "bad.wav", samples, 16000, "FLOAT")
+    with pytest.raises(space.Refusal, match="holds numbers that are no sound"):
+        model.embed(str(tmp_path / "bad.wav"))
+
+
+# The page in a browser
+
+needs_chromium = pytest.mark.skipif(
+    not (shutil.which("chromium") and shutil.which("chromedriver")),
+    reason="needs the packages chromium and chromium-driver",
+)
+FLAGS = (
+    "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking "
+    "disable-component-update disable-sync window-size=1100,900"
+).split()
 
 
 @pytest.fixture(scope="module")
