@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from command import check_device, run_command
 
 from speechbrain_mrl import embed_folder
 from speechbrain_mrl.inference.encoders import EncoderClassifierTeacher, load_teacher
@@ -17,7 +18,6 @@ from speechbrain_mrl.inference.optimize import (
     PRECISIONS,
     batch_seconds_for,
     for_inference,
-    prepare_cpu,
 )
 from speechbrain_mrl.utils import choose_device
 
@@ -93,6 +93,7 @@ def main(argv=None):
     engine, precision = options.pop("engine"), options.pop("precision")
     options["device"] = choose_device(options["device"])
     check_options(engine, precision, options["device"])
+    check_device(options["device"])
     encoder = load_teacher(options.pop("model"), device=options["device"])
     encoder, batch_seconds = choose_engine(encoder, engine, precision, options["device"])
     options["batch_seconds"] = options["batch_seconds"] or batch_seconds
@@ -100,5 +101,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    prepare_cpu()
-    main()
+    run_command(main)

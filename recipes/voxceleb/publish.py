@@ -11,6 +11,8 @@ One script for ``python -m speechbrain_mrl convert`` and ``publish``, which do t
 
 import argparse
 
+from command import run_command
+
 from speechbrain_mrl.cli import publish_options, release_options, upload
 from speechbrain_mrl.publish.convert import convert_release
 
@@ -38,4 +40,4 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -6,16 +6,15 @@ Without ``--data_folder`` it runs a demo on synthetic voices with small teachers
 """
 
 import json
-import sys
 import time
 from functools import partial
 from pathlib import Path
 
 import speechbrain as sb
 from check_hparams import check_training
+from command import LOG_CONFIG, check_device, limit_workers, run_command
 from corpus import prepare
 from hyperpyyaml import load_hyperpyyaml
-from outcome import enrol, export, report_agreement, report_on
 from read_hparams import (
     dumped,
     is_demo,
@@ -27,6 +26,7 @@ from read_hparams import (
 )
 from speechbrain.dataio.encoder import CategoricalEncoder
 from speechbrain.utils.distributed import ddp_init_group, if_main_process
+from training_results import enrol, export, report_agreement, report_on
 
 from speechbrain_mrl import matryoshka_rotation, push_to_hub
 from speechbrain_mrl.dataio.clips import read_clips
@@ -36,7 +36,6 @@ from speechbrain_mrl.dataio.shards import shard_loader
 from speechbrain_mrl.evaluation.verification import read_trials
 from speechbrain_mrl.inference.encoders import choose_teachers, load_teachers
 from speechbrain_mrl.inference.extract import embed_clips
-from speechbrain_mrl.inference.optimize import prepare_cpu
 from speechbrain_mrl.inference.store import TeacherStore
 from speechbrain_mrl.models.pretrained import load_checkpoint, load_released
 from speechbrain_mrl.models.resize import resize_model
@@ -154,6 +153,7 @@ def train_stage(previous, hparams, corpus, run_opts, teachers, **embed_options):
         rows = read_rows(corpus.train_csv, ["spk_id"])
         label_encoder.update_from_iterable(row["spk_id"] for _, row in rows)
         n_classes = len(label_encoder)
+        label_encoder.expect_len(n_classes)
     seed_draws(0)  # whatever a killed run had already done
     objective = hparams["objective"](n_classes=n_classes)
     make = start_student if previous is None else partial(go_on, *previous)
@@ -185,7 +185,11 @@ def main(argv):
     for stage in stages:
         check_training(parse(stage))
     stages = [load_stage(stage) for stage in stages]
-    ddp_init_group(run_options(run_opts, stages[-1]))
+    for stage in stages:
+        limit_workers(stage)
+    options = run_options(run_opts, stages[-1])
+    check_device(options.get("device"))
+    ddp_init_group(options)
     with only_run(stages[-1]["output_folder"]):
         return run(document, stages, run_opts)
 
@@ -202,7 +206,7 @@ def run(document, stages, run_opts):
     if if_main_process():
         with replacing(kept) as part:
             part.write_text(dumped(document))
-    sb.create_experiment_directory(hparams["output_folder"], kept)
+    sb.create_experiment_directory(hparams["output_folder"], kept, log_config=LOG_CONFIG)
     corpus = prepare(hparams, debug)
 
     embed_options = {
@@ -271,5 +275,4 @@ def run(document, stages, run_opts):
 
 
 if __name__ == "__main__":
-    prepare_cpu()
-    main(sys.argv[1:])
+    run_command(main)

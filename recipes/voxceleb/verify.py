@@ -8,7 +8,6 @@ Embeddings are kept on disk: a run that died goes on, and another list costs onl
 
 import hashlib
 import os
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from pathlib import Path
 import speechbrain as sb
 import torch
 from check_hparams import check_verification
+from command import check_device, limit_workers, run_command
 from hyperpyyaml import load_hyperpyyaml
 from read_hparams import parse, read_yaml, resolved, run_options
 from speechbrain.utils.distributed import ddp_init_group, if_main_process
@@ -42,7 +42,6 @@ from speechbrain_mrl.evaluation.verification import (
 )
 from speechbrain_mrl.inference.encoders import load_teacher, sizes_and_thresholds
 from speechbrain_mrl.inference.fingerprint import fingerprint
-from speechbrain_mrl.inference.optimize import prepare_cpu
 from speechbrain_mrl.inference.store import TeacherStore
 from speechbrain_mrl.utils import choose_device, only_run
 
@@ -289,12 +288,13 @@ def main(argv):
     document = read_yaml(hparams_file, overrides)
     check_verification(parse(document))
     hparams = load_hyperpyyaml(resolved(document))
+    limit_workers(hparams)
     options = run_options(run_opts, hparams)
+    check_device(options.get("device"))
     ddp_init_group(options)
     with only_run(hparams["output_folder"]):
         verify(hparams, choose_device(options.get("device") or "cpu"))
 
 
 if __name__ == "__main__":
-    prepare_cpu()
-    main(sys.argv[1:])
+    run_command(main)

@@ -109,10 +109,11 @@ def prepare_voxceleb(
     train_speakers : str | None
         File with one speaker per line; None is every speaker that is not tested.
     valid_speakers : int
-        Speakers to hold out for validation: at most this many, and at most a tenth of
-        the training speakers or 4, whichever is more.
+        Speakers to hold out for validation: at most this many, and fewer in a small
+        folder: a tenth of the training speakers, or of few two fifths and at most 4.
     test_speakers : int
-        Speakers to hold out for the test where no trials are given.
+        Speakers to hold out for the test where no trials are given: at most this many, and
+        at most a third of those that have two or more clips if train_speakers is None.
     min_seconds : float
         Shorter clips are left out, except in given trials.
     seed : int
@@ -145,7 +146,7 @@ def prepare_voxceleb(
     ...     soundfile.write(path, np.zeros(16000), 16000)
     >>> prepared = prepare_voxceleb(str(folder), str(folder / "lists"), test_speakers=2)
     >>> prepared.counts["train"]["speakers"], prepared.counts["valid"]["target"]
-    (4, 12)
+    (5, 9)
     """
     save_folder = Path(save_folder).absolute()
     if skip_prep:
@@ -198,22 +199,24 @@ def prepare_voxceleb(
         test = [_Clip(ID, paths[stem], frames[stem]) for ID, stem in test_ids.items()]
     else:
         pool = {s: c for s, c in usable.items() if not train_speakers or s not in speakers}
-        test = _hold_out(pool, test_speakers, "test_speakers", rng)
+        most = len(pool) if train_speakers else len(_eligible(pool)) // 3
+        test = _hold_out(pool, test_speakers, "test_speakers", rng, most)
         trial_list = _make_trials(test, rng)
         tested = {clip.speaker for clip in test}
 
     overlap = speakers & tested
     logger.info("%d test speakers are kept out of training and validation", len(overlap))
     pool = {s: usable[s] for s in sorted(speakers - tested) if s in usable}
-    count = min(valid_speakers, max(4, len(pool) // 10))
+    most = max(len(pool) // 10, min(4, 2 * len(pool) // 5))
+    count = max(2, min(valid_speakers, most))
     if len(pool) < count + 2:
         raise ValueError(
             f"{len(pool)} speakers remain for training after {len(overlap)} of {len(speakers)} "
             f"are kept for the test; {count} for validation and at least 2 others are needed. "
-            "Trials of a corpus' own training speakers (VoxCeleb1-E, VoxCeleb1-H) need another "
-            "corpus to train on"
+            "Give a data_folder of more speakers, or trials of another corpus: those of a corpus' "
+            "own training speakers (VoxCeleb1-E, VoxCeleb1-H) need another corpus to train on"
         )
-    valid = _hold_out(pool, count, "valid_speakers", rng)
+    valid = _hold_out(pool, valid_speakers, "valid_speakers", rng, most)
     valid_trials = _make_trials(valid, rng)
     validated = {clip.speaker for clip in valid}
     train = [clip for s, clips in pool.items() if s not in validated for clip in clips]
@@ -418,13 +421,21 @@ def _refuse_bad_files(bad: dict[str, str], total: int, test_stems: set[str], ski
         )
 
 
-def _hold_out(pool: dict[str, list], count: int, argument: str, rng) -> list[_Clip]:
-    """Some clips each of ``count`` random speakers that have two or more."""
-    eligible = sorted(speaker for speaker, clips in pool.items() if len(clips) > 1)
+def _eligible(pool: dict[str, list]) -> list[str]:
+    """Speakers that can be in a target trial."""
+    return sorted(speaker for speaker, clips in pool.items() if len(clips) > 1)
+
+
+def _hold_out(pool: dict[str, list], wanted: int, key: str, rng, most: int) -> list[_Clip]:
+    """Some clips each of random speakers that have two or more, ``wanted`` and at most ``most``."""
+    eligible, count = _eligible(pool), max(2, min(wanted, most))
     if len(eligible) < count:
         raise ValueError(
-            f"{argument} needs {count} speakers with two or more clips, {len(eligible)} have them"
+            f"{key} needs {count} speakers with two or more clips, and {len(eligible)} of "
+            f"{len(pool)} have them; give a data_folder of more speakers, or set {key} lower"
         )
+    if count < wanted:
+        logger.info("%s is %d instead of %d, of %d speakers", key, count, wanted, len(pool))
     return [
         clip
         for speaker in sorted(rng.sample(eligible, count))

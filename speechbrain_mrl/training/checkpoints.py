@@ -1,6 +1,7 @@
 """SpeechBrain's checkpoints, each complete or not there, and where a training started."""
 
 import copy
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -12,6 +13,8 @@ from speechbrain.utils.distributed import ddp_barrier, if_main_process
 from torch import nn
 
 from speechbrain_mrl.utils import replacing, writing
+
+logger = logging.getLogger(__name__)
 
 PARTIAL = "partial+"  # in front of a checkpoint's name: none that SpeechBrain lists
 
@@ -32,8 +35,10 @@ class AtomicCheckpointer(Checkpointer):
     ('CKPT+first', True)
     """
 
-    def save_checkpoint(self, *arguments: Any, **options: Any) -> Any:
-        """As SpeechBrain's.
+    def save_checkpoint(
+        self, *arguments: Any, verbosity: int = logging.INFO, **options: Any
+    ) -> Any:
+        """As SpeechBrain's, which would log the name that the checkpoint has while it is partial.
 
         Raises
         ------
@@ -44,13 +49,14 @@ class AtomicCheckpointer(Checkpointer):
             self._clear()
         try:
             with writing(self.checkpoints_dir):
-                saved = super().save_checkpoint(*arguments, **options)
+                saved = super().save_checkpoint(*arguments, **options, verbosity=logging.DEBUG)
                 if saved is not None:  # the main process
                     for path in saved.path.iterdir():
                         with open(path, "rb") as file:
                             os.fsync(file.fileno())
                     path = saved.path.with_name(saved.path.name.removeprefix(PARTIAL))
                     os.replace(saved.path, path)
+                    logger.log(verbosity, "Saved checkpoint %s", path)
         except OSError:
             self._clear()
             raise

@@ -128,7 +128,7 @@ def test_generated_trials_cross_sessions_and_label_speakers_rightly(corpus):
 def test_without_trials_speakers_are_held_out_and_tried(corpus):
     prepared = prepare(corpus, trials=None, test_speakers=3)
     train, valid, test = map(speakers_of, prepared[:3])
-    assert (len(test), len(valid), len(train)) == (3, 4, 5)
+    assert (len(test), len(valid), len(train)) == (3, 3, 6)
     assert not (train & valid or train & test or valid & test)
     assert {label for label, _, _ in trials_of(prepared.test_trials)} == {"0", "1"}
 
@@ -236,7 +236,7 @@ def test_skip_prep_without_lists_is_refused(tmp_path):
 @pytest.mark.parametrize("root", ["wav", "aac", "dev/aac", "dev/wav", "test/wav", "."])
 def test_usual_roots_are_found(tmp_path, root):
     make_corpus(tmp_path / "vox" / root, names("id", 8), utterances=1)
-    assert prepare(tmp_path, trials=None, test_speakers=2).counts["train"]["clips"] == 4
+    assert prepare(tmp_path, trials=None, test_speakers=2).counts["train"]["clips"] == 8
 
 
 def test_several_folders_and_formats_join_and_a_converted_copy_counts_once(tmp_path):
@@ -309,6 +309,33 @@ def test_unknown_train_speakers_are_named(corpus):
     (corpus / "train.txt").write_text("id05\nid99\n")
     with pytest.raises(ValueError, match="1 of 2 speakers in .*train.txt.*id99"):
         prepare(corpus, train_speakers=str(corpus / "train.txt"))
+
+
+@pytest.mark.parametrize(
+    "speakers, expected", [(6, (2, 2, 2)), (12, (5, 3, 4)), (20, (10, 4, 6)), (90, (54, 6, 30))]
+)
+def test_a_small_folder_holds_out_fewer_speakers_by_itself(speakers, expected, tmp_path, caplog):
+    caplog.set_level("INFO")
+    for number in range(speakers):
+        for clip in range(2):
+            path = tmp_path / f"wav/id{number:02d}/session/{clip}.wav"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            soundfile.write(path, np.full(16000, 0.1), 16000)
+    prepared = prepare_voxceleb(str(tmp_path), str(tmp_path / "lists"))
+    counts = [prepared.counts[split] for split in ("train", "valid", "test")]
+    assert tuple(count["speakers"] for count in counts) == expected
+    assert all(count["target"] > 0 and count["impostor"] > 0 for count in counts[1:])
+    assert f"test_speakers is {expected[2]} instead of 40, of {speakers} speakers" in caplog.text
+
+
+def test_five_speakers_are_too_few_and_the_keys_are_named(tmp_path):
+    for number in range(5):
+        for clip in range(2):
+            path = tmp_path / f"wav/id{number}/session/{clip}.wav"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            soundfile.write(path, np.full(16000, 0.1), 16000)
+    with pytest.raises(ValueError, match="3 speakers remain .* Give a data_folder of more"):
+        prepare_voxceleb(str(tmp_path), str(tmp_path / "lists"))
 
 
 @pytest.mark.parametrize("argument", ["valid_speakers", "test_speakers"])

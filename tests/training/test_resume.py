@@ -142,8 +142,8 @@ MOMENTS = {
     "the end of an epoch, saved": (CHECKPOINTER, "delete_checkpoints", 2, _die),
     "the second stage": (BRAIN, "optimizers_step", 11, _die),
     "the second stage's validation": (BRAIN, "evaluate_batch", 1, _die),
-    "the plots": ("outcome", "write_plots", 1, _die),
-    "the export": ("outcome", "export_model", 1, _die),
+    "the plots": ("training_results", "write_plots", 1, _die),
+    "the export": ("training_results", "export_model", 1, _die),
 }
 
 

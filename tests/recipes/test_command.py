@@ -1,0 +1,74 @@
+"""What a user of the recipes' scripts sees: a mistake in one sentence, a log that is for people."""
+
+import os
+import subprocess
+import sys
+
+import command
+import embed
+import publish
+import pytest
+import train
+import verify
+
+MISTAKES = {
+    "a YAML that is not there": (train, ["hparams/mrl_distil.yaml"], "mrl_distil.yaml"),
+    "a wrong key": (train, ["hparams/mrl_distill.yaml", "--chunk_secs=2"], "chunk_seconds"),
+    "a value that is no YAML": (train, ["hparams/mrl_distill.yaml", "--mrl_dims=[8, 16"], "8, 16"),
+    "a value of another type": (train, ["hparams/mrl_distill.yaml", "--lr=abc"], "lr must be"),
+    "no such folder": (train, ["hparams/mrl_distill.yaml", "--data_folder=/gone"], "data_folder"),
+    "no such device": (train, ["hparams/mrl_distill.yaml", "--device=gpu"], "--device=gpu"),
+    "no model to verify": (verify, ["hparams/verify.yaml"], "source"),
+    "a list that is not there": (
+        verify,
+        ["hparams/verify.yaml", "--source=b2", "--data_folder=/", "--trials=/gone.txt"],
+        "trials",
+    ),
+    "no model to publish": (publish, ["/gone", "org/name"], "/gone"),
+    "no model to embed with": (embed, ["/gone.pt", ".", "/tmp/out"], "/gone.pt"),
+    "no recordings": (embed, ["{tiny}", "{empty}", "{empty}/out"], "holds no recording"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_sentence_and_exit_code_2(
+    mistake, release_file, tiny_config, tmp_path, capsys
+):
+    script, argv, said = MISTAKES[mistake]
+    (tmp_path / "empty").mkdir()
+    places = {"tiny": release_file(tiny_config), "empty": tmp_path / "empty"}
+    with pytest.raises(SystemExit) as exit_:
+        command.run_command(script.main, [part.format(**places) for part in argv])
+    assert exit_.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and said in line
+
+
+def test_a_script_prints_no_traceback_unless_it_is_asked_for():
+    call = [sys.executable, "recipes/voxceleb/train.py", "hparams/mrl_distill.yaml", "--epochs=1"]
+    for traceback, code in (("", 2), ("1", 1)):
+        environment = {**os.environ, command.TRACEBACK: traceback}
+        done = subprocess.run(call, capture_output=True, text=True, env=environment)
+        assert done.returncode == code
+        assert ("Traceback" in done.stderr) == bool(traceback)
+        assert "epochs" in done.stderr
+
+
+def test_a_fault_of_the_program_keeps_its_traceback():
+    def main(argv):
+        raise AttributeError("not a user's mistake")
+
+    with pytest.raises(AttributeError):
+        command.run_command(main, [])
+
+
+def test_workers_are_no_more_than_the_processors_of_this_process(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 5, 7}, raising=False)
+    loader = {"batch_size": 2, "num_workers": 4}
+    hparams = {"num_workers": 4, "train_loader": loader, "valid_loader": {"num_workers": 0}}
+    command.limit_workers(hparams)
+    assert hparams["num_workers"] == loader["num_workers"] == 3
+    assert hparams["valid_loader"]["num_workers"] == 0
+    verification = {"num_workers": 2}
+    command.limit_workers(verification)
+    assert verification == {"num_workers": 2}
