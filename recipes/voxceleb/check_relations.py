@@ -8,8 +8,11 @@ import pydoc
 from read_hparams import Code, is_demo, unknown_key
 
 from speechbrain_mrl.inference.encoders import choose_teachers
-from speechbrain_mrl.models.pretrained import check_released, released_names
 from speechbrain_mrl.models.redimnet import check_mrl_dims
+from speechbrain_mrl.models.releases import (
+    check_released,
+    released_names,
+)
 
 RELEASED = set(released_names())
 PLAIN = (inspect.Parameter.empty, bool, int, float, str, "bool", "int", "float", "str")

@@ -11,7 +11,13 @@ from torch import Tensor, nn
 
 from speechbrain_mrl.inference.extract import embed_long
 from speechbrain_mrl.inference.optimize import for_inference
-from speechbrain_mrl.models.pretrained import load_checkpoint, load_released, released_names
+from speechbrain_mrl.models.pretrained import (
+    load_checkpoint,
+    load_released,
+)
+from speechbrain_mrl.models.releases import (
+    released_names,
+)
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 

@@ -11,8 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from speechbrain_mrl.models.pretrained import load_checkpoint, load_released, released_names
+from speechbrain_mrl.models.pretrained import (
+    load_checkpoint,
+    load_released,
+)
 from speechbrain_mrl.models.redimnet import MatryoshkaReDimNet
+from speechbrain_mrl.models.releases import (
+    released_names,
+)
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,9 +12,11 @@ from tqdm import tqdm
 from speechbrain_mrl.dataio.clips import find_clips
 from speechbrain_mrl.inference.extract import embed_clips
 from speechbrain_mrl.models.pretrained import (
-    PREFIX2,
     ReDimNetMRL,
     load_released,
+)
+from speechbrain_mrl.models.releases import (
+    PREFIX2,
     parse_release,
     releases_of,
 )

@@ -11,21 +11,23 @@ import fill
 import pytest
 import torch
 
-from speechbrain_mrl.models import pretrained
+from speechbrain_mrl.models import releases
 from speechbrain_mrl.models.pretrained import (
-    RELEASES,
-    RELEASES2,
     ReDimNetMRL,
     load_checkpoint,
     load_pretrained_redimnet,
     load_pretrained_redimnet2,
     load_released,
     load_strictly,
-    parse_release,
     read_checkpoint,
 )
 from speechbrain_mrl.models.redimnet import PRESETS, ReDimNet
 from speechbrain_mrl.models.redimnet2 import ReDimNet2
+from speechbrain_mrl.models.releases import (
+    RELEASES,
+    RELEASES2,
+    parse_release,
+)
 
 # Files and folders
 
@@ -177,7 +179,7 @@ def test_docs_list_every_release_of_redimnet2_with_its_licence_and_hash():
                 name = f"{model_name}-{dataset}-{train_type}.pt"
                 cells = [cell.strip() for cell in rows.pop(name)]
                 assert cells[7] == ("MIT" if release["license"] == "mit" else "non-commercial")
-                assert cells[8].strip("`") == pretrained.SHA256.get(name, "–")
+                assert cells[8].strip("`") == releases.SHA256.get(name, "–")
     assert not rows
 
 
@@ -368,7 +370,7 @@ def server(torch_home, tiny_config, release_file, monkeypatch):
         server.content = release_file(tiny_config, name="served").read_bytes()
         server.requests, server.honours_ranges, server.break_after = [], True, None
         server.pause, server.says_length = 0, True
-        monkeypatch.setattr(pretrained, "URL", f"http://127.0.0.1:{server.server_port}/latest/")
+        monkeypatch.setattr(releases, "URL", f"http://127.0.0.1:{server.server_port}/latest/")
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         yield server
@@ -425,7 +427,7 @@ def test_a_file_of_unsaid_length_is_downloaded(server, cached):
 
 
 def test_a_server_that_falls_silent_is_not_waited_for(server, monkeypatch):
-    monkeypatch.setattr(pretrained, "PATIENCE", 0.1)
+    monkeypatch.setattr(releases, "PATIENCE", 0.1)
     server.pause = 0.5
     with pytest.raises(ConnectionError, match="timed out"):
         load_pretrained_redimnet("b2")
@@ -446,7 +448,7 @@ def test_no_network_is_one_sentence_that_says_which_file_to_put_where(
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{listener.getsockname()[1]}/latest/"
-    monkeypatch.setattr(pretrained, "URL", url)
+    monkeypatch.setattr(releases, "URL", url)
     with pytest.raises(ConnectionError) as error:
         load_pretrained_redimnet("b2")
     message = str(error.value)
@@ -458,7 +460,7 @@ def test_no_network_is_one_sentence_that_says_which_file_to_put_where(
 def test_file_put_by_hand_into_the_cache_needs_no_network(
     cached, tiny_config, release_file, monkeypatch
 ):
-    monkeypatch.setattr(pretrained, "URL", "http://127.0.0.1:9/nowhere/")
+    monkeypatch.setattr(releases, "URL", "http://127.0.0.1:9/nowhere/")
     cached.parent.mkdir(parents=True)
     release_file(tiny_config).rename(cached)
     assert load_pretrained_redimnet("b2").embed_dim == 32
@@ -467,7 +469,7 @@ def test_file_put_by_hand_into_the_cache_needs_no_network(
 def test_files_of_redimnet2_have_their_own_folder_in_the_cache(
     server, cached, tiny_config, tiny_config2, release_file, monkeypatch
 ):
-    monkeypatch.setattr(pretrained, "URL2", pretrained.URL)
+    monkeypatch.setattr(releases, "URL2", releases.URL)
     server.content = release_file(tiny_config2, name="served2").read_bytes()
     with pytest.warns(UserWarning, match="VoxBlink2"):
         load_pretrained_redimnet2("b3", dataset="vb2+vox2+cnc2_v0")
@@ -480,7 +482,7 @@ def test_files_of_redimnet2_have_their_own_folder_in_the_cache(
 
 
 def test_release_of_a_known_hash_must_have_it(cached, tiny_config2, release_file, monkeypatch):
-    monkeypatch.setattr(pretrained, "URL2", "http://127.0.0.1:9/nowhere/")
+    monkeypatch.setattr(releases, "URL2", "http://127.0.0.1:9/nowhere/")
     folder = cached.parent / "redimnet2"
     folder.mkdir(parents=True)
     path = release_file(tiny_config2, name="b2-vox2-lm").rename(folder / "b2-vox2-lm.pt")
