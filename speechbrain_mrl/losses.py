@@ -81,7 +81,7 @@ class MatryoshkaDistillationLoss(nn.Module):
     >>> batch = {name: embeddings[:5] for name, embeddings in clips.items()}
     >>> loss, values = objective.fit(clips)(torch.randn(5, 4), batch)
     >>> sorted(values)
-    ['cosine/2', 'cosine/4', 'gram/2', 'gram/4']
+    ['contrastive/2', 'contrastive/4', 'cosine/2', 'cosine/4']
     """
 
     ensembles: Any  # nn.ModuleList of EnsembleRotation
@@ -90,7 +90,7 @@ class MatryoshkaDistillationLoss(nn.Module):
         self,
         mrl_dims: Iterable[int],
         teacher_map: Mapping[int, str | list[str]] | str | None = None,
-        terms: Mapping[str, float] = {"cosine": 1.0, "gram": 1.0},
+        terms: Mapping[str, float] = {"cosine": 1.0, "contrastive": 0.1},
         mrl_weights: Iterable[float] | None = None,
         teacher_weights: Mapping[str, float] | None = None,
         n_classes: int | None = None,

@@ -80,9 +80,9 @@ def workplace(tmp_path_factory, tiny_config, random_model, small_corpus, voices)
     release = random_model({**tiny_config, "embed_dim": 192})
     hub = place / "hub" / "checkpoints"
     hub.mkdir(parents=True)
-    for name in ("b0", "b2", "b6"):
-        content = {"model_config": release.model_config, "state_dict": release.state_dict()}
-        torch.save(content, hub / f"{name}-vox2-ft_lm.pt")
+    content = {"model_config": release.model_config, "state_dict": release.state_dict()}
+    for name in ("b0-vox2-ft_lm", "b2-vox2-ft_lm", "b6-vox2-ft_lm", "b0-vox2-ptn", "b2-vox2-ptn"):
+        torch.save(content, hub / f"{name}.pt")
     student = MatryoshkaReDimNet.from_redimnet(release, 256, SIZES).eval()
     dims = {str(d): {"eer": 0.1, "min_dcf": 0.5, "threshold": 0.3} for d in SIZES}
     trials = {"target": 30, "impostor": 150}

@@ -1,7 +1,6 @@
 """SpeechBrain's Brain for a Matryoshka student: steps, validation, checkpoints."""
 
 import logging
-import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -26,28 +25,19 @@ from speechbrain_mrl.dataio.shards import ShardedClips
 from speechbrain_mrl.evaluation.report import agreement
 from speechbrain_mrl.evaluation.verification import Trials, evaluate
 from speechbrain_mrl.models.redimnet import ReDimNet
-from speechbrain_mrl.utils import choose_device
+from speechbrain_mrl.training.steps import SteppingBrain
 
 logger = logging.getLogger(__name__)
 
-OPTIONS = ("run_opts", "hparams")
 AGREEMENT_CLIPS = 1_000  # validation clips whose pairs are compared with the teachers', at most
 
 
-def batch_statistics(modules: nn.Module) -> list[torch.Tensor]:
-    """Running means, variances and counts of all BatchNorm layers."""
-    norms = (m for m in modules.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
-    return [buffer for norm in norms for buffer in norm.buffers()]
-
-
 @register_checkpoint_hooks
-class MRLBrain(sb.Brain):
+class MRLBrain(SteppingBrain):
     """Trains ``modules.student`` by ``modules.objective``, validates by EER at every size.
 
     A killed training that is started again ends in the weights of one that was not killed: what is
-    random in a step follows from the seed, the epoch and the step. A batch whose loss or gradients
-    are not finite is reported, and the step that it would be part of is not taken; more than
-    ``nonfinite_patience`` of them in an epoch (a run option) stop the training.
+    random in a step follows from the seed, the epoch and the step.
 
     The student before its first step is validated as epoch 0, so that the log tells what training
     brought.
@@ -75,7 +65,6 @@ class MRLBrain(sb.Brain):
         Those of ``speechbrain.Brain``.
     """
 
-    optimizer_step_limit: Any
     epoch: Any
     sums: dict[str, float]
     embeddings: dict[str, Tensor]
@@ -91,19 +80,10 @@ class MRLBrain(sb.Brain):
         part_lrs: Mapping[str, float] | None = None,
         **brain_arguments: Any,
     ) -> None:
-        run_opts, hparams = (brain_arguments.pop(name, None) or {} for name in OPTIONS)
-        chosen = {k: run_opts[k] for k in getattr(run_opts, "overridden_args", run_opts)}
-        # SpeechBrain puts all processes that are told "cuda" on the first GPU
-        chosen["device"] = choose_device(chosen.get("device") or hparams.get("device"))
-        super().__init__(run_opts=chosen, hparams=hparams, **brain_arguments)
-        if self.optimizer_step_limit is not None:  # from the command line SpeechBrain has a string
-            self.optimizer_step_limit = int(self.optimizer_step_limit)
+        super().__init__(**brain_arguments)
         self.stores, self.valid_trials, self.lr_schedule = stores, valid_trials, lr_schedule
         self.margin_steps, self.frozen, self.part_lrs = margin_steps, frozen, part_lrs or {}
         self.unwrapped = brain_arguments["modules"]  # neither compiled nor distributed
-        self.statistics = batch_statistics(self.modules)
-        self.kept_statistics = [buffer.clone() for buffer in self.statistics]
-        self.spoiled = False  # whether a batch of the step to come is not finite
 
     def fit(
         self,
@@ -127,65 +107,6 @@ class MRLBrain(sb.Brain):
             self.train_stats: dict[str, float] = {}
             self._fit_valid(valid_set, 0, enable=False)
         yield from epoch_counter
-
-    def fit_batch(self, batch: Any) -> Tensor:
-        """One batch, and a step after the last of those that share one, if all that is finite."""
-        if self.step % self.grad_accumulation_factor == 1 % self.grad_accumulation_factor:
-            torch._foreach_copy_(self.kept_statistics, self.statistics)
-            self.spoiled = False
-        loss = super().fit_batch(batch)
-        if self.finite:
-            return loss
-        self._restore_statistics()
-        self.spoiled = True
-        self.nonfinite_count += 1
-        report = f"loss or gradients of these clips are not finite: {', '.join(batch.id)}"
-        if self.nonfinite_count > self.nonfinite_patience:
-            raise ValueError(
-                f"{report}; nonfinite_patience allows {self.nonfinite_patience} such batches in an "
-                "epoch. Look at the clips, or lower the learning rate"
-            )
-        logger.warning("%s; their step is left out, number %d", report, self.nonfinite_count)
-        return loss
-
-    def check_loss_isfinite(self, loss: Tensor) -> None:
-        """Remembers it for ``fit_batch``; all processes of a distributed run go on to backward."""
-        self.finite = bool(loss.isfinite())
-
-    def on_fit_batch_end(self, batch: Any, outputs: Any, loss: Tensor, should_step: bool) -> None:
-        """Where no step follows at once, looks for the batch whose gradients are not finite."""
-        if not should_step and not self.spoiled and not self.scaler.is_enabled():
-            grads = [p.grad for p in self.modules.parameters() if p.grad is not None]
-            self.finite &= bool(torch.stack(torch._foreach_norm(grads)).isfinite().all())
-
-    def optimizers_step(self) -> None:
-        """Clips the gradients of all groups by their common norm, and steps if it is finite.
-
-        SpeechBrain's own clips the first group alone. With a scaler, which looks itself and adapts
-        its scale, a step that it skips leaves the BatchNorm statistics as they were, too.
-        """
-        self.scaler.unscale_(self.optimizer)
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        max_norm = self.max_grad_norm if self.max_grad_norm > 0 else math.inf
-        norm = nn.utils.clip_grad_norm_(parameters, max_norm)
-        if not self.scaler.is_enabled() and not norm.isfinite():  # on all processes alike
-            self.finite = self.finite and self.spoiled  # an earlier batch is to blame, if one is
-            return self.zero_grad(set_to_none=True)
-        scale = self.scaler.get_scale()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        if self.scaler.get_scale() < scale:
-            self._restore_statistics()
-        self.zero_grad(set_to_none=True)
-        self.optimizer_step += 1
-
-    def _restore_statistics(self) -> None:
-        torch._foreach_copy_(self.statistics, self.kept_statistics)
-
-    def _should_save_intra_epoch_ckpt(self, *arguments: Any) -> bool:
-        """As SpeechBrain's, but only after a step: gradients are in no checkpoint."""
-        between = self.step % self.grad_accumulation_factor != 0
-        return not between and super()._should_save_intra_epoch_ckpt(*arguments)
 
     def compute_forward(self, batch: Any, stage: sb.Stage) -> Tensor:
         """A batch of waveforms to embeddings (B, D), augmented in training."""

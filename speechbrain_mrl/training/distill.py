@@ -20,14 +20,21 @@ from speechbrain_mrl.evaluation.verification import Trials
 from speechbrain_mrl.inference.encoders import load_teachers
 from speechbrain_mrl.inference.store import TeacherStore
 from speechbrain_mrl.losses import MatryoshkaDistillationLoss
-from speechbrain_mrl.models.pretrained import ReDimNetMRL
+from speechbrain_mrl.models.pretrained import ReDimNetMRL, load_checkpoint, load_released
 from speechbrain_mrl.models.redimnet import MatryoshkaReDimNet, ReDimNet
 from speechbrain_mrl.training.brain import MRLBrain
 from speechbrain_mrl.training.checkpoints import AtomicCheckpointer
+from speechbrain_mrl.training.defaults import DEFAULTS, default_augment
 from speechbrain_mrl.training.logger import TrainingLog
-from speechbrain_mrl.training.projection import align_head, finish_head, fit_objective, spread
+from speechbrain_mrl.training.projection import (
+    align_head,
+    finish_head,
+    fit_objective,
+    spread,
+    start_from,
+)
 from speechbrain_mrl.training.teachers import LiveTeachers
-from speechbrain_mrl.utils import only_run
+from speechbrain_mrl.utils import choose_device, only_run
 
 
 def train_student(
@@ -136,31 +143,33 @@ def train_distilled_mrl(
     teachers: Mapping[str, Any],
     student_config: dict[str, Any],
     data: Any,
-    epochs: int = 30,
+    epochs: int = DEFAULTS["number_of_epochs"],
     *,
     output_folder: str | os.PathLike[str] = "results/distilled",
     objective: nn.Module | None = None,
-    wav_augment: Callable[..., Any] | None = None,
-    batch_size: int = 64,
-    chunk_seconds: float = 3.0,
-    max_seconds: float = 20.0,
-    lr: float = 1e-3,
+    wav_augment: Callable[..., Any] | str | None = "default",
+    batch_size: int = DEFAULTS["batch_size"],
+    chunk_seconds: float = DEFAULTS["chunk_seconds"],
+    max_seconds: float = DEFAULTS["max_seconds"],
+    lr: float = DEFAULTS["lr"],
     num_workers: int = 0,
-    device: str = "cpu",
+    device: str | None = None,
 ) -> ReDimNetMRL:
     """Distil teachers into one Matryoshka student, without a YAML and without labels.
 
-    A call that was interrupted goes on where it was when it is made again. One clip in twenty, at
-    most 500, is held out; the checkpoint that agrees best with the teachers on those is returned,
-    centred on the training clips and turned to their principal axes.
+    It trains what ``hparams/mrl_amalgamate.yaml`` trains; defaults are the recipe's. A call that was
+    interrupted goes on where it was when it is made again. One clip in twenty, at most 500, is held
+    out; the checkpoint that agrees best with the teachers on those is returned, centred on the
+    training clips and rotated to their principal axes.
 
     Arguments
     ---------
     teachers : dict of str to teacher
         What ``load_teacher`` takes: modules, released names, checkpoint files, Hub ids.
     student_config : dict
-        Arguments of ``ReDimNetMRL``: ``embed_dim``, ``mrl_dims``, ``backbone``. A ``ReDimNet`` as
-        ``backbone`` is where the student starts from.
+        ``embed_dim`` and ``mrl_dims`` of ``ReDimNetMRL``, and ``backbone``: a released name, "b2" if
+        there is none, whose weights are downloaded once unless ``pretrained`` is False; a checkpoint
+        file or a ``ReDimNet``, from which the student starts too; or a model_config, at random.
     data : path or torch.utils.data.DataLoader
         A folder of recordings of any structure, a CSV (ID, wav, start and stop in samples at
         16 kHz), or a DataLoader of SpeechBrain batches with ``id`` and ``sig``, which the teachers
@@ -171,41 +180,50 @@ def train_distilled_mrl(
     output_folder : path
         Checkpoints, log and the teachers' embeddings.
     objective : torch.nn.Module, optional
-        Default: ``MatryoshkaDistillationLoss``, all teachers for every size, cosine and contrastive.
-    wav_augment : callable, optional
-        SpeechBrain ``Augmenter``: (wavs, wav_lens) to augmented ones.
+        Default: ``MatryoshkaDistillationLoss``, all teachers for every size.
+    wav_augment : callable, "default" or None
+        (wavs, wav_lens) to augmented ones. Default: ``default_augment()``; None: no augmentation.
     batch_size : int
-        Chunks in a step.
+        Chunks in a step; all of a folder that has fewer.
     chunk_seconds, max_seconds : float
         Length of a training chunk, and of what teachers and validation hear of a clip at most.
     lr : float
-        Largest learning rate (AdamW, warm-up of 5 %, linear cool-down over the second half).
+        Largest learning rate (AdamW, warm-up, linear cool-down).
     num_workers : int
-        Processes that read and decode.
-    device : str
-        Where student and teachers are.
+        Processes that read and decode; 0: this one.
+    device : str, optional
+        Where student and teachers are. Default: a GPU if there is one.
 
     Returns
     -------
     ReDimNetMRL
         In eval mode.
     """
-    sizes = {key: value for key, value in student_config.items() if key != "backbone"}
-    backbone = student_config.get("backbone", "b2")
-    if isinstance(backbone, ReDimNet):
-        student = ReDimNetMRL.from_redimnet(backbone, **sizes)
-    else:
-        student = ReDimNetMRL(backbone=backbone, **sizes)
-    if objective is None:
-        objective = MatryoshkaDistillationLoss(
-            student.mrl_dims, "all", terms={"cosine": 1.0, "contrastive": 0.1}
+    device = choose_device(device)
+    sizes = {key: student_config.get(key, DEFAULTS[key]) for key in ("embed_dim", "mrl_dims")}
+    backbone = student_config.get("backbone", DEFAULTS["backbone"])
+    if unknown := sorted(set(student_config) - {*sizes, "backbone", "pretrained"}):
+        raise ValueError(
+            f"student_config takes embed_dim, mrl_dims, backbone and pretrained, got {unknown}"
         )
+    if objective is None:
+        objective = MatryoshkaDistillationLoss(sizes["mrl_dims"], "all")
+    start = _pretrained(backbone, student_config.get("pretrained", DEFAULTS["pretrained"]))
     folder = Path(output_folder)
     folder.mkdir(parents=True, exist_ok=True)
-    teachers = load_teachers(teachers, device=device)
+    release = DEFAULTS["teacher_train_type"], DEFAULTS["teacher_dataset"]
+    teachers = load_teachers(teachers, *release, device)
+    embed_options: dict[str, Any] = {
+        "device": device,
+        "batch_seconds": DEFAULTS["batch_seconds"],
+        "max_seconds": max_seconds,
+        "num_workers": num_workers,
+    }
 
     valid_set = None
     stores: dict[sb.Stage, Any] = {}
+    epoch_counter = EpochCounter(epochs)
+    checkpointer = AtomicCheckpointer(folder / "checkpoints", {"epoch_counter": epoch_counter})
     if isinstance(data, DataLoader):
         train_set: Any = data
         stores[sb.Stage.TRAIN] = LiveTeachers(teachers, data, device)
@@ -220,31 +238,36 @@ def train_distilled_mrl(
         for stage, split in splits.items():
             write_clips(split, folder / f"{stage.name.lower()}.csv")
             stores[stage] = TeacherStore(folder / "teachers" / stage.name.lower())
-            stores[stage].fill(
-                teachers, split, device, max_seconds=max_seconds, num_workers=num_workers
-            )
-        train_set = train_dataset(folder / "train.csv", chunk_seconds)
+            stores[stage].fill(teachers, split, **embed_options)
+        train_set = train_dataset(folder / "train.csv", chunk_seconds, DEFAULTS["chunks_per_clip"])
         valid_set = valid_dataset(folder / "valid.csv", max_seconds)
+        batch_size = min(batch_size, len(train_set))
+        some = spread(splits[sb.Stage.TRAIN])
 
-    epoch_counter = EpochCounter(epochs)
+    def rotate_to_teachers(student: MatryoshkaReDimNet) -> None:
+        store, dim = stores[sb.Stage.TRAIN], start.embed_dim
+        align_head(student.to(device), dim, objective, store, some, **embed_options)
+
+    student: Any
+    if start is None:
+        student = ReDimNetMRL(backbone=backbone, **sizes)
+    elif valid_set is None:
+        student = ReDimNetMRL.from_redimnet(start, **sizes)
+    else:
+        fresh = checkpointer.find_checkpoint() is None
+        student = start_from(start, **sizes, rotate=rotate_to_teachers if fresh else None)
+
     hparams = {
+        **DEFAULTS,
         "mrl_dims": student.mrl_dims,
-        "stage": "",
         "labels": False,
-        "freeze": None,
-        "unfreeze": None,
-        "wav_augment": wav_augment,
+        "wav_augment": default_augment() if wav_augment == "default" else wav_augment,
         "train_logger": TrainingLog(folder / "train_log.txt"),
-        "ckpt_interval_minutes": 0 if valid_set is None else 15,
-        "checkpointer": AtomicCheckpointer(
-            folder / "checkpoints", {"epoch_counter": epoch_counter}
-        ),
+        "checkpointer": checkpointer,
         "epoch_counter": epoch_counter,
         "number_of_epochs": epochs,
         "batch_size": batch_size,
-        "warmup": 0.05,
-        "cooldown": 0.5,
-        "opt_class": partial(torch.optim.AdamW, lr=lr, weight_decay=1e-4),
+        "opt_class": partial(torch.optim.AdamW, lr=lr, weight_decay=DEFAULTS["weight_decay"]),
         "lr_schedule": partial(WarmCoolDecayLRSchedule, lr=lr, decay_factor=1.0),
         "train_loader": {
             "batch_size": batch_size,
@@ -254,18 +277,20 @@ def train_distilled_mrl(
         },
         "valid_loader": {"batch_size": 16, "num_workers": num_workers},
     }
-    run_opts = {"device": device}
-    embed_options: dict[str, Any] = {
-        "device": device,
-        "max_seconds": max_seconds,
-        "num_workers": num_workers,
-    }
-    fresh = hparams["checkpointer"].find_checkpoint() is None
-    if isinstance(backbone, ReDimNet) and valid_set is not None and fresh:
-        student.to(device)
-        some, store = spread(splits[sb.Stage.TRAIN]), stores[sb.Stage.TRAIN]
-        align_head(student, backbone.embed_dim, objective, store, some, **embed_options)
-    train_student(student, objective, train_set, valid_set, hparams, run_opts, stores)
+    if valid_set is None:
+        hparams["ckpt_interval_minutes"] = 0
+    train_student(student, objective, train_set, valid_set, hparams, {"device": device}, stores)
     if valid_set is not None:
-        finish_head(student, spread(splits[sb.Stage.TRAIN]), **embed_options)
+        finish_head(student, some, **embed_options)
     return student.eval()
+
+
+def _pretrained(backbone: Any, pretrained: bool) -> Any:
+    """The network that a student starts from; None for a random one."""
+    if isinstance(backbone, ReDimNet):
+        return backbone
+    if isinstance(backbone, Mapping) or not pretrained:
+        return None
+    if Path(backbone).is_file():
+        return load_checkpoint(backbone)
+    return load_released(backbone, DEFAULTS["student_train_type"], DEFAULTS["student_dataset"])

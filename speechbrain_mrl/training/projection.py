@@ -1,7 +1,7 @@
 """Fits a student's output layer in closed form: before the first step, when it grows, and at the end."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,9 @@ from speechbrain_mrl.evaluation.verification import Trials, evaluate
 from speechbrain_mrl.inference.extract import embed_clips
 from speechbrain_mrl.inference.store import TeacherStore
 from speechbrain_mrl.losses import MatryoshkaDistillationLoss
-from speechbrain_mrl.models.redimnet import MatryoshkaReDimNet
+from speechbrain_mrl.models.pretrained import ReDimNetMRL
+from speechbrain_mrl.models.redimnet import MatryoshkaReDimNet, ReDimNet
+from speechbrain_mrl.models.resize import resize_model
 from speechbrain_mrl.rotation import aligning_rotation, matryoshka_rotation
 from speechbrain_mrl.training.teachers import LiveTeachers
 
@@ -33,6 +35,33 @@ def fit_objective(objective: Any, store: TeacherStore | LiveTeachers) -> None:
     step = -(-len(next(iter(embeddings.values()))) // FIT_CLIPS)
     objective.fit({name: found[::step] for name, found in embeddings.items()})
     _same_on_all_ranks(objective)
+
+
+def start_from(
+    redimnet: ReDimNet,
+    embed_dim: int,
+    mrl_dims: Sequence[int],
+    rotate: Callable[[MatryoshkaReDimNet], Any] | None = None,
+) -> MatryoshkaReDimNet:
+    """A student with all weights of a pretrained network, rotated, then truncated if it is smaller.
+
+    Arguments
+    ---------
+    redimnet : ReDimNet
+        What it starts from.
+    embed_dim : int
+        Dimensions of the student; those that the network lacks are small and random.
+    mrl_dims : sequence of int
+        Its sizes.
+    rotate : callable, optional
+        Called with a student of at least the network's size, to put first what matters most.
+    """
+    k = redimnet.embed_dim
+    whole = (embed_dim, mrl_dims) if embed_dim >= k else (k, [k])
+    student = ReDimNetMRL.from_redimnet(redimnet, *whole)
+    if rotate is not None:
+        rotate(student)
+    return student if embed_dim >= k else resize_model(student, mrl_dims)
 
 
 def align_head(
