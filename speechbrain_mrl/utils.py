@@ -1,7 +1,9 @@
 """Atomic files, locks between runs, and optional imports."""
 
 import contextlib
+import ctypes
 import importlib
+import json
 import logging
 import os
 import shutil
@@ -57,6 +59,41 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Any]:
             shutil.rmtree(part)
         else:
             part.unlink(missing_ok=True)
+
+
+def exchange(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> None:
+    """Two files or folders that are there change places, on Linux in one step.
+
+    Example
+    -------
+    >>> one, other = (getfixture("tmp_path") / name for name in ("one", "other"))
+    >>> _ = one.write_text("1"), other.write_text("2")
+    >>> exchange(one, other)
+    >>> one.read_text(), other.read_text()
+    ('2', '1')
+    """
+    here, swap = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of linux/fcntl.h, linux/fs.h
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None) if os.name == "posix" else None
+    if renameat2 and not renameat2(here, os.fsencode(one), here, os.fsencode(other), swap):
+        return
+    aside = Path(one).with_name(f".{os.getpid()}.{Path(other).name}")
+    os.replace(other, aside)
+    os.replace(one, other)
+    os.replace(aside, one)
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """What a JSON file holds.
+
+    Raises
+    ------
+    ValueError
+        If it holds no JSON, naming it.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged, it holds no JSON: {error}") from None
 
 
 def _wait(lock: Any, folder: Any, patience: float) -> None:

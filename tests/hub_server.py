@@ -89,12 +89,14 @@ class Handler(BaseHTTPRequestHandler):
 class HubServer:
     """``token``: what clients must send to write, or to see private repos.
 
-    While ``refuses_uploads`` is set, no LFS file is taken.
+    While ``refuses_uploads`` is set, no LFS file is taken; while ``refuses_tags`` is, no tag. With
+    ``overtaken``, somebody else commits to a repo as soon as its files have been listed.
     """
 
     def __init__(self, token):
         self.token, self.repos, self.lfs = token, {}, {}
         self.requests, self.refuses_uploads = [], False
+        self.refuses_tags = self.overtaken = False
 
     def __enter__(self):
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
@@ -139,10 +141,13 @@ class HubServer:
         if command == "refs":
             return self.refs(repo)
         if command == "tree":
+            listed = repo.files(revision)
+            if self.overtaken:
+                repo.commit("main", {**listed, "theirs.txt": (b"1", False)})
             return [
                 [
                     {"type": "file", "path": name, "oid": "0" * 40, "size": len(content)}
-                    for name, (content, _) in repo.files(revision).items()
+                    for name, (content, _) in listed.items()
                 ]
             ]
         if command == "preupload":
@@ -219,7 +224,10 @@ class HubServer:
         files = dict(repo.files(branch))
         for line in lines:
             value = line["value"]
-            if line["key"] == "file":
+            if line["key"] == "header":
+                if value.get("parentCommit", repo.sha(branch)) != repo.sha(branch):
+                    raise HubError(412, "A commit has happened since. Please refresh and try again.")
+            elif line["key"] == "file":
                 files[value["path"]] = (base64.b64decode(value["content"]), False)
             elif line["key"] == "lfsFile":
                 files[value["path"]] = (self.lfs[value["oid"]], True)
@@ -235,6 +243,8 @@ class HubServer:
             names, name, start = repo.branches, argument, request.get("startingPoint", "main")
         if name in names:
             raise HubError(409, f"{kind} {name} exists")
+        if kind == "tag" and self.refuses_tags:
+            raise HubError(500, "no tags today")
         names[name] = repo.sha(start)
         return [{}]
 

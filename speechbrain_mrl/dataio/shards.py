@@ -8,6 +8,7 @@ import io
 import json
 import os
 import random
+import re
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any
@@ -19,6 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from speechbrain_mrl.dataio.dataset import SeededClips, draw_seed
 from speechbrain_mrl.utils import require
 
+SHARD_NAMES = re.compile(r"(https?://[^'\"\\`$\s]+)|((?!pipe:)(?!.*://).*)")
 BUFFER = 500  # clips, not decoded, of which a reading process draws the next; some 100 MB
 
 
@@ -52,6 +54,11 @@ class ShardedClips(IterableDataset[Any]):
     ) -> None:
         self.urls = _webdataset().shardlists.expand_urls(shards)
         for url in self.urls:
+            if not SHARD_NAMES.fullmatch(url):  # webdataset gives others to a shell
+                raise ValueError(
+                    f"shards {shards} names {url}; it must be a path or an http(s) address, "
+                    "without quotes"
+                )
             if "://" not in url and not os.path.isfile(url):
                 raise ValueError(
                     f"shards {shards} names {url}, which is not there; write it with "

@@ -6,11 +6,12 @@ is worth, and applies it to another. Both work on every size's scores.
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +22,7 @@ from torch import Tensor
 from speechbrain_mrl.evaluation.metrics import Ranking
 from speechbrain_mrl.evaluation.verification import Trials
 from speechbrain_mrl.prefixes import prefix_cosines
-from speechbrain_mrl.utils import replacing
+from speechbrain_mrl.utils import read_json, replacing
 
 CLIPS_PER_CHUNK = 1024
 # Weight of the squared coefficients beside the mean loss: without effect on any list with errors,
@@ -270,17 +271,36 @@ def write_calibrations(
 
 def read_calibrations(path: str | os.PathLike[str]) -> tuple[dict[int, Calibration], str]:
     """What ``write_calibrations`` wrote: the calibrations by size, and what they calibrate."""
-    found = json.loads(Path(path).read_text(encoding="utf-8"))
-    calibrations = {
-        int(size): Calibration(
-            one["offset"],
-            one["scale"],
-            tuple(one["quality"]),
-            tuple(map(tuple, one.get("bounds", []))),  # files of before have none
-        )
-        for size, one in found["dims"].items()
-    }
-    return calibrations, found["scores"]
+    found = read_json(path)
+    try:
+        calibrations = {
+            int(size): Calibration(
+                one["offset"],
+                one["scale"],
+                tuple(one["quality"]),
+                tuple(map(tuple, one.get("bounds", []))),  # files of before have none
+            )
+            for size, one in found["dims"].items()
+        }
+        for size, one in calibrations.items():
+            _check_values(size, one)
+        return calibrations, found["scores"]
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"{path} is no calibration that verify.py wrote: {reason}") from None
+
+
+def _check_values(size: int, fitted: Calibration) -> None:
+    numbers = [fitted.offset, fitted.scale, *fitted.quality, *itertools.chain(*fitted.bounds)]
+    for number in numbers:
+        if isinstance(number, bool) or not isinstance(number, (int, float)):
+            raise ValueError(f"size {size} has {number!r}, which is no number")
+        if not math.isfinite(number):
+            raise ValueError(f"size {size} has {number}, which is not finite")
+    if not fitted.scale > 0:
+        raise ValueError(f"size {size} has the scale {fitted.scale}, it must be positive")
+    if any(len(bound) != 2 or bound[0] > bound[1] for bound in fitted.bounds):
+        raise ValueError(f"size {size} has bounds that are no ranges: {fitted.bounds}")
 
 
 def check_calibration(path: str | os.PathLike[str], mrl_dims: Sequence[int]) -> None:
@@ -291,7 +311,7 @@ def check_calibration(path: str | os.PathLike[str], mrl_dims: Sequence[int]) -> 
     Raises
     ------
     ValueError
-        If they are not of cosines, or lack one of the sizes.
+        If they are not of cosines, lack one of the sizes, or hold values that no fit gives.
 
     Example
     -------

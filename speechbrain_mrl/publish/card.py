@@ -1,12 +1,13 @@
 """Writes a published model's card, every figure of it out of the model's report, and checks it."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub  # its classes cost a second and load on first use
+
+from speechbrain_mrl.utils import read_json
 
 REPO_ID = "ORG/NAME"  # stands in a card until the upload knows better
 OWN_LICENSES = ("non-commercial", "not stated")
@@ -221,14 +222,15 @@ def _choices(sizes: Sequence[int]) -> str:
     return f"{', '.join(others)} or {last}" if others else last
 
 
-def _corpus(report: Mapping[str, Any]) -> str:
+def corpus_name(report: Mapping[str, Any]) -> str:
+    """Of the folder that the trials' recordings were in its name alone, as it is published."""
     return "demo" if report["corpus"] == "demo" else Path(report["corpus"]).name
 
 
 def _eval_results(
     sizes: Sequence[int], provenance: Provenance, report: Mapping[str, Any]
 ) -> list["huggingface_hub.EvalResult"]:
-    corpus = _corpus(report)
+    corpus = corpus_name(report)
     return [
         huggingface_hub.EvalResult(
             task_type="speaker-verification",
@@ -249,14 +251,14 @@ def _results(
 ) -> str:
     trials, baselines = report["trials"], report.get("baselines", {})
     lines = []
-    if _corpus(report) == "demo":
+    if corpus_name(report) == "demo":
         lines += [
             "**Demo numbers**: measured on a small corpus of synthetic voices. They show that the "
             "model works, and say nothing about real speech.",
             "",
         ]
     lines += [
-        f"{_corpus(report)}, {provenance.trials}: {trials['target']} target and "
+        f"{corpus_name(report)}, {provenance.trials}: {trials['target']} target and "
         f"{trials['impostor']} impostor trials; from `report.json`.",
         "",
         "| coordinates | EER % | minDCF (p = 0.01) | threshold |",
@@ -285,7 +287,10 @@ def card_problems(folder: Path, n_labels: int, sizes: Sequence[int]) -> list[str
         problems.append(f"README.md has pipeline_tag {card.get('pipeline_tag')}, {n_labels} labels")
     if not (folder / "report.json").is_file():
         return [*problems, "it has no report.json; export the model with the report of its trials"]
-    dims = json.loads((folder / "report.json").read_text(encoding="utf-8"))["dims"]
+    report = read_json(folder / "report.json")
+    if report["corpus"] != corpus_name(report):
+        problems.append(f"report.json names the folder {report['corpus']}; export the model again")
+    dims = report["dims"]
     measured = {
         f"{name}, {size} coordinates": dims[str(size)][metric]
         for size in sizes

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import torch
 import torch.nn.functional as F
 from speechbrain.dataio.encoder import CategoricalEncoder
@@ -27,8 +28,8 @@ from speechbrain_mrl.models.redimnet import (
     ReDimNet,
 )
 from speechbrain_mrl.models.redimnet2 import EmbeddingModel2, MatryoshkaReDimNet2, ReDimNet2
-from speechbrain_mrl.publish.card import Provenance, write_card
-from speechbrain_mrl.utils import writing
+from speechbrain_mrl.publish.card import Provenance, corpus_name, write_card
+from speechbrain_mrl.utils import exchange, writing
 
 # All that a published folder may hold; examples is a folder of recordings.
 FILES = (
@@ -140,7 +141,7 @@ def export_model(
         if calibration is not None:
             shutil.copyfile(calibration, new / "calibration.json")
         if report is not None:
-            _write_json(new / "report.json", report)
+            _write_json(new / "report.json", {**report, "corpus": corpus_name(report)})
         expected = model(probe_wavs()).flatten()[: network.embed_dim].tolist()
         tolerance = 1e-4 if dtype == torch.float32 else 1e-2
         _write_json(new / "check.json", {"embedding": expected, "tolerance": tolerance})
@@ -157,8 +158,9 @@ def export_model(
         for name, text in texts.items():
             (new / name).write_text(text, encoding="utf-8")
         if folder.exists():
-            os.replace(folder, Path(parent, "old"))
-        os.replace(new, folder)
+            exchange(new, folder)
+        else:
+            os.replace(new, folder)
     return folder
 
 
@@ -171,8 +173,16 @@ def probe_wavs() -> torch.Tensor:
 
 
 def foreign_files(folder: Path) -> list[str]:
-    """Names in ``folder`` that no export writes."""
-    return sorted({path.name for path in folder.iterdir()} - set(FILES))
+    """What is in ``folder`` and no export wrote: other names, links, recordings not of the card."""
+    card, own = folder / "README.md", set(FILES)
+    if card.is_file():
+        examples = huggingface_hub.ModelCard.load(card).data.get("widget") or []
+        own |= {example["src"] for example in examples}
+    return sorted(
+        name
+        for path in folder.rglob("*")
+        if (name := path.relative_to(folder).as_posix()) not in own or path.is_symlink()
+    )
 
 
 def _published_network(model: ReDimNet, target_dim: int | None) -> EmbeddingModel:

@@ -1,13 +1,16 @@
 """Checks an exported folder as a stranger would, and publishes it."""
 
+import contextlib
 import inspect
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -34,7 +37,9 @@ def push_to_hub(
 ) -> str:
     """Check an exported folder, upload it in one commit, tag it, and print how to use it.
 
-    An upload that fails leaves the repo as it was.
+    An upload that fails leaves the branch as it was; a repo that had to be created stays, empty. If
+    only the tag fails, the error says so. A commit that somebody else makes meanwhile is kept, and
+    this one refused.
 
     Arguments
     ---------
@@ -61,7 +66,10 @@ def push_to_hub(
     Raises
     ------
     ValueError
-        If the folder fails ``check_folder``, the tag exists, or the repo is not private enough.
+        If the folder fails ``check_folder``, ``repo_id`` or ``tag`` is no such name, the tag exists,
+        or the repo is not private enough.
+    ConnectionError
+        If the Hub refuses or cannot be reached.
 
     Example
     -------
@@ -71,47 +79,74 @@ def push_to_hub(
     ValueError: ... lacks ['README.md', 'check.json', ...
     """
     folder = Path(folder)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id):
+        raise ValueError(f"repo_id must be organisation/name, got {repo_id!r}")
+    if tag is not None and not re.fullmatch(r"[\w-][\w.-]*", tag):
+        raise ValueError(f"tag must be of letters, digits, '.', '_' and '-', got {tag!r}")
+    print(f"Checking {folder}: it is loaded at every size, which takes a minute or two", flush=True)
     check_folder(folder)
+    print(
+        "It loads with SpeechBrain alone and gives the exported model's embeddings at every size;"
+    )
+    print("its card has a licence and the report's figures.", flush=True)
     api = huggingface_hub.HfApi(token=token)
     address = f"{api.endpoint}/{repo_id}"
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     if dry_run:
         for path in paths:
             print(f"{path.stat().st_size:>12,}  {path.relative_to(folder)}")
-        print(f"would be uploaded to {address}")
+        print(f"would be uploaded to {address}; the Hub was not asked whether that may be")
         return address
-
-    api.create_repo(repo_id, private=private, exist_ok=True)
-    if private and not api.model_info(repo_id).private:
-        raise ValueError(f"{repo_id} exists and is public; nothing was uploaded")
-    tags = {ref.name for ref in api.list_repo_refs(repo_id).tags}
-    if tag in tags:
-        raise ValueError(f"{repo_id} has the tag {tag!r} already; nothing was uploaded")
-    if tag is None:
-        tag = next(name for i in range(1, len(tags) + 2) if (name := f"v{i}") not in tags)
-    if revision is not None:
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
 
     contents: dict[str, Any] = {path.relative_to(folder).as_posix(): str(path) for path in paths}
     contents["README.md"] = card_for(folder, repo_id, api.endpoint).encode()
-    there = api.list_repo_files(repo_id, revision=revision)
-    commit = api.create_commit(
-        repo_id,
-        [huggingface_hub.CommitOperationAdd(name, content) for name, content in contents.items()]
-        + [
-            huggingface_hub.CommitOperationDelete(name)
-            for name in there
-            if name not in contents and name.split("/")[0] in FILES
-        ],
-        commit_message=f"Model {tag}",
-        revision=revision,
-    )
-    api.create_tag(repo_id, tag=tag, revision=commit.oid)
+    with _asking(f"{repo_id} is as it was"):
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        if private and not api.model_info(repo_id).private:
+            raise ValueError(f"{repo_id} exists and is public; nothing was uploaded")
+        tags = {ref.name for ref in api.list_repo_refs(repo_id).tags}
+        if tag in tags:
+            raise ValueError(f"{repo_id} has the tag {tag!r} already; nothing was uploaded")
+        if tag is None:
+            tag = next(name for i in range(1, len(tags) + 2) if (name := f"v{i}") not in tags)
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        parent = api.model_info(repo_id, revision=revision).sha
+        there = api.list_repo_files(repo_id, revision=parent)
+        size = sum(path.stat().st_size for path in paths) / 1e6
+        print(f"Uploading {len(paths)} files, {size:.1f} MB, to {address}", flush=True)
+        added = [huggingface_hub.CommitOperationAdd(*content) for content in contents.items()]
+        commit = api.create_commit(
+            repo_id,
+            added
+            + [
+                huggingface_hub.CommitOperationDelete(name)
+                for name in there
+                if name not in contents and name.split("/")[0] in FILES
+            ],
+            commit_message=f"Model {tag}",
+            revision=revision,
+            parent_commit=parent,
+        )
+    with _asking(f"{repo_id} has the model as commit {commit.oid}, and no tag {tag}"):
+        api.create_tag(repo_id, tag=tag, revision=commit.oid)
     print(f"{address} has it as {tag}. To use it:")
     print("from speechbrain.inference.speaker import SpeakerRecognition")
     print(f'model = SpeakerRecognition.from_hparams(source="{repo_id}")')
     print('score, same_speaker = model.verify_files("one.wav", "two.wav")')
     return address
+
+
+@contextlib.contextmanager
+def _asking(state: str) -> Iterator[None]:
+    """What the Hub or the network answers, as one sentence that ends with how things are now."""
+    try:
+        yield
+    except (ValueError, TypeError):
+        raise
+    except Exception as error:  # of huggingface_hub, and of the HTTP client that its version uses
+        reason = " ".join(str(error).split())
+        raise ConnectionError(f"the Hub did not do it: {reason}; {state}") from error
 
 
 SPACE_CARD = """\
@@ -239,7 +274,9 @@ def check_folder(folder: str | os.PathLike[str]) -> None:
     if missing:
         raise ValueError(f"{folder} lacks {missing}; write it with export_model")
     if foreign := foreign_files(folder):
-        raise ValueError(f"{folder} holds {foreign}, which no export wrote; take them out")
+        raise ValueError(
+            f"{folder} holds {foreign}, which no export wrote (a link is none either); take them out"
+        )
     found = _ask_stranger(folder)
     problems = card_problems(folder, found["labels"], sorted(map(int, found["embeddings"])))
     if (calibration := folder / "calibration.json").is_file():

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import snapshot_download
 from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+from ruamel.yaml.tokens import AliasToken
 from speechbrain.dataio.encoder import CategoricalEncoder
 from torch import Tensor
 
 from speechbrain_mrl.models.pretrained import ReDimNetMRL, load_strictly
+from speechbrain_mrl.models.redimnet import read_tensors
 from speechbrain_mrl.publish.card import Provenance
 from speechbrain_mrl.publish.export import FILES
+from speechbrain_mrl.utils import read_json
 
 
 def find_published(source: str | os.PathLike[str]) -> Path:
@@ -44,14 +49,22 @@ def find_published(source: str | os.PathLike[str]) -> Path:
 
 def read_provenance(source: str | os.PathLike[str]) -> Provenance:
     """What a published model says that it was made from; all "not stated" if it says nothing."""
-    config = json.loads((find_published(source) / "config.json").read_text(encoding="utf-8"))
-    return Provenance(**config.get("provenance", {}))
+    path = find_published(source) / "config.json"
+    config = read_json(path)
+    with _as_written(path):
+        return Provenance(**config.get("provenance", {}))
 
 
 def read_report(source: str | os.PathLike[str]) -> dict[str, Any] | None:
     """The report.json of a published model; None without one."""
     path = find_published(source) / "report.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if not path.is_file():
+        return None
+    report = read_json(path)
+    with _as_written(path):
+        for found in report["dims"].values():
+            found["eer"], found["min_dcf"], found["threshold"]
+    return report
 
 
 def load_published(source: str | os.PathLike[str]) -> ReDimNetMRL:
@@ -81,9 +94,10 @@ def load_published(source: str | os.PathLike[str]) -> ReDimNetMRL:
     folder = find_published(source)
     network = _hyperparams(folder)["embedding_model"]
     path = folder / "embedding_model.ckpt"
-    state_dict = torch.load(path, map_location="cpu", weights_only=True)
-    config = _plain(network["model_config"])
-    model = ReDimNetMRL(config["embed_dim"], _hyperparams(folder)["mrl_dims"], config)
+    state_dict = read_tensors(path)
+    with _as_written(folder / "hyperparams.yaml"):
+        config = _plain(network["model_config"])
+        model = ReDimNetMRL(config["embed_dim"], _hyperparams(folder)["mrl_dims"], config)
     load_strictly(model, state_dict, path)
     return model.eval()
 
@@ -91,11 +105,14 @@ def load_published(source: str | os.PathLike[str]) -> ReDimNetMRL:
 def read_speakers(source: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Label -> vector (D,) of a published model's classifier; empty if it names nobody."""
     folder = find_published(source)
-    weight = torch.load(folder / "classifier.ckpt", map_location="cpu", weights_only=True)["weight"]
+    stored = read_tensors(folder / "classifier.ckpt")
     labels = CategoricalEncoder()
-    if len(weight):
-        labels.load(folder / "label_encoder.ckpt")
-    return {labels.ind2lab[i]: row.float() for i, row in enumerate(weight)}
+    with _as_written(folder / "classifier.ckpt"):
+        weight = stored["weight"]
+    with _as_written(folder / "label_encoder.ckpt"):
+        if len(weight):
+            labels.load(folder / "label_encoder.ckpt")
+        return {labels.ind2lab[i]: row.float() for i, row in enumerate(weight)}
 
 
 def model_info(source: str | os.PathLike[str]) -> dict[str, Any]:
@@ -147,7 +164,25 @@ def model_info(source: str | os.PathLike[str]) -> dict[str, Any]:
 
 def _hyperparams(folder: Any) -> Any:
     """The YAML's values; its tags are left alone, so nothing of it is built or run."""
-    return YAML().load(folder / "hyperparams.yaml")
+    path = folder / "hyperparams.yaml"
+    with _as_written(path):
+        text = path.read_text(encoding="utf-8")
+        if any(isinstance(token, AliasToken) for token in YAML().scan(text)):
+            raise ValueError("it has aliases, which may stand for more than fits anywhere")
+        found = YAML().load(text)
+        return {key: found[key] for key in ("mrl_dims", "embedding_model")}
+
+
+@contextlib.contextmanager
+def _as_written(path: Path) -> Iterator[None]:
+    """Whatever is wrong with what a file holds is one sentence that names it."""
+    try:
+        yield
+    except (YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        reason = f"it lacks {error}" if isinstance(error, LookupError) else error
+        raise ValueError(
+            f"{path} is none that export_model wrote: {' '.join(str(reason).split())}"
+        ) from error
 
 
 def _plain(value: Any) -> Any:

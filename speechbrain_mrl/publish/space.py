@@ -66,7 +66,7 @@ def read_voice(path: str | os.PathLike[str]) -> torch.Tensor:
     # An open file, and no protocol: neither a path nor anything in the file is taken for an address
     options = {"format_whitelist": FORMATS, "protocol_whitelist": "none"}
     try:
-        with open(path, "rb") as file, av.open(file, options=options) as container:
+        with open(path, "rb") as file, av.open(file, "r", options=options) as container:
             to_mono = av.AudioResampler(format="flt", layout="mono", rate=SAMPLE_RATE)
             for packet in container.demux(audio=0):
                 if time.monotonic() - started > READ_SECONDS:

@@ -539,7 +539,7 @@ def test_a_card_without_a_report_is_not_published(student, tmp_path):
 
 PUSHES = """
 import sys
-from speechbrain_mrl import hub
+from speechbrain_mrl.publish import hub
 
 def push(*arguments, **options):
     try:
@@ -651,6 +651,22 @@ def test_uploads_that_fail_or_are_refused_leave_the_repo_as_it_was(published, tm
         assert repo.tags["v1"] == repo.branches["next"] != repo.branches["main"]
         assert "eer_by_dim.png" not in repo.files("next")
         assert ".gitattributes" in repo.files("next")
+
+
+def test_what_came_in_between_is_kept_and_a_missing_tag_is_said(published, tmp_path):
+    pushes = "hub.check_folder = lambda folder: None\npush('org/tiny')\n"
+    with HubServer(token="secret") as server:
+        server.overtaken = True
+        printed = run_pushes(pushes, published, server, tmp_path)
+        repo = server.repos["org/tiny"]
+        assert "ConnectionError: the Hub did not do it" in printed and "is as it was" in printed
+        assert "Uploading" in printed and set(repo.files("main")) == {".gitattributes", "theirs.txt"}
+        server.overtaken, server.refuses_tags = False, True
+        printed = run_pushes(pushes, published, server, tmp_path)
+        assert f"has the model as commit {repo.branches['main']}, and no tag v1" in printed
+        assert "README.md" in repo.files("main") and "theirs.txt" in repo.files("main")
+    printed = run_pushes(pushes, published, server, tmp_path)  # which is gone
+    assert "ConnectionError: the Hub did not do it" in printed
 
 
 # The Space
