@@ -12,7 +12,7 @@ from speechbrain.dataio.encoder import CategoricalEncoder
 
 from speechbrain_mrl.dataio.audio import read_audio
 from speechbrain_mrl.dataio.dataset import train_dataset
-from speechbrain_mrl.dataio.shards import shard_loader
+from speechbrain_mrl.dataio.shards import ShardedClips, shard_loader
 
 CHUNK_SECONDS = 0.5
 
@@ -217,3 +217,12 @@ def test_too_few_shards_or_clips_for_a_batch_are_refused(written, csv_path, monk
     monkeypatch.setenv("WORLD_SIZE", "7")
     with pytest.raises(ValueError, match="to each of 7 processes"):
         shard_loader(dataset(csv_path), written, 2)
+
+
+@pytest.mark.parametrize(
+    "shards",
+    ["pipe:touch x", "pipe://touch x", "s3://a/0.tar", "http://a/'; touch x; '.tar", "ftp://a/0.tar"],
+)
+def test_what_would_reach_a_shell_is_refused(shards):
+    with pytest.raises(ValueError, match="must be a path or an http.s. address, without quotes"):
+        ShardedClips(None, shards, batch_size=1)
