@@ -226,7 +226,9 @@ class HubServer:
             value = line["value"]
             if line["key"] == "header":
                 if value.get("parentCommit", repo.sha(branch)) != repo.sha(branch):
-                    raise HubError(412, "A commit has happened since. Please refresh and try again.")
+                    raise HubError(
+                        412, "A commit has happened since. Please refresh and try again."
+                    )
             elif line["key"] == "file":
                 files[value["path"]] = (base64.b64decode(value["content"]), False)
             elif line["key"] == "lfsFile":

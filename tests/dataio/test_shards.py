@@ -221,7 +221,13 @@ def test_too_few_shards_or_clips_for_a_batch_are_refused(written, csv_path, monk
 
 @pytest.mark.parametrize(
     "shards",
-    ["pipe:touch x", "pipe://touch x", "s3://a/0.tar", "http://a/'; touch x; '.tar", "ftp://a/0.tar"],
+    [
+        "pipe:touch x",
+        "pipe://touch x",
+        "s3://a/0.tar",
+        "http://a/'; touch x; '.tar",
+        "ftp://a/0.tar",
+    ],
 )
 def test_what_would_reach_a_shell_is_refused(shards):
     with pytest.raises(ValueError, match="must be a path or an http.s. address, without quotes"):

@@ -660,7 +660,10 @@ def test_what_came_in_between_is_kept_and_a_missing_tag_is_said(published, tmp_p
         printed = run_pushes(pushes, published, server, tmp_path)
         repo = server.repos["org/tiny"]
         assert "ConnectionError: the Hub did not do it" in printed and "is as it was" in printed
-        assert "Uploading" in printed and set(repo.files("main")) == {".gitattributes", "theirs.txt"}
+        assert "Uploading" in printed and set(repo.files("main")) == {
+            ".gitattributes",
+            "theirs.txt",
+        }
         server.overtaken, server.refuses_tags = False, True
         printed = run_pushes(pushes, published, server, tmp_path)
         assert f"has the model as commit {repo.branches['main']}, and no tag v1" in printed
