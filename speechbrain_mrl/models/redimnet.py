@@ -9,6 +9,8 @@ Yakovlev et al., Reshape Dimensions Network for Speaker Recognition, Interspeech
 arXiv:2407.18223. Kusupati et al., Matryoshka Representation Learning, 2022, arXiv:2205.13147.
 """
 
+from __future__ import annotations
+
 import math
 import os
 import zipfile

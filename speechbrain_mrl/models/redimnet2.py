@@ -1,6 +1,7 @@
 """ReDimNet2 speaker encoders, which pool time inside the network.
 
-What ReDimNet has too comes from ``redimnet.py``; of both files a published ReDimNet2 is made.
+What ReDimNet has too comes from ``redimnet.py`` beside it; both files are copied into a published
+folder.
 
 Reference
 ---------
@@ -17,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from speechbrain_mrl.models.redimnet import (
+from .redimnet import (
     MIN_SAMPLES,
     N_FFT,
     SAMPLE_RATE,

@@ -238,72 +238,6 @@ class CustomInterface(EncoderClassifier):
     """For ``foreign_class``; ``EncoderClassifier.from_hparams`` gives the same model."""
 '''
 
-HYPERPARAMS = """\
-# {title}
-# Loads with SpeechBrain alone: EncoderClassifier.from_hparams(source=this folder).
-# As with any SpeechBrain model, loading this file runs code: all of it is written out below.
-
-target_dim: {embed_dim}  # coordinates of an embedding, one of mrl_dims
-mrl_dims: {sizes}
-sample_rate: 16000  # Hz
-thresholds: {thresholds}  # cosines of report.json, per size: at the equal error rate, and at false-accept rates
-
-# The model's definition, as a module under a name that no other version of it has
-{modules}
-compute_features: !new:{module}.WaveformInput
-    min_samples: {min_samples}
-mean_var_norm: !new:{module}.SilentPadding
-embedding_model: !new:{network}
-    model_config:
-{model_config}
-    mrl_dims: !ref <mrl_dims>
-    target_dim: !ref <target_dim>
-classifier: !new:{module}.PrefixSpeakerClassifier
-    embed_dim: {embed_dim}
-    n_classes: {n_classes}
-    target_dim: !ref <target_dim>
-    scale: {scale}
-mean_var_norm_emb: !new:{module}.LengthNorm
-label_encoder: !new:speechbrain.dataio.encoder.CategoricalEncoder
-expect_labels: !apply:speechbrain.dataio.encoder.CategoricalEncoder.expect_len
-    - !ref <label_encoder>
-    - {n_classes}
-
-modules:
-    compute_features: !ref <compute_features>
-    mean_var_norm: !ref <mean_var_norm>
-    embedding_model: !ref <embedding_model>
-    classifier: !ref <classifier>
-    mean_var_norm_emb: !ref <mean_var_norm_emb>
-
-pretrainer: !new:speechbrain.utils.parameter_transfer.Pretrainer
-    loadables:
-        embedding_model: !ref <embedding_model>
-        classifier: !ref <classifier>
-        label_encoder: !ref <label_encoder>
-"""
-
-MODULE = """\
-{key}_source: !new:types.ModuleType
-    name: {name}
-define_{key}: !apply:builtins.exec
-    - |
-{source}
-    - !apply:builtins.vars [!ref <{key}_source>]
-register_{key}: !apply:sys.modules.update
-    - {name}: !ref <{key}_source>
-"""
-
-
-def _modules(network: EmbeddingModel) -> dict[str, str]:
-    """Name -> source of each module that ``network`` needs; the first has its other parts."""
-    files = (redimnet, redimnet2) if isinstance(network, ReDimNet2) else (redimnet,)
-    sources = [Path(str(one.__file__)).read_text(encoding="utf-8") for one in files]
-    digest = hashlib.sha256("".join(sources).encode()).hexdigest()[:16]
-    names = [f"{one.__name__.rpartition('.')[2]}_{digest}" for one in files]
-    imports = f"from {redimnet.__name__} import", f"from {names[0]} import"
-    return {name: source.replace(*imports) for name, source in zip(names, sources)}
-
 
 def _hyperparams(
     network: EmbeddingModel,
@@ -311,27 +245,26 @@ def _hyperparams(
     title: str,
     report: Mapping[str, Any] | None,
 ) -> str:
-    modules = _modules(network)
+    two = isinstance(network, EmbeddingModel2)
+    paths = [Path(redimnet.__file__), Path(redimnet2.__file__)][: 1 + two]
+    files = {path.name: path.read_text(encoding="utf-8") for path in paths}
+    digest = hashlib.sha256(json.dumps(files).encode()).hexdigest()
     config = (f"{key}: {json.dumps(value)}" for key, value in network.model_config.items())
     thresholds = {}
     if report is not None:
         for d in map(str, network.mrl_dims):
             found = report["dims"][d]
             thresholds[d] = {"eer": found["threshold"], **found.get("thresholds", {})}
-    return HYPERPARAMS.format(
+    template = Path(__file__).with_name("hyperparams.yaml").read_text(encoding="utf-8")
+    return template.format(
         title=" ".join(title.split()),  # a line break of any kind would end the comment
         embed_dim=network.embed_dim,
         sizes=list(network.mrl_dims),
-        thresholds=json.dumps(thresholds),
-        modules="".join(
-            MODULE.format(
-                key=name.partition("_")[0], name=name, source=textwrap.indent(source, " " * 8)
-            )
-            for name, source in modules.items()
-        ),
-        module=next(iter(modules)),
-        network=f"{list(modules)[-1]}.{type(network).__name__}",
         min_samples=network.min_samples,
+        thresholds=json.dumps(thresholds),
+        package=f"redimnet_{digest[:16]}",
+        network="redimnet2.EmbeddingModel2" if two else "redimnet.EmbeddingModel",
+        files="".join(f"        {n}: |\n{textwrap.indent(t, ' ' * 10)}" for n, t in files.items()),
         model_config=textwrap.indent("\n".join(config), " " * 8),
         n_classes=len(classifier.weight),
         scale=float(classifier.scale),
