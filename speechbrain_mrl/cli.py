@@ -1,17 +1,21 @@
-"""The command line: python -m speechbrain_mrl embed | verify | convert | export | publish | info."""
+"""The command line: speechbrain-mrl embed | verify | convert | export | publish | info."""
 
 import argparse
 import contextlib
+import inspect
 import json
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 from torch import nn
 from tqdm import tqdm
 
@@ -24,7 +28,7 @@ from speechbrain_mrl.inference.extract import embed_clips
 from speechbrain_mrl.inference.optimize import prepare_cpu
 from speechbrain_mrl.publish.convert import convert_release
 from speechbrain_mrl.publish.export import export_model
-from speechbrain_mrl.publish.hub import add_calibration, push_space, push_to_hub
+from speechbrain_mrl.publish.hub import publish_model
 from speechbrain_mrl.publish.load import (
     find_published,
     load_published,
@@ -34,214 +38,107 @@ from speechbrain_mrl.publish.load import (
     read_speakers,
 )
 
-PROGRAM = "python -m speechbrain_mrl"
-MODEL_HELP = (
-    "folder or Hub id of a SpeechBrain speaker encoder, a released name (b0 … b6, redimnet2_b0 … "
-    "redimnet2_b6), or a checkpoint file of ReDimNet or ReDimNet2"
+PROGRAM = "speechbrain-mrl"
+COMMANDS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {}
+
+
+def option(*names: str, **settings: Any) -> Any:
+    """What ``add_argument`` takes."""
+    return names, settings
+
+
+def command(*options: Any) -> Any:
+    """Decorator: the function is a command of its own name; its docstring is its help.
+
+    What it returns is printed as JSON.
+    """
+
+    def register(run: Any) -> Any:
+        COMMANDS[run.__name__] = run, options
+        return run
+
+    return register
+
+
+MODEL = option(
+    "model",
+    metavar="MODEL",
+    help="folder or Hub id of a SpeechBrain speaker encoder, a released name (b0 … b6, "
+    "redimnet2_b0 … redimnet2_b6), or a checkpoint file of ReDimNet or ReDimNet2",
 )
-DTYPES = ("float32", "float16")
+EXPORTED = option("model", metavar="MODEL", help="folder or Hub id of an exported model")
+FOLDER = option("folder", metavar="FOLDER", help="to be written")
+DEVICE = option("--device", default="cpu", help="cpu or cuda (default: cpu)")
+SECONDS = option(
+    "--max_seconds",
+    type=float,
+    help="only so much of the beginning of a recording is read (default: all of it)",
+)
 
 
-def parser() -> argparse.ArgumentParser:
-    """All commands with their options; ``command`` of what it parses is the command's name."""
-    main = _Parser(
-        prog=PROGRAM,
-        description="Speaker embeddings whose first 64, 128, 192 or 256 coordinates are each an "
-        "embedding: use, convert, measure and publish such models.",
-        epilog=f"""each command explains itself:
-  {PROGRAM} verify --help
-
-from nothing to an answer:
-  {PROGRAM} convert b2-vox2-ft_lm models/b2
-  {PROGRAM} verify models/b2 first.wav second.wav --threshold 0.4
-
-exit codes: 0 done; 1 what was asked cannot be done, one sentence on stderr says why; 2 usage""",
-    )
-    commands = main.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    def command(name: str, help: str, epilog: str) -> Any:
-        one = commands.add_parser(
-            name, help=help, description=f"{help[0].upper()}{help[1:]}.", epilog=epilog
-        )
-        one.add_argument("--json", action="store_true", help="print JSON instead of a table")
-        return one
-
-    def embedding_options(one: argparse.ArgumentParser) -> None:
-        one.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
-        one.add_argument(
-            "--max_seconds",
-            type=float,
-            help="only so much of the beginning of a recording is read (default: all of it)",
-        )
-
-    one = command(
-        "embed",
-        "turn recordings into embeddings",
-        f"""examples:
-  {PROGRAM} embed models/b2 calls/ --output calls.npz
-  {PROGRAM} embed org/redimnet-mrl one.wav two.flac --target_dim 64 --json
-
-the .npz holds ids (N,) and embeddings (N, target_dim), float32 at unit length:
-  found = numpy.load("calls.npz"); cosines = found["embeddings"] @ found["embeddings"].T""",
-    )
-    one.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    one.add_argument("recordings", metavar="RECORDING", nargs="+", help="files, or folders of them")
-    one.add_argument("--output", metavar="FILE.npz", help="write the embeddings there")
-    one.add_argument("--target_dim", type=int, metavar="D", help="first coordinates to keep")
-    embedding_options(one)
-
-    one = command(
-        "verify",
-        "decide whether two recordings are of one speaker, or measure a trial list",
-        f"""examples:
-  {PROGRAM} verify models/b2 first.wav second.wav --threshold 0.4
-  {PROGRAM} verify org/redimnet-mrl first.wav second.wav --json
-  {PROGRAM} verify org/redimnet-mrl --trials veri_test2.txt --data_folder VoxCeleb1/wav
-
-a trial list has lines "1 a b" (same speaker) or "0 a b"; a and b are paths below --data_folder.
-The decision is by the cosine at the model's equal error rate, unless --threshold says otherwise.
-Intervals, score normalisation, calibration, comparison of models: recipes/voxceleb/verify.py.""",
-    )
-    one.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    one.add_argument("recordings", metavar="RECORDING", nargs="*", help="two files")
-    one.add_argument("--threshold", type=float, help="cosine from which on two are one speaker")
-    one.add_argument("--trials", metavar="LIST", help="measure error rates on this list instead")
-    one.add_argument("--data_folder", metavar="FOLDER", help="holds the recordings of the list")
-    one.add_argument("--output", metavar="FOLDER", help="write report.json of the list there")
-    embedding_options(one)
-
-    one = command(
-        "convert",
-        "turn a released ReDimNet or ReDimNet2 into a SpeechBrain model",
-        f"""examples:
-  {PROGRAM} convert b2-vox2-ft_lm models/b2
-  {PROGRAM} convert redimnet2_b2-vox2-lm models/redimnet2_b2
-  {PROGRAM} convert b2-vox2-ft_lm models/b2-mrl --recordings calls/ --mrl_dims 64 128 192
-
-Without --recordings the weights stay as they are. With them, the embedding is rotated to the
-principal axes of these recordings, so that its first 64 coordinates are an embedding too; a few
-thousand recordings are good, nobody needs to know who speaks, and it takes no training.""",
-    )
-    one.add_argument(
-        "release",
-        metavar="RELEASE",
-        help="model-dataset-training: b2-vox2-ft_lm, redimnet2_b2-vox2-lm",
-    )
-    one.add_argument("folder", metavar="FOLDER", help="to be written")
-    one.add_argument("--recordings", metavar="FOLDER", help="rotate to their principal axes")
-    one.add_argument(
-        "--mrl_dims",
-        type=int,
-        nargs="+",
-        default=[64, 128, 192],
-        metavar="D",
-        help="sizes after the rotation, the last one 192 (default: 64 128 192)",
-    )
-    release_options(one)
-
-    one = command(
-        "export",
-        "write a model again, smaller: fewer coordinates, half precision",
-        f"""examples:
-  {PROGRAM} export org/redimnet-mrl models/small --target_dim 64
-  {PROGRAM} export models/b2 models/b2-half --dtype float16
-
-Half precision is for the disk: weights are loaded as float32 and computed with as such.""",
-    )
-    one.add_argument("model", metavar="MODEL", help="folder or Hub id of an exported model")
-    one.add_argument("folder", metavar="FOLDER", help="to be written")
-    one.add_argument("--target_dim", type=int, metavar="D", help="largest size to keep")
-    one.add_argument("--dtype", choices=DTYPES, default="float32", help="default: float32")
-
-    one = command(
-        "publish",
-        "check a model as a stranger would, and upload it",
-        f"""examples:
-  {PROGRAM} publish models/b2 org/redimnet-b2 --dry_run
-  {PROGRAM} publish models/b2 org/redimnet-b2 --private
-  {PROGRAM} publish models/b2 org/redimnet-b2 --space org/try-redimnet-b2
-
-The login is huggingface_hub's: hf auth login, or HF_TOKEN. A model without report.json or licence
-is refused. A Space is a page on the Hub where visitors try the model out.""",
-    )
-    one.add_argument("folder", metavar="FOLDER", help="exported model, such as a recipe's model/")
-    one.add_argument("repo_id", metavar="ORG/NAME", help="where on the Hub")
-    publish_options(one)
-
-    one = command(
-        "info",
-        "say what a model is: sizes, teachers, corpus, error rates, licence",
-        f"""examples:
-  {PROGRAM} info results/mrl_distill/1986/model
-  {PROGRAM} info org/redimnet-mrl --json
-
-EER: equal error rate, where as many strangers are accepted as speakers are refused, in percent.
-minDCF: smallest detection cost where one trial in 100 is of the same speaker; 1 is a blind guess.
-No code of the model is run.""",
-    )
-    one.add_argument("model", metavar="MODEL", help="folder or Hub id of an exported model")
-    return main
-
-
-def release_options(one: argparse.ArgumentParser) -> None:
-    """What writing a release as a SpeechBrain model takes, besides the release and the folder."""
-    one.add_argument("--source", help="the release's file or its folder, instead of a download")
-    one.add_argument("--report", help="report.json of the converted model, to publish it with")
-    one.add_argument("--trials", default="", help="name of the report's trial list")
-
-
-def publish_options(one: argparse.ArgumentParser) -> None:
-    """What publishing takes, besides the folder and the name on the Hub."""
-    one.add_argument("--private", action="store_true", help="create the repo as private")
-    one.add_argument("--revision", help="branch to upload to, instead of main")
-    one.add_argument("--tag", help="name of this version, instead of the next of v1, v2, …")
-    one.add_argument(
-        "--calibration",
-        metavar="FILE.json",
-        help="verify.py's calibration.json of the model: put into the folder, to travel with it",
-    )
-    either = one.add_mutually_exclusive_group()
-    either.add_argument("--dry_run", action="store_true", help="check and list, upload nothing")
-    either.add_argument("--space", metavar="ORG/NAME", help="push a Space that shows the model too")
-
-
-class _Parser(argparse.ArgumentParser):
-    """Keeps the lines of examples as they are."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
-
-
+@command(
+    MODEL,
+    option("recordings", metavar="RECORDING", nargs="+", help="files, or folders of them"),
+    option("--output", metavar="FILE.npz", help="write the embeddings there"),
+    option("--target_dim", type=int, metavar="D", help="first dimensions to keep"),
+    DEVICE,
+    SECONDS,
+)
 def embed(given: argparse.Namespace) -> Any:
-    """Embeddings of recordings, (N, target_dim) at unit length, to a file or to the screen."""
+    """Turn recordings into embeddings.
+
+    Examples:
+      speechbrain-mrl embed models/b2 calls/ --output calls.npz
+      speechbrain-mrl embed org/redimnet-mrl one.wav two.flac --target_dim 64 --json
+
+    the .npz holds ids (N,) and embeddings (N, target_dim), float32 at unit length
+    """
     encoder = _encoder(given)
     clips = _clips(given.recordings)
     embeddings = _embed(encoder, clips, given)
     size = given.target_dim or embeddings.shape[1]
-    _check_size(size, sizes_and_thresholds(encoder, embeddings.shape[1])[0])
+    sizes, _ = sizes_and_thresholds(encoder, embeddings.shape[1])
+    if size not in sizes:
+        raise ValueError(f"--target_dim must be one of {sizes}, the model's sizes, got {size}")
     embeddings = F.normalize(embeddings[:, :size], dim=1).numpy()
     if given.output is not None:
         np.savez(given.output, ids=[clip.id for clip in clips], embeddings=embeddings)
-    result = {"model": given.model, "target_dim": size, "output": given.output, "recordings": []}
-    for clip, embedding in zip(clips, embeddings, strict=True):
-        entry = {"id": clip.id, "seconds": round(clip.num_frames / SAMPLE_RATE, 2)}
-        if given.output is None:
-            entry["embedding"] = embedding.tolist()
-        result["recordings"].append(entry)
+    seconds = [round(clip.num_frames / SAMPLE_RATE, 2) for clip in clips]
+    found = [{"id": c.id, "seconds": s} for c, s in zip(clips, seconds, strict=True)]
+    if given.output is None:
+        found = [f | {"embedding": e.tolist()} for f, e in zip(found, embeddings, strict=True)]
     if given.json:
-        return result
-    heads = ["recording", "seconds"] + ([] if given.output else ["first coordinates"])
-    rows = []
-    for entry, embedding in zip(result["recordings"], embeddings, strict=True):
-        few = "  ".join(f"{x:+.3f}" for x in embedding[:6]) + " …"
-        rows.append([entry["id"], f"{entry['seconds']:.2f}", few][: len(heads)])
-    _print_table(heads, rows)
+        return {"model": given.model, "target_dim": size, "output": given.output} | {
+            "recordings": found
+        }
+    few = ["  ".join(f"{x:+.3f}" for x in row[:6]) + " …" for row in embeddings]
+    rows = [[f["id"], f"{f['seconds']:.2f}", start] for f, start in zip(found, few, strict=True)]
+    _print_table(["recording", "seconds", "first dimensions"], rows)
     where = f"written to {given.output}" if given.output else "to keep them, give --output"
-    print(f"{len(clips)} embeddings of {size} coordinates, at unit length; {where}")
+    print(f"{len(clips)} embeddings of {size} dimensions, at unit length; {where}")
 
 
+@command(
+    MODEL,
+    option("recordings", metavar="RECORDING", nargs="*", help="two files"),
+    option("--threshold", type=float, help="cosine from which on two are one speaker"),
+    option("--trials", metavar="LIST", help="measure error rates on this list instead"),
+    option("--data_folder", metavar="FOLDER", help="holds the recordings of the list"),
+    option("--output", metavar="FOLDER", help="write report.json of the list there"),
+    DEVICE,
+    SECONDS,
+)
 def verify(given: argparse.Namespace) -> Any:
-    """Two recordings: score and decision at each size; or a trial list: error rates at each size."""
+    """Decide whether two recordings are of one speaker, or measure a trial list.
+
+    Examples:
+      speechbrain-mrl verify models/b2 first.wav second.wav --threshold 0.4
+      speechbrain-mrl verify org/redimnet-mrl --trials veri_test2.txt --data_folder VoxCeleb1/wav
+
+    a trial list has lines "1 a b" (same speaker) or "0 a b"; a and b are paths below --data_folder.
+    The decision is by the cosine at the model's equal error rate, unless --threshold says otherwise.
+    Intervals, score normalisation, calibration, comparison of models: recipes/voxceleb/verify.py.
+    """
     if given.trials is not None:
         return _verify_list(given)
     encoder = _encoder(given)
@@ -257,10 +154,15 @@ def verify(given: argparse.Namespace) -> Any:
         return {"model": given.model, "recordings": given.recordings, "scores": scores}
     decisions: dict[Any, str] = {True: "same speaker", False: "different speakers", None: "-"}
     rows = [
-        [str(s["size"]), f"{s['score']:.3f}", _number(s["threshold"]), decisions[s["same"]]]
+        [
+            str(s["size"]),
+            f"{s['score']:.3f}",
+            "-" if s["threshold"] is None else f"{s['threshold']:.3f}",
+            decisions[s["same"]],
+        ]
         for s in scores
     ]
-    _print_table(["coordinates", "cosine", "threshold", "decision"], rows)
+    _print_table(["dimensions", "cosine", "threshold", "decision"], rows)
     if not thresholds and given.threshold is None:
         print("The model brings no threshold; give --threshold, fitted to recordings like yours.")
 
@@ -290,8 +192,34 @@ def _verify_list(given: argparse.Namespace) -> Any:
     print_report(report)
 
 
+@command(
+    option("release", metavar="RELEASE", help="such as b2-vox2-ft_lm, redimnet2_b2-vox2-lm"),
+    FOLDER,
+    option("--recordings", metavar="FOLDER", help="rotate to their principal components"),
+    option(
+        "--mrl_dims",
+        type=int,
+        nargs="+",
+        default=[64, 128, 192],
+        metavar="D",
+        help="sizes after the rotation, the last one 192 (default: 64 128 192)",
+    ),
+    option("--source", help="the release's file or its folder, instead of a download"),
+    option("--report", help="report.json of the converted model, to publish it with"),
+    option("--trials", default="", help="name of the report's trial list"),
+)
 def convert(given: argparse.Namespace) -> Any:
-    """A released ReDimNet or ReDimNet2 as a SpeechBrain model."""
+    """Turn a released ReDimNet or ReDimNet2 into a SpeechBrain model.
+
+    Examples:
+      speechbrain-mrl convert b2-vox2-ft_lm models/b2
+      speechbrain-mrl convert redimnet2_b2-vox2-lm models/redimnet2_b2
+      speechbrain-mrl convert b2-vox2-ft_lm models/b2-mrl --recordings calls/ --mrl_dims 64 128 192
+
+    Without --recordings the weights stay as they are. With them, the embedding is rotated to the
+    principal components of these recordings, so that its first 64 dimensions are an embedding too;
+    a few thousand recordings are good, nobody needs to know who speaks, and it takes no training.
+    """
     convert_release(
         given.release,
         given.folder,
@@ -304,8 +232,21 @@ def convert(given: argparse.Namespace) -> Any:
     return _written(given)
 
 
+@command(
+    EXPORTED,
+    FOLDER,
+    option("--target_dim", type=int, metavar="D", help="largest size to keep"),
+    option("--dtype", choices=("float32", "float16"), default="float32", help="default: float32"),
+)
 def export(given: argparse.Namespace) -> Any:
-    """A published model again, smaller: fewer coordinates, half precision."""
+    """Write a model again, smaller: fewer dimensions, half precision.
+
+    Examples:
+      speechbrain-mrl export org/redimnet-mrl models/small --target_dim 64
+      speechbrain-mrl export models/b2 models/b2-half --dtype float16
+
+    Half precision is for the disk: weights are loaded as float32 and computed with as such.
+    """
     folder = find_published(given.model)
     report, plot = read_report(folder), folder / "eer_by_dim.png"
     export_model(
@@ -329,36 +270,59 @@ def _written(given: argparse.Namespace) -> Any:
     print(f"{PROGRAM} publish {given.folder} ORG/NAME --dry_run")
 
 
+@command(
+    option("folder", metavar="FOLDER", help="exported model, such as a recipe's model/"),
+    option("repo_id", metavar="ORG/NAME", help="where on the Hub"),
+    option("--private", action="store_true", help="create the repo as private"),
+    option("--revision", help="branch to upload to, instead of main"),
+    option("--tag", help="name of this version, instead of the next of v1, v2, …"),
+    option(
+        "--calibration",
+        metavar="FILE.json",
+        help="verify.py's calibration.json of the model: put into the folder, to travel with it",
+    ),
+    option("--dry_run", action="store_true", help="check and list, upload nothing"),
+    option("--space", metavar="ORG/NAME", help="push a Space that shows the model too"),
+)
 def publish(given: argparse.Namespace) -> Any:
-    """Check a model and upload it in one commit, and a Space that shows it if one is wanted."""
+    """Check a model as a stranger would, and upload it.
+
+    Examples:
+      speechbrain-mrl publish models/b2 org/redimnet-b2 --dry_run
+      speechbrain-mrl publish models/b2 org/redimnet-b2 --space org/try-redimnet-b2
+
+    The login is huggingface_hub's: hf auth login, or HF_TOKEN. A model without report.json or licence
+    is refused. A Space is a page on the Hub where visitors try the model out.
+    """
+    options = {key: value for key, value in vars(given).items() if key not in ("command", "json")}
     if not given.json:
-        upload(given)
+        publish_model(**options)
         return None
     with contextlib.redirect_stdout(sys.stderr):  # what it prints is for people
-        return upload(given)
+        return publish_model(**options)
 
 
-def upload(given: argparse.Namespace) -> dict[str, Any]:
-    """``publish`` for its own command and for the recipe's; where the model and its Space are."""
-    if given.calibration is not None:
-        add_calibration(given.folder, given.calibration)
-    options = {key: getattr(given, key) for key in ("private", "revision")}
-    address = push_to_hub(
-        given.folder, given.repo_id, dry_run=given.dry_run, tag=given.tag, **options
-    )
-    space = None if given.space is None else push_space(given.space, given.repo_id, **options)
-    return {"address": address, "uploaded": not given.dry_run, "space": space}
-
-
+@command(
+    EXPORTED,
+)
 def info(given: argparse.Namespace) -> Any:
-    """What a model is."""
+    """Say what a model is: sizes, teachers, corpus, error rates, licence.
+
+    Examples:
+      speechbrain-mrl info results/mrl_distill/1986/model
+      speechbrain-mrl info org/redimnet-mrl --json
+
+    EER: equal error rate, where as many impostors are accepted as speakers are refused, in percent.
+    minDCF: smallest detection cost where one trial in 100 is of the same speaker; 1 is a blind guess.
+    No code of the model is run.
+    """
     found = model_info(given.model)
     if given.json:
         return found
     teachers = [f"{name} ({license})" for name, license in found["teachers"].items()]
     rows = [
         ["source", found["source"]],
-        ["sizes", f"{', '.join(map(str, found['mrl_dims']))} coordinates"],
+        ["sizes", f"{', '.join(map(str, found['mrl_dims']))} dimensions"],
         ["weights", f"{found['params'] / 1e6:.2f} million, {found['megabytes']:.2f} MB"],
         ["speakers", f"{found['speakers']} known by name"],
         ["teachers", ", ".join(teachers) or "none"],
@@ -377,7 +341,7 @@ def info(given: argparse.Namespace) -> Any:
         return None
     print()
     _print_table(
-        ["coordinates", "EER %", "minDCF", "threshold (cosine)"],
+        ["dimensions", "EER %", "minDCF", "threshold (cosine)"],
         [
             [size, f"{100 * r['eer']:.2f}", f"{r['min_dcf']:.3f}", f"{r['threshold']:.3f}"]
             for size, r in found["dims"].items()
@@ -409,24 +373,45 @@ def _embed(encoder: nn.Module, clips: Sequence[Clip], given: argparse.Namespace)
         return embed_clips({"model": encoder}, clips, **options)["model"]
 
 
-def _check_size(size: int | None, sizes: Sequence[int]) -> None:
-    if size not in sizes:
-        raise ValueError(f"--target_dim must be one of {sizes}, the model's sizes, got {size}")
+def _print_table(heads: Sequence[str] | None, rows: Sequence[Sequence[str]]) -> None:
+    table = Table(*(heads or []), box=None, show_header=heads is not None, pad_edge=False)
+    for row in rows:
+        table.add_row(*map(Text, row))
+    wide = None if sys.stdout.isatty() else 1000  # nothing is folded in a file or a pipe
+    Console(file=sys.stdout, width=wide).print(table)
 
 
-def _number(value: Any) -> Any:
-    return "-" if value is None else f"{value:.3f}"
+def parser() -> argparse.ArgumentParser:
+    """All commands with their options; ``command`` of what it parses is the command's name."""
+    as_written = argparse.RawDescriptionHelpFormatter
+    main = argparse.ArgumentParser(
+        prog=PROGRAM,
+        formatter_class=as_written,
+        description="Speaker embeddings whose first 64, 128, 192 or 256 dimensions are each an "
+        "embedding: use, convert, measure and publish such models.",
+        epilog=f"""each command explains itself:
+  {PROGRAM} verify --help
 
+from nothing to an answer:
+  {PROGRAM} convert b2-vox2-ft_lm models/b2
+  {PROGRAM} verify models/b2 first.wav second.wav --threshold 0.4
 
-def _print_table(heads: Sequence[str] | None, rows: Iterable[Sequence[Any]]) -> None:
-    """Columns as wide as their widest cell; two spaces between."""
-    lines = [*([heads] if heads else []), *rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    for line in lines:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
-
-
-COMMANDS = {run.__name__: run for run in (embed, verify, convert, export, publish, info)}
+exit codes: 0 done; 1 what was asked cannot be done, one sentence on stderr says why; 2 usage""",
+    )
+    commands = main.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (run, options) in COMMANDS.items():
+        summary, *more = inspect.cleandoc(str(run.__doc__)).split("\n", 1)
+        one = commands.add_parser(
+            name,
+            help=summary[0].lower() + summary[1:-1],
+            description=summary,
+            epilog="".join(more).strip(),
+            formatter_class=as_written,
+        )
+        for names, settings in options:
+            one.add_argument(*names, **settings)
+        one.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    return main
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -437,10 +422,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         one.error(f"verify needs two recordings, or --trials; got {len(given.recordings)}")
     if given.command == "verify" and given.trials is not None and given.data_folder is None:
         one.error("verify --trials needs --data_folder, which holds the recordings of the list")
+    if given.command == "publish" and given.dry_run and given.space is not None:
+        one.error("publish takes either --dry_run or --space")
     try:
-        result = COMMANDS[given.command](given)
+        result = COMMANDS[given.command][0](given)
     except (ValueError, OSError, ImportError, TypeError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
         return 1
     if result is not None:
         print(json.dumps(result, indent=2))

@@ -12,14 +12,13 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub import ModelCard
 
-from speechbrain_mrl import cli as command_line
-from speechbrain_mrl.cli import main, parser
+from speechbrain_mrl.cli import COMMANDS, _print_table, main, parser
 from speechbrain_mrl.models.redimnet import MatryoshkaReDimNet
+from speechbrain_mrl.publish import hub
 from speechbrain_mrl.publish.card import Provenance
 from speechbrain_mrl.publish.export import export_model
 
 SIZES = (8, 16, 32)
-COMMANDS = ("embed", "verify", "convert", "export", "publish", "info")
 EERS = {"8": 0.125, "16": 0.0625, "32": 0.03125}
 
 
@@ -80,7 +79,7 @@ def test_embed_writes_unit_prefixes_of_every_recording_of_a_folder(
     assert [name.rsplit("/", 1)[1] for name in found["ids"]] == ["a1.wav", "a2.wav", "b1.wav"]
     for name, row in zip(("a1", "a2", "b1"), found["embeddings"]):
         np.testing.assert_allclose(row, expected(student, recordings, name, 16), atol=1e-5)
-    assert "3 embeddings of 16 coordinates" in capsys.readouterr().out
+    assert "3 embeddings of 16 dimensions" in capsys.readouterr().out
 
 
 def test_embed_without_a_file_prints_the_embeddings_as_json(student, folder, recordings, capsys):
@@ -192,8 +191,8 @@ def test_publish_pushes_the_model_then_the_space_that_shows_it(folder, capsys, m
         print("for people")
         return f"hub/{given[0]}"
 
-    monkeypatch.setattr(command_line, "push_to_hub", functools.partial(push, "model"))
-    monkeypatch.setattr(command_line, "push_space", functools.partial(push, "space"))
+    monkeypatch.setattr(hub, "push_to_hub", functools.partial(push, "model"))
+    monkeypatch.setattr(hub, "push_space", functools.partial(push, "space"))
     found = as_json(capsys, "publish", folder, "org/tiny", "--space=org/show", "--revision=next")
     assert pushed == [
         ("model", str(folder), "org/tiny", False, "next"),
@@ -242,14 +241,34 @@ def test_help_teaches_with_examples_that_parse(name, capsys):
     with pytest.raises(SystemExit) as stopped:
         main([name, "--help"])
     text = capsys.readouterr().out
-    lines = [line.split() for line in text.splitlines() if line.startswith("  python -m")]
+    lines = [line.split() for line in text.splitlines() if line.startswith("  speechbrain-mrl")]
     assert stopped.value.code == 0 and lines
     for line in lines:
-        assert parser().parse_args(line[3:]).command == name
+        assert parser().parse_args(line[1:]).command == name
 
 
-def test_it_runs_as_a_user_types_it(folder):
+def test_an_interrupted_command_says_so_without_a_trace(folder, capsys, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(hub, "push_to_hub", interrupt)
+    assert main(["publish", str(folder), "org/tiny"]) == 1
+    assert capsys.readouterr().err == "error: interrupted\n"
+
+
+def test_a_table_in_a_pipe_folds_nothing_and_takes_names_as_they_are(folder, capsys):
+    assert main(["info", str(folder)]) == 0
+    assert max(map(len, capsys.readouterr().out.splitlines())) < 200
+    name = "[bold]" + 150 * "x" + ".wav"
+    _print_table(["recording", "seconds"], [[name, "1.00"]])
+    assert capsys.readouterr().out.splitlines()[1].split() == [name, "1.00"]
+
+
+@pytest.mark.parametrize("console_script", [False, True])
+def test_it_runs_as_a_user_types_it(folder, console_script):
     command = [sys.executable, "-m", "speechbrain_mrl", "info", str(folder), "--json"]
+    if console_script:
+        command[:3] = [sys.executable, "-c", "from speechbrain_mrl.cli import run; run()"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and json.loads(done.stdout)["title"] == "Tiny ReDimNet"
     assert not done.stderr

@@ -107,7 +107,7 @@ def at_work(workplace, monkeypatch, tiny_config):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(workplace / "hub"))
     tiny = {name: tiny_config for name in redimnet.PRESETS}
     monkeypatch.setattr(redimnet, "PRESETS", tiny)
-    for module in (command_line, sys.modules["speechbrain_mrl.publish.hub"]):
+    for module in (sys.modules["speechbrain_mrl.publish.hub"],):
         monkeypatch.setattr(module, "push_to_hub", lambda folder, repo_id, **_: str(repo_id))
         monkeypatch.setattr(module, "push_space", lambda space, model, **_: space)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: MODEL)

@@ -115,7 +115,7 @@ def _fit(vectors: np.ndarray, speakers: np.ndarray, rank: int) -> PLDA:
 
 
 def _score(model: PLDA, vectors: np.ndarray, trials: Trials) -> np.ndarray:
-    """log p(both | one speaker) - log p(both | two speakers), for Gaussians of known covariance."""
+    """Log p(both | one speaker) - log p(both | two speakers), for Gaussians of known covariance."""
     between = model.F @ model.F.T
     total = between + model.Sigma
     alone = np.linalg.inv(total)

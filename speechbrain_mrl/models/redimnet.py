@@ -295,7 +295,7 @@ def valid_samples(wavs: Tensor, counts: Tensor | None) -> Tensor | None:
 
 
 def masked(x: Tensor, mask: Tensor | None) -> Tensor:
-    """x with the padding frames at zero: what a clip alone has past its end."""
+    """X with the padding frames at zero: what a clip alone has past its end."""
     if mask is None:
         return x
     return x * (mask if x.ndim == 3 else mask.unsqueeze(2)).to(x.dtype)

@@ -338,3 +338,26 @@ def _report_as_stranger(folder: str) -> None:
     except ValueError:
         found["refuses"] = True
     print(json.dumps(found))
+
+
+def publish_model(
+    folder: str | os.PathLike[str],
+    repo_id: str,
+    *,
+    space: str | None = None,
+    calibration: str | os.PathLike[str] | None = None,
+    dry_run: bool = False,
+    tag: str | None = None,
+    private: bool = False,
+    revision: str | None = None,
+) -> dict[str, Any]:
+    """``add_calibration``, ``push_to_hub`` and ``push_space`` in turn, as far as they are asked for.
+
+    Returns ``address`` of the model, whether it was ``uploaded``, and its ``space`` or None.
+    """
+    if calibration is not None:
+        add_calibration(folder, calibration)
+    access: Any = {"private": private, "revision": revision}
+    address = push_to_hub(folder, repo_id, dry_run=dry_run, tag=tag, **access)
+    address_of_space = None if space is None else push_space(space, repo_id, **access)
+    return {"address": address, "uploaded": not dry_run, "space": address_of_space}

@@ -369,7 +369,8 @@ def test_the_untrained_student_agrees_with_its_teachers(
     release_file, random_model, tiny_config, small_clips, tmp_path
 ):
     """Two teachers of one geometry in two unrelated spaces, the backbone one of them: a rotation
-    that changes no cosine reaches their common target."""
+    that changes no cosine reaches their common target.
+    """
     model = random_model(tiny_config)
     model.linear.bias.data -= embed_clips({"it": model}, small_clips)["it"].mean(0)
     mixing, _ = torch.linalg.qr(torch.randn(32, 32))
