@@ -72,78 +72,6 @@ def _is_noncommercial(license: str) -> bool:
     return license == "non-commercial" or "nc" in license.split("-")
 
 
-CARD = """\
----
-{front_matter}
----
-
-# {title}
-
-A ReDimNet speaker encoder for SpeechBrain: 16 kHz speech to embeddings that are compared by cosine.
-{sizes}
-
-## Results
-
-{results}
-
-## Use
-
-Needs SpeechBrain (1.0.3 or later) and nothing else.
-
-```python
-from speechbrain.inference.speaker import SpeakerRecognition
-
-model = SpeakerRecognition.from_hparams(source="{repo_id}", overrides={{"target_dim": {smallest}}})
-score, _ = model.verify_files("one.wav", "two.wav")
-same_speaker = score >= model.hparams.thresholds["{smallest}"]["eer"]
-```
-
-`target_dim` may be {choices}. `verify_files` decides by a threshold of 0.25 whatever the model; use
-the threshold of the size, or better one fitted to recordings like yours. `EncoderClassifier` loads
-it too: `encode_batch(wavs, wav_lens)` gives (batch, 1, target_dim), and a clip's embedding does not
-depend on the clips that it is padded with. {classification}
-
-Loading a SpeechBrain model runs the code in its `hyperparams.yaml`. Read it, then pin what you have
-read: `fetch_config=FetchConfig(revision="<commit hash>")`, from `speechbrain.utils.fetching`, or
-before SpeechBrain 1.1 `source=huggingface_hub.snapshot_download("{repo_id}", revision="<commit hash>")`.
-
-## Training data, teachers and licence
-
-{training_data}
-
-{teachers}The weights are under {license}{noncommercial}; the code in `hyperparams.yaml` is under
-Apache-2.0.
-
-## Limits and misuse
-
-* A voice identifies a person. Enrol and search for people only with their knowledge and a legal
-  basis; embeddings are biometric data, the small ones too.
-* Error rates differ between groups of people (language, accent, age, gender), microphones, rooms and
-  durations. The figures above hold for their own trials; measure on your own.
-* There is no defence against recordings, synthetic or converted voices. Do not let it open a door
-  by itself.
-* A score is no proof that two recordings are of the same person.
-
-## Citation
-
-```bibtex
-@inproceedings{{yakovlev2024reshape,
-  title = {{Reshape Dimensions Network for Speaker Recognition}},
-  author = {{Yakovlev, Ivan and Makarov, Rostislav and Balykin, Andrei and Malov, Pavel and
-            Okhotnikov, Anton and Torgashov, Nikita}},
-  booktitle = {{Interspeech}},
-  year = {{2024}}
-}}
-@inproceedings{{kusupati2022matryoshka,
-  title = {{Matryoshka Representation Learning}},
-  author = {{Kusupati, Aditya and Bhatt, Gantavya and Rege, Aniket and others}},
-  booktitle = {{Advances in Neural Information Processing Systems}},
-  year = {{2022}}
-}}
-```
-"""
-
-
 def write_card(
     sizes: Sequence[int],
     provenance: Provenance,
@@ -177,15 +105,16 @@ def write_card(
         widget=widget or None,
     )
     if len(sizes) == 1:
-        about_sizes = f"An embedding has {sizes[0]} coordinates."
+        about_sizes = f"An embedding has {sizes[0]} dimensions."
     else:
         about_sizes = (
-            f"Its first {_choices(sizes[:-1])} coordinates, normalised after the cut, are "
+            f"Its first {_choices(sizes[:-1])} dimensions, normalised after the cut, are "
             f"embeddings as well; all {sizes[-1]} come out of the same forward pass."
         )
     teachers = "".join(f"* {name}: {license}\n" for name, license in provenance.teachers.items())
-    return CARD.format(
-        front_matter=front.to_yaml(),
+    card = huggingface_hub.ModelCard.from_template(
+        front,
+        template_path=str(Path(__file__).with_name("card.md")),
         title=provenance.title,
         sizes=about_sizes,
         results="None: no trial list was scored."
@@ -204,6 +133,7 @@ def write_card(
         if _is_noncommercial(provenance.license)
         else "",
     )
+    return str(card)
 
 
 def _check_report(report: Mapping[str, Any], sizes: Sequence[int], provenance: Provenance) -> None:
@@ -238,7 +168,7 @@ def _eval_results(
             dataset_type=corpus.lower().replace(" ", "-"),
             dataset_name=f"{corpus}, {provenance.trials}",
             metric_type=metric,
-            metric_name=f"{METRICS[metric]}, {size} coordinates",
+            metric_name=f"{METRICS[metric]}, {size} dimensions",
             metric_value=report["dims"][str(size)][metric],
         )
         for size in sizes
@@ -261,7 +191,7 @@ def _results(
         f"{corpus_name(report)}, {provenance.trials}: {trials['target']} target and "
         f"{trials['impostor']} impostor trials; from `report.json`.",
         "",
-        "| coordinates | EER % | minDCF (p = 0.01) | threshold |",
+        "| dimensions | EER % | minDCF (p = 0.01) | threshold |",
         "| --- | --- | --- | --- |",
     ]
     for size in sizes:
@@ -292,7 +222,7 @@ def card_problems(folder: Path, n_labels: int, sizes: Sequence[int]) -> list[str
         problems.append(f"report.json names the folder {report['corpus']}; export the model again")
     dims = report["dims"]
     measured = {
-        f"{name}, {size} coordinates": dims[str(size)][metric]
+        f"{name}, {size} dimensions": dims[str(size)][metric]
         for size in sizes
         for metric, name in METRICS.items()
     }

@@ -424,8 +424,8 @@ def test_what_does_not_belong_together_is_not_exported(student, tmp_path, option
 def test_the_hubs_parser_reads_every_result_back(published):
     results = ModelCard.load(published / "README.md").data.eval_results
     told = {(r.metric_type, r.metric_name): r.metric_value for r in results}
-    assert told[("eer", "EER (fraction), 8 coordinates")] == 0.125
-    assert told[("min_dcf", "minDCF (p = 0.01), 32 coordinates")] == 0.25
+    assert told[("eer", "EER (fraction), 8 dimensions")] == 0.125
+    assert told[("min_dcf", "minDCF (p = 0.01), 32 dimensions")] == 0.25
     assert len(told) == 6
     assert {r.dataset_name for r in results} == {"demo, the demo's trials"}
 
