@@ -15,8 +15,6 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import minimize
-from scipy.special import expit
 from torch import Tensor
 
 from speechbrain_mrl.evaluation.metrics import Ranking
@@ -197,29 +195,15 @@ class Calibration:
         center, spread = features.mean(0), features.std(0)
         constant = np.ptp(features, axis=0) == 0
         center[constant], spread[constant] = features[0, constant], 1.0  # gets no coefficient
-        inputs = np.column_stack([np.ones(len(features)), (features - center) / spread])
-        signs = np.where(is_target, 1.0, -1.0)
         n_impostors = len(ranking.order) - n_targets
         weights = np.where(is_target, p_target / n_targets, (1 - p_target) / n_impostors)
-        ridge = np.diag([0.0, *np.full(inputs.shape[1] - 1, RIDGE)])
+        from sklearn.linear_model import LogisticRegression  # a second, which reports need not pay
 
-        def loss(theta: np.ndarray) -> tuple[float, np.ndarray]:
-            margins = signs * (inputs @ theta)
-            errors = weights * expit(-margins)
-            value = weights @ np.logaddexp(0, -margins) + theta @ ridge @ theta / 2
-            return value, ridge @ theta - inputs.T @ (signs * errors)
-
-        def curvature(theta: np.ndarray) -> np.ndarray:
-            posteriors = expit(inputs @ theta)
-            return inputs.T @ (inputs * (weights * posteriors * (1 - posteriors))[:, None]) + ridge
-
-        start = np.zeros(inputs.shape[1])
-        theta = minimize(
-            loss, start, jac=True, hess=curvature, method="trust-exact", options={"gtol": 1e-10}
-        ).x
-        coefficients = theta[1:] / spread
+        model = LogisticRegression(C=1 / RIDGE, solver="newton-cholesky", tol=1e-9, max_iter=1000)
+        model.fit((features - center) / spread, is_target, sample_weight=weights)
+        coefficients = model.coef_[0] / spread
         prior_log_odds = np.log(p_target) - np.log1p(-p_target)
-        offset = theta[0] - coefficients @ center - prior_log_odds
+        offset = model.intercept_[0] - coefficients @ center - prior_log_odds
         scale, *terms = coefficients.tolist()
         _, *bounds = zip(features.min(0).tolist(), features.max(0).tolist())
         return cls(float(offset), scale, tuple(terms), tuple(bounds))

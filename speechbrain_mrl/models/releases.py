@@ -176,6 +176,7 @@ def download(url: str, path: Path) -> None:
 
 
 def _download_alone(url: str, path: Path) -> None:
+    # torch.hub's and pooch's downloads begin again where an interrupted one had come far.
     part = path.with_name(path.name + ".part")
     start = part.stat().st_size if part.exists() else 0
     headers = {"Range": f"bytes={start}-"} if start else {}
