@@ -182,7 +182,7 @@ class Steps:
             if step != self.calibrated_step or not scores.keys() <= self.calibrations.keys():
                 raise ValueError(
                     f"the calibration is of {self.calibrated_step} at {sorted(self.calibrations)} "
-                    f"coordinates, this run's scores are {step} at {sorted(scores)}"
+                    f"dimensions, this run's scores are {step} at {sorted(scores)}"
                 )
             quality = log_durations(trials, self.seconds)
             steps["calibrated"] = {

@@ -38,7 +38,7 @@ def s_norm(
     """Symmetric score normalisation: each score against its two clips' scores with strangers.
 
     The mean of (score - mean) / deviation over both clips of a trial, with mean and deviation of
-    the clip's cosines with the cohort. One pass over the coordinates serves all sizes.
+    the clip's cosines with the cohort. One pass over the dimensions serves all sizes.
 
     Arguments
     ---------

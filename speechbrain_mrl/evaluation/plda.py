@@ -92,7 +92,7 @@ def plda_scores(
 
 
 def _varying_axes(vectors: np.ndarray) -> np.ndarray:
-    """Orthonormal (d, varying) axes; coordinates that never vary would have no inverse variance."""
+    """Orthonormal (d, varying) axes; dimensions that never vary would have no inverse variance."""
     variances, axes = np.linalg.eigh(np.cov(vectors, rowvar=False))
     return axes[:, variances > VARIANCE_FLOOR * variances.max()]
 

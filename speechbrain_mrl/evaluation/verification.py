@@ -1,6 +1,6 @@
 """Speaker verification at every prefix: trial lists, scores, error rates with their intervals.
 
-Every clip is embedded once; all sizes are then scored out of one pass over the coordinates.
+Every clip is embedded once; all sizes are then scored out of one pass over the dimensions.
 A trial is accepted when its score is at or above the threshold. Rates are fractions, 0..1.
 """
 
@@ -138,7 +138,7 @@ def read_clip_list(path: str | os.PathLike[str]) -> list[str]:
 def score_trials(
     embeddings: Tensor, trials: Trials, mrl_dims: Sequence[int]
 ) -> dict[int, np.ndarray]:
-    """Cosine of every trial at every prefix, out of one pass over the coordinates.
+    """Cosine of every trial at every prefix, out of one pass over the dimensions.
 
     Arguments
     ---------

@@ -107,7 +107,7 @@ def sizes_and_thresholds(encoder: nn.Module, embed_dim: int) -> tuple[list[int],
     encoder : torch.nn.Module
         As from ``load_teacher``.
     embed_dim : int
-        Coordinates that it gives.
+        Dimensions that it gives.
 
     Returns
     -------

@@ -50,7 +50,7 @@ class TeacherStore:
         max_seconds: float | None = 30.0,
         num_workers: int = 0,
     ) -> None:
-        """Compute what is missing, then hold all embeddings in memory (4 bytes a coordinate).
+        """Compute what is missing, then hold all embeddings in memory (4 bytes a dimension).
 
         Arguments and errors are those of ``compute``.
         """
