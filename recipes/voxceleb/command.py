@@ -45,6 +45,8 @@ def run_command(main, argv=None):
 def _sentence(error):
     if isinstance(error, OSError) and error.filename is not None:
         return f"cannot open {error.filename}: {error.strerror}"
+    if getattr(error, "problem_mark", None) is not None:  # of a YAML
+        return f"the YAML cannot be read, line {error.problem_mark.line + 1}: {error.problem}"
     return " ".join(str(error).split())
 
 

@@ -62,7 +62,7 @@ def split_stages(document) -> list:
     ValueError
         If ``stages`` is not a list of changes, or two stages have one name.
     """
-    stages = document["stages"]
+    stages = document.get("stages")
     if stages is None:
         return [document]
     if not isinstance(stages, list) or not stages or not all(isinstance(x, dict) for x in stages):

@@ -14,7 +14,12 @@ import verify
 MISTAKES = {
     "a YAML that is not there": (train, ["hparams/mrl_distil.yaml"], "mrl_distil.yaml"),
     "a wrong key": (train, ["hparams/mrl_distill.yaml", "--chunk_secs=2"], "chunk_seconds"),
-    "a value that is no YAML": (train, ["hparams/mrl_distill.yaml", "--mrl_dims=[8, 16"], "8, 16"),
+    "a value that is no YAML": (
+        train,
+        ["hparams/mrl_distill.yaml", "--mrl_dims=[8, 16"],
+        "the YAML cannot be read, line",
+    ),
+    "a YAML without its keys": (train, ["{half}"], "the YAML lacks"),
     "a value of another type": (train, ["hparams/mrl_distill.yaml", "--lr=abc"], "lr must be"),
     "no such folder": (train, ["hparams/mrl_distill.yaml", "--data_folder=/gone"], "data_folder"),
     "no such device": (train, ["hparams/mrl_distill.yaml", "--device=gpu"], "--device=gpu"),
@@ -36,7 +41,9 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(
 ):
     script, argv, said = MISTAKES[mistake]
     (tmp_path / "empty").mkdir()
+    (tmp_path / "half.yaml").write_text("output_folder: results\n")
     places = {"tiny": release_file(tiny_config), "empty": tmp_path / "empty"}
+    places["half"] = tmp_path / "half.yaml"
     with pytest.raises(SystemExit) as exit_:
         command.run_command(script.main, [part.format(**places) for part in argv])
     assert exit_.value.code == 2
