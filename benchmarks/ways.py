@@ -161,9 +161,7 @@ def scores_of(way, seed, common, corpus, steps, hparams, device, trials, folder)
 def embed(model, corpus, trials, hparams, device):
     """Embeddings of the trials' clips, in the order of the trials."""
     clips = read_clips(corpus.test_csv)
-    found = embed_clips({"model": model}, clips, device, max_seconds=hparams["max_seconds"])[
-        "model"
-    ]
+    found = embed_clips({"model": model}, clips, device, max_seconds=None)["model"]
     return trials.stack(dict(zip((clip.id for clip in clips), found)))
 
 
@@ -177,7 +175,7 @@ def baselines(teachers, corpus, trials, hparams, device, n_bootstrap, folder):
             read_clips(getattr(corpus, f"{split}_csv")),
             device,
             hparams["batch_seconds"],
-            hparams["max_seconds"],
+            hparams["max_seconds"] if split == "train" else None,  # test utterances are whole
             hparams["num_workers"],
         )
     test_embeddings = stores["test"].lookup(trials.clip_ids)

@@ -2,12 +2,11 @@
 
 import os
 import re
-from difflib import get_close_matches
 from typing import Annotated, Any, Literal
 
 from check_relations import RELEASED, check_arguments, check_object, contradictions, shown
 from pydantic import AfterValidator, ConfigDict, Field, ValidationError, create_model
-from read_hparams import Code, run_opt_defaults, unknown_key
+from read_hparams import Code, nearest, run_opt_defaults, unknown_key
 from torch.utils.data import DataLoader
 
 from speechbrain_mrl.inference.encoders import HUB_ID
@@ -26,6 +25,10 @@ def must_be(rule, holds, many=False):
     return Annotated[Any, AfterValidator(check)]
 
 
+def text_like(pattern):
+    return lambda value: isinstance(value, str) and re.fullmatch(pattern, value)
+
+
 def is_place(value):
     return isinstance(value, str) and os.path.exists(value)
 
@@ -34,19 +37,13 @@ def is_file(value):
     return is_place(value) and os.path.isfile(value)
 
 
-def is_model(value):
-    named = isinstance(value, str) and (value in RELEASED or HUB_ID.fullmatch(value))
-    return isinstance(value, Code) or named or is_place(value)
-
-
 def is_backbone(value):
-    return (
-        isinstance(value, dict) or isinstance(value, str) and (value in RELEASED or is_file(value))
-    )
+    return isinstance(value, dict) or value in RELEASED or is_file(value)
 
 
-def text_like(pattern):
-    return lambda value: isinstance(value, str) and re.fullmatch(pattern, value)
+def is_model(value):
+    known = isinstance(value, Code) or value in RELEASED or is_place(value)
+    return known or text_like(HUB_ID)(value)
 
 
 Count, Whole = Annotated[int, Field(ge=1)], Annotated[int, Field(ge=0)]
@@ -55,20 +52,17 @@ Above0, Share = Annotated[float, Field(gt=0)], Annotated[float, Field(ge=0, le=1
 Rate, NotNegative = Annotated[float, Field(gt=0, le=10)], Annotated[float, Field(ge=0)]
 Text = must_be("text", text_like(r"(?s).*\S.*"))
 Name = must_be("empty or letters, digits, '_', '-', '+', '.'", text_like(r"([\w+-][\w.+-]*)?"))
-HubId = must_be("a Hub id, org/name", text_like(HUB_ID))
 File, Files = must_be("an existing file", is_file), must_be("existing files", is_file, many=True)
 Place = must_be("an existing file or folder", is_place)
 Places = must_be("existing files or folders", is_place, many=True)
 Model = must_be("a released name, file, folder, Hub id or object", is_model)
 Models = must_be("released names, files, folders, Hub ids or objects", is_model, many=True)
-Backbone = must_be("a released name, a file or a model_config", is_backbone)
 Object = Annotated[Any, AfterValidator(check_object)]
 Loader = Annotated[dict, AfterValidator(lambda given: check_arguments(DataLoader, given))]
 TRAINING = [  # of one stage of hparams/mrl_*.yaml
     (Seed, "seed split_seed"),
     (Text, "output_folder model_title license training_data"),
     (Name, "stage"),
-    (None, "stages"),
     (Any, "data_folder"),
     (bool, "speaker_folders skip_bad_files labels"),
     (File | None, "trials"),
@@ -86,7 +80,7 @@ TRAINING = [  # of one stage of hparams/mrl_*.yaml
     (Object, "student objective opt_class lr_schedule epoch_counter checkpointer train_logger"),
     (Object | None, "wav_augment"),
     (Loader, "train_loader valid_loader"),
-    (HubId | None, "push_to_hub"),
+    (must_be("a Hub id, org/name", text_like(HUB_ID)) | None, "push_to_hub"),
 ]
 OPTIONAL = [  # left out where nothing needs it
     (File | None, "train_speakers"),
@@ -96,7 +90,7 @@ OPTIONAL = [  # left out where nothing needs it
     (Annotated[list[int], Field(min_length=1)] | None, "taught_by"),
     (Object | None, "teacher_augment"),
     (Text, "teacher_store teacher_train_type teacher_dataset student_train_type student_dataset"),
-    (Backbone, "backbone"),
+    (must_be("a released name, a file or a model_config", is_backbone), "backbone"),
     (bool, "pretrained"),
     (NotNegative, "margin_epochs"),
     (Literal["fp32", "fp16", "bf16"], "precision eval_precision"),
@@ -125,21 +119,16 @@ def check_training(tree):
         raise ValueError(found)
 
 
-def check_verification(tree):
-    """Raise ValueError, in a sentence that names the key, unless a verification can run."""
-    check(tree, VERIFICATION)
-
-
 def check(tree, needed, optional=()):
-    """Check the keys and values of ``parse``; one that nothing knows may be for others to refer to."""
+    """Raise ValueError, in a sentence, for what may not be there; unknown keys others may refer to."""
     fields = {name: (kind, ...) for kind, names in needed for name in names.split()}
     fields |= {name: (kind, None) for kind, names in optional for name in names.split()}
     absent = {**fields, **run_opt_defaults}.keys() - tree.keys()
-    for key in tree.keys() - fields.keys() - run_opt_defaults.keys():
-        if get_close_matches(key, absent):
-            raise ValueError(unknown_key(key, absent))
-        if isinstance(tree[key], Code):
-            fields[key] = (Object, ...)
+    others = tree.keys() - fields.keys() - run_opt_defaults.keys()
+    for name in sorted(absent):
+        if misspelt := nearest(name, others):
+            raise ValueError(unknown_key(misspelt, absent))
+    fields |= {key: (Object, ...) for key in others if isinstance(tree[key], Code)}
     options = ConfigDict(strict=True, allow_inf_nan=False)
     try:
         create_model("Keys", __config__=options, **fields)(**tree)

@@ -14,7 +14,7 @@ from speechbrain_mrl.models.releases import (
     released_names,
 )
 
-RELEASED = set(released_names())
+RELEASED = released_names()
 PLAIN = (inspect.Parameter.empty, bool, int, float, str, "bool", "int", "float", "str")
 NEEDED = {  # keys that go with a value of another
     ("speaker_folders", True): ("train_speakers", "valid_speakers", "test_speakers"),

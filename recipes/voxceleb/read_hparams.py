@@ -99,8 +99,13 @@ def merge(document, changes):
 
 def unknown_key(key: object, names: Iterable[str], whose: str = "the YAML") -> str:
     """A sentence on a key that is not there, with the name that was meant if there is one."""
-    near = difflib.get_close_matches(str(key), names, n=1)
-    return f"{key} is not a key of {whose}" + (f"; did you mean {near[0]!r}?" if near else "")
+    near = nearest(key, names)
+    return f"{key} is not a key of {whose}" + (f"; did you mean {near!r}?" if near else "")
+
+
+def nearest(key: object, names: Iterable[str]) -> str | None:
+    """The name that a misspelt key was meant to be, if there is one."""
+    return next(iter(difflib.get_close_matches(str(key), names, n=1, cutoff=0.7)), None)
 
 
 def round_trip(text: str):

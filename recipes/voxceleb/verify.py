@@ -14,7 +14,7 @@ from pathlib import Path
 
 import speechbrain as sb
 import torch
-from check_hparams import check_verification
+from check_hparams import VERIFICATION, check
 from command import check_device, limit_workers, run_command
 from hyperpyyaml import load_hyperpyyaml
 from read_hparams import parse, read_yaml, resolved, run_options
@@ -286,7 +286,7 @@ def main(argv):
     """From the command line to the report."""
     hparams_file, run_opts, overrides = sb.parse_arguments(argv)
     document = read_yaml(hparams_file, overrides)
-    check_verification(parse(document))
+    check(parse(document), VERIFICATION)
     hparams = load_hyperpyyaml(resolved(document))
     limit_workers(hparams)
     options = run_options(run_opts, hparams)

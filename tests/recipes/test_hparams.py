@@ -4,12 +4,13 @@ import re
 import socket
 from pathlib import Path
 
+import check_hparams
 import pytest
 import read_hparams
 import torch
 import train
 import verify
-from check_hparams import check_training, check_verification
+from check_hparams import check_training
 from hyperpyyaml import load_hyperpyyaml
 
 from speechbrain_mrl import ReDimNetMRL
@@ -84,7 +85,8 @@ OUT_OF_RANGE = {
     "weight_decay": -0.1,
 }
 OUT_OF_RANGE |= dict.fromkeys(
-    "student objective opt_class lr_schedule epoch_counter wav_augment checkpointer train_logger".split(),
+    "student objective opt_class lr_schedule epoch_counter wav_augment teacher_augment checkpointer "
+    "train_logger".split(),
     BAD_OBJECT,
 )
 
@@ -97,7 +99,10 @@ def documents(name, changes=DATA):
 
 
 def check(name, tree):
-    (check_verification if name == "verify" else check_training)(tree)
+    if name == "verify":
+        check_hparams.check(tree, check_hparams.VERIFICATION)
+    else:
+        check_training(tree)
 
 
 TREES = {name: read_hparams.parse(documents(name)[-1]) for name in TRAININGS}
@@ -223,8 +228,8 @@ def test_every_key_that_a_recipe_reads_has_a_rule():
 @of_keys(OUT_OF_RANGE)
 def test_a_mistyped_key_is_refused_with_the_one_that_was_meant(name, key):
     tree = dict(TREES[name])
-    tree[f"{key}_x"] = tree.pop(key)
-    with pytest.raises(ValueError, match=f"^{key}_x is not a key of the YAML; did you mean"):
+    tree[f"{key}s"] = tree.pop(key)
+    with pytest.raises(ValueError, match=f"^{key}s is not a key of the YAML; did you mean '{key}'"):
         check(name, tree)
 
 
