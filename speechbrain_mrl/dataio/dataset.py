@@ -85,10 +85,12 @@ class _Rows:
     def __getitem__(self, number: int) -> dict[str, Any]:
         line = self.text[self.begins[number] : self.begins[number + 1]].tobytes()
         text = line.decode(errors="surrogateescape")
-        cells = next(csv.reader([text], skipinitialspace=True), [])
-        row: dict[str, Any] = dict(
-            check_row(f"{self.path}, line {number + 2}", self.columns, cells, ["ID"])
-        )
+        where = f"{self.path}, line {number + 2}"
+        try:
+            cells = next(csv.reader([text], skipinitialspace=True), [])
+        except csv.Error as error:
+            raise ValueError(f"{where}: {error}") from None
+        row: dict[str, Any] = dict(check_row(where, self.columns, cells, ["ID"]))
         row = {"id": row.pop("ID"), **row}
         if "duration" in row:
             row["duration"] = float(row["duration"])
