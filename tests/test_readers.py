@@ -33,7 +33,7 @@ TEXT = {
 
 
 def _rows(path):
-    return list(ClipDataset(path, [], ["id", "duration"]))
+    return list(ClipDataset(path, [], ["id"]))
 
 
 def _write_tensors(path):

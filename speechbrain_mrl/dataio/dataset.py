@@ -73,7 +73,7 @@ class _Rows:
                 for first in range(0, len(self.text), 2**24)
             ]
         )
-        if ends[-1] < len(self.text):  # the last line does not end in a line break
+        if not len(ends) or ends[-1] < len(self.text):  # the last line does not end in a line break
             ends = np.append(ends, len(self.text))
         self.begins = ends  # and the end of the last line
         if len(self) == 0:
@@ -173,6 +173,8 @@ def train_dataset(
         items.append(DynamicItem(["spk_id"], label_encoder.encode_label, ["label"]))
         keys.append("label")
     dataset = SeededClips(csv_path, items, keys)
+    needed = AUDIO_KEYS if label_encoder is None else [*AUDIO_KEYS, "spk_id"]
+    check_columns(csv_path, dataset.data.columns, needed)
     dataset.data_ids = np.tile(dataset.data_ids, chunks_per_clip)
     return dataset
 
