@@ -72,7 +72,6 @@ def _is_noncommercial(license: str) -> bool:
     return license == "non-commercial" or "nc" in license.split("-")
 
 
-* Silence has an embedding too: two silent recordings score 1.0. Leave out what holds no speech.
 def write_card(
     sizes: Sequence[int],
     provenance: Provenance,
