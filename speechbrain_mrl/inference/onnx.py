@@ -20,21 +20,13 @@ import torch
 from torch import Tensor, nn
 from torchaudio.transforms import MelSpectrogram
 
-from speechbrain_mrl.inference.optimize import FastAttention, packaged
-from speechbrain_mrl.models import redimnet
+from speechbrain_mrl.inference.optimize import packaged, prepare
 from speechbrain_mrl.models.redimnet import (
     MIN_SAMPLES,
     N_FFT,
     SAMPLE_RATE,
-    Backbone,
     Conv2d,
-    FrequencySE,
-    MapMix,
     ReDimNet,
-    TimeContext,
-    To1d,
-    To2d,
-    TransformerLayer,
     check_wavs,
     sample_counts,
 )
@@ -134,85 +126,18 @@ def _join_groups(conv: Conv2d) -> None:
     conv.groups //= joined
 
 
-class _Swap(nn.Module):
-    def __init__(self, *dims: int) -> None:
-        super().__init__()
-        self.dims = dims
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        return x.transpose(*self.dims)
-
-
-class _To1d(To1d):
-    """(B, C, T, F) -> (B, T, F·C)."""
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        return x.permute(0, 2, 3, 1).flatten(2)
-
-
-class _To2d(To2d):
-    """(B, T, f·c) -> (B, c, T, f)."""
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        return x.unflatten(2, (self.f, self.c)).permute(0, 3, 1, 2)
-
-
-class _FrequencySE(FrequencySE):
-    """On (B, C, T, F)."""
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        pooled = x.mean(dim=1).mean(dim=1, keepdim=True)  # one mean over both is slower in OpenVINO
-        return x * self.gates(pooled).unsqueeze(1)
-
-
-_TURNED: dict[type, type] = {To1d: _To1d, To2d: _To2d, FrequencySE: _FrequencySE}
-
-
-def _product(conv: Any) -> nn.Linear:
-    """A convolution of one frame, for (B, T, C)."""
-    linear = nn.Linear(conv.in_channels, conv.out_channels)
-    linear.weight, linear.bias = nn.Parameter(conv.weight.detach().squeeze(2)), conv.bias
-    return linear
-
-
-def _turn(backbone: Any) -> None:
-    """Make the maps between stages (B, T, F·C), and within (B, C, T, F).
-
-    OpenVINO's convolutions keep channels innermost, where both are the same memory. And they walk
-    along rows: of 6 to 72 frequencies, which stay in the processor's cache, not of all frames.
-    """
-    backbone.stem.insert(0, _Swap(2, 3))
-    backbone.mfa = redimnet.Sequence(_Swap(1, 2), backbone.mfa)
-    for module in list(backbone.modules()):
-        if type(module) in _TURNED:
-            module.__class__ = _TURNED[type(module)]
-        elif isinstance(module, MapMix):
-            module.w = nn.Parameter(module.w.detach().transpose(2, 3))
-        elif isinstance(module, nn.Conv2d):
-            module.weight = nn.Parameter(module.weight.detach().transpose(2, 3).contiguous())
-            module.kernel_size, module.stride = module.kernel_size[::-1], module.stride[::-1]
-        elif isinstance(module, TimeContext):
-            context: Any = module
-            reduce, norm = context.red_dim_conv
-            context.red_dim_conv = nn.Sequential(_product(reduce), _Swap(1, 2), norm)
-            context.exp_dim_conv = nn.Sequential(_Swap(1, 2), _product(context.exp_dim_conv))
-
-
 class _Graph(nn.Module):
     """The model as the engines run it best; ``model`` itself becomes that."""
 
     def __init__(self, model: ReDimNet) -> None:
         super().__init__()
-        if isinstance(model.backbone, Backbone):  # that of ReDimNet2 stays as it is
-            _turn(model.backbone)
         *before, mel = model.spec.torchfbank
         if isinstance(mel, MelSpectrogram):
             model.spec.torchfbank = nn.Sequential(*before, _Mel(mel))
         for module in model.modules():
             if isinstance(module, Conv2d):
                 _join_groups(module)
-            if isinstance(module, TransformerLayer):
-                module.attention = FastAttention(module.attention)  # type: ignore[assignment]
+        prepare(model.eval())
         self.model = model
 
     def forward(self, wavs: Tensor) -> tuple[Tensor, Tensor]:

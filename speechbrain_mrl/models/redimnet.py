@@ -198,13 +198,6 @@ PRESETS = {
 # Front end
 
 
-class TooShort(ValueError, RuntimeError):
-    """A signal has fewer samples than give an embedding.
-
-    A RuntimeError too, by which pyannote.audio finds out how many are needed.
-    """
-
-
 def check_wavs(wavs: Tensor, min_samples: int = MIN_SAMPLES) -> Tensor:
     """Waveforms as (B, T); refuses what is not a float signal of one channel.
 
@@ -223,14 +216,8 @@ def check_wavs(wavs: Tensor, min_samples: int = MIN_SAMPLES) -> Tensor:
     Raises
     ------
     ValueError
-        For another shape or type of numbers; ``TooShort`` for fewer than ``min_samples``.
-    TypeError
-        If it is no tensor.
+        For another shape or type, or fewer than ``min_samples``.
     """
-    if not isinstance(wavs, Tensor):
-        raise TypeError(
-            f"wavs must be a torch.Tensor, got {type(wavs).__name__}; torch.as_tensor makes it one"
-        )
     if not wavs.is_floating_point():
         raise ValueError(f"wavs must be float in [-1, 1], got {wavs.dtype}; divide integers first")
     if wavs.ndim == 3 and wavs.shape[1] == 1:
@@ -243,16 +230,11 @@ def check_wavs(wavs: Tensor, min_samples: int = MIN_SAMPLES) -> Tensor:
             "average the channels of a stereo recording first"
         )
     if wavs.shape[1] < min_samples:
-        raise TooShort(
+        raise ValueError(
             f"wavs must hold at least {min_samples} samples ({_milliseconds(min_samples)}), "
             f"got {wavs.shape[1]}; the signal is too short for an embedding"
         )
     return wavs
-
-
-def _is_size(target_dim: object, mrl_dims: Iterable[int]) -> bool:
-    """Whether it is one of the sizes, as an integer: 64.0 truncates nothing."""
-    return isinstance(target_dim, int) and target_dim in mrl_dims
 
 
 def _milliseconds(samples: int) -> str:
@@ -291,7 +273,7 @@ def sample_counts(
         raise ValueError(f"wav_lens must be relative lengths in (0, 1], got {relative}")
     counts = [min(round(n * total), total) for n in relative]
     if (shortest := min(counts)) < min_samples:
-        raise TooShort(
+        raise ValueError(
             f"wavs[{counts.index(shortest)}] has {shortest} samples by its wav_lens and needs at "
             f"least {min_samples} ({_milliseconds(min_samples)}); leave so short a clip out"
         )
@@ -479,19 +461,56 @@ class LogMel(_StaysFloat, nn.Module):
         return (self.torchfbank[2](wavs) + 1e-6).log(), mask  # (B, F, frames)
 
 
-# Layers that know which frames are padding
+# Layers that know which frames are padding. A map is (B, C, F, T), or (B, F·C, T) of the same numbers,
+# but its memory is (B, T, F, C): convolutions take their fast kernels there, and both shapes are free.
+# What a layer gives beyond a clip's end is anything; who hears neighbouring frames clears it first.
+# ``prepared`` is what a layer computes of its weights alone, and a copy for inference only once.
+
+Kernel = tuple[Tensor, Tensor | None, int]  # weight (out, in, T, F), bias, groups
 
 
-class _MaskedConv(nn.Module):
-    """A convolution before which padding is set to zero."""
+def kernel(
+    conv: Any,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    input_scale: Tensor | None = None,
+) -> Kernel:
+    """Of a convolution: weight and bias for ``convolve``, after which channels are scaled and shifted."""
+    weight, bias, groups = conv.weight, conv.bias, conv.groups
+    if weight.ndim == 3:
+        weight = weight.unsqueeze(2)
+    if scale is not None and shift is not None:
+        weight = weight * scale.view(-1, 1, 1, 1)
+        bias = shift if bias is None else torch.addcmul(shift, bias, scale)
+    if input_scale is not None:
+        of_groups = input_scale.view(groups, 1, -1).expand(-1, len(weight) // groups, -1)
+        weight = weight * of_groups.reshape(len(weight), -1, 1, 1)
+    return weight.transpose(2, 3).contiguous(memory_format=torch.channels_last), bias, groups
 
-    kernel_size: tuple[int, ...]
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Any:
-        return super().forward(masked(x, mask) if self.kernel_size[-1] > 1 else x)
+def convolve(
+    x: Tensor, kernel: Kernel, mask: Tensor | None = None, plus: Tensor | None = None
+) -> Tensor:
+    """A convolution that keeps the size, of (B, C, F, T) or (B, C, T); padding is silent to it.
+
+    ``plus`` is added to what comes out.
+    """
+    weight, bias, groups = kernel
+    flat = x.ndim == 3
+    x = _innermost(x if weight.shape[2] == 1 else masked(x, mask))
+    x = F.conv2d(x, weight, bias, padding="same", groups=groups)
+    if plus is not None:
+        x += _innermost(plus)
+    return x.squeeze(3) if flat else x.transpose(2, 3)
 
 
-class Conv1d(_MaskedConv, nn.Conv1d):
+def _innermost(x: Tensor) -> Tensor:
+    """(B, C, F, T) or (B, C, T) as (B, C, T, F), which torch calls ``channels_last``."""
+    x = x.transpose(1, 2).unsqueeze(2) if x.ndim == 3 else x.permute(0, 3, 2, 1)
+    return x.reshape(x.shape).permute(0, 3, 1, 2)  # a batch of one gets the stride that tells it so
+
+
+class Conv1d(nn.Conv1d):
     """Conv1d that keeps the length, (B, C, T)."""
 
     def __init__(
@@ -499,8 +518,14 @@ class Conv1d(_MaskedConv, nn.Conv1d):
     ) -> None:
         super().__init__(in_channels, out_channels, kernel_size, padding="same", groups=groups)
 
+    def prepared(self) -> Kernel:
+        return kernel(self)
 
-class Conv2d(_MaskedConv, nn.Conv2d):
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return convolve(x, self.prepared(), mask)
+
+
+class Conv2d(nn.Conv2d):
     """Conv2d that keeps the size, (B, C, F, T)."""
 
     def __init__(
@@ -514,6 +539,33 @@ class Conv2d(_MaskedConv, nn.Conv2d):
         super().__init__(
             in_channels, out_channels, kernel_size, padding="same", groups=groups, bias=bias
         )
+
+    def prepared(self) -> Kernel:
+        return kernel(self)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return convolve(x, self.prepared(), mask)
+
+
+class StrideConv(nn.Conv2d):
+    """Convolution over ``stride`` frequencies at a time, (B, c, f, T) -> (B, C, f / stride, T)."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__(in_channels, out_channels, (stride, 1), (stride, 1))
+
+    def prepared(self) -> Kernel:
+        """That of one frequency which has the channels of all, for those lie side by side."""
+        return self.weight.transpose(1, 2).flatten(1, 2).unsqueeze(3), self.bias, 1
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        joined = x.permute(0, 3, 2, 1).unflatten(2, (-1, self.stride[0])).flatten(3)
+        return convolve(joined.permute(0, 3, 2, 1), self.prepared())
+
+
+def affine(norm: Any) -> tuple[Tensor, Tensor]:
+    """Scale and shift of the channels by a BatchNorm in eval mode."""
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    return scale, norm.bias - norm.running_mean * scale
 
 
 class _SumOverProcesses(torch.autograd.Function):
@@ -553,7 +605,17 @@ def batch_norm(norm: Any, x: Tensor, mask: Tensor | None = None) -> Tensor:
     """
     synchronized = isinstance(norm, nn.SyncBatchNorm)
     if not norm.training or (mask is None and not (synchronized and x.device.type == "cpu")):
-        return norm(x)
+        if x.ndim == 2:
+            return norm(x)
+        if synchronized:
+            out = norm(_innermost(x))
+        else:
+            if norm.training:
+                norm.num_batches_tracked.add_(1)
+            statistics, weights = (norm.running_mean, norm.running_var), (norm.weight, norm.bias)
+            rule = norm.training, norm.momentum, norm.eps
+            out = F.batch_norm(_innermost(x), *statistics, *weights, *rule)
+        return out.squeeze(3) if x.ndim == 3 else out.transpose(2, 3)
 
     def total(of: Tensor) -> Any:
         if synchronized and _in_processes():
@@ -581,13 +643,29 @@ def batch_norm(norm: Any, x: Tensor, mask: Tensor | None = None) -> Tensor:
 class Sequence(nn.Sequential):
     """nn.Sequential that hands the mask to BatchNorm and its own layers; torch's others take none."""
 
+    def prepared(self) -> dict[int, Kernel]:
+        """Convolutions that have the BatchNorm behind them in them, where that does not train."""
+        layers = list(self)
+        return {
+            i: kernel(conv, *affine(norm))
+            for i, (conv, norm) in enumerate(zip(layers, layers[1:]))
+            if _is_batch_norm(norm) and not norm.training and isinstance(conv, (Conv1d, Conv2d))
+        }
+
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        for layer in self:
-            if isinstance(layer, nn.modules.batchnorm._BatchNorm):
-                x = batch_norm(layer, x, mask)
+        joined = self.prepared()
+        for i, layer in enumerate(self):
+            if i in joined:
+                x = convolve(x, joined[i], mask)
+            elif _is_batch_norm(layer):
+                x = x if i - 1 in joined else batch_norm(layer, x, mask)
             else:
                 x = layer(x) if type(layer).__module__.startswith("torch.") else layer(x, mask)
         return x
+
+
+def _is_batch_norm(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.modules.batchnorm._BatchNorm)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -625,11 +703,17 @@ class MapMix(nn.Module):
         super().__init__()
         self.w = nn.Parameter(torch.zeros(1, n_maps, channels, 1), requires_grad=n_maps > 1)
 
+    def prepared(self) -> tuple[Tensor, ...]:
+        """Of each map (1, channels, 1)."""
+        return self.w.softmax(dim=1).unbind(dim=1)
+
     def forward(self, maps: list[Tensor], mask: Tensor | None = None) -> Tensor:
-        weights = self.w.softmax(dim=1)
-        mixed = maps[0] * weights[:, 0]
-        for i, one in enumerate(maps[1:], start=1):
-            mixed = torch.addcmul(mixed, one, weights[:, i].to(one.dtype))
+        if len(maps) == 1:
+            return maps[0]
+        weights = self.prepared()
+        mixed = maps[0] * weights[0]
+        for one, weight in zip(maps[1:], weights[1:]):
+            mixed = torch.addcmul(mixed, one, weight.to(one.dtype))
         return mixed
 
 
@@ -652,12 +736,23 @@ class ConvNeXtBlock(nn.Module):
         )
         self.norm = norm(width)
         self.act = activation()
-        self.pwconv1 = conv(width, channels)
+        self.pwconv1: Any = conv(width, channels)
+
+    def prepared(self) -> list[Kernel]:
+        """Of the parallel convolutions; in eval mode with their share of BatchNorm in them."""
+        if self.norm.training:
+            return [kernel(conv) for conv in self.dwconvs]
+        shares = zip(*(values.chunk(len(self.dwconvs)) for values in affine(self.norm)))
+        return [kernel(conv, *share) for conv, share in zip(self.dwconvs, shares)]
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        parts = [conv(x, mask) for conv in self.dwconvs]
-        out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-        return x + self.pwconv1(self.act(batch_norm(self.norm, out, mask)))
+        parts = [convolve(x, one, mask) for one in self.prepared()]
+        out = parts[0]
+        if len(parts) > 1:  # joined as they lie in memory
+            out = torch.cat([one.transpose(1, -1) for one in parts], dim=-1).transpose(1, -1)
+        if self.norm.training:
+            out = batch_norm(self.norm, out, mask)
+        return convolve(self.act(out), self.pwconv1.prepared(), plus=x)
 
 
 class FrequencySE(nn.Module):
@@ -697,12 +792,42 @@ class ResNetBlock(nn.Module):
         width = min(64, max(channels, 32))
         self.se = FrequencySE(n_freqs, width) if squeeze_excite else None
 
+    def prepared(self) -> tuple[list[Kernel], Tensor, list[Kernel]]:
+        """In eval mode: convolutions with both norms in them, and a maximum between them.
+
+        With the first norm's scale s and shift, s · relu(y) + shift is max(|s| · y + floor, floor)
+        times the sign of s, where floor is the shift times that sign. So |s| and the floor go into
+        the convolution before, and the sign into the one after, whose silent padding it leaves.
+        """
+        scale, shift = affine(self.bn1)
+        sign = torch.ones_like(scale).copysign(scale)
+        floor = shift * sign
+        if isinstance(self.conv1pw, Conv2d):
+            before = [kernel(self.conv1), kernel(self.conv1pw, scale.abs(), floor)]
+            after = [
+                kernel(self.conv2, input_scale=sign),
+                kernel(self.conv2pw, *affine(self.bn2)),
+            ]
+        else:
+            before = [kernel(self.conv1, scale.abs(), floor)]
+            after = [kernel(self.conv2, *affine(self.bn2), input_scale=sign)]
+        return before, floor.view(-1, 1, 1), after
+
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        out = batch_norm(self.bn1, self.conv1pw(self.conv1(x, mask)).relu(), mask)
-        out = batch_norm(self.bn2, self.conv2pw(self.conv2(out, mask)), mask)
+        if self.bn1.training:
+            out = batch_norm(self.bn1, self.conv1pw(self.conv1(x, mask)).relu(), mask)
+            out = batch_norm(self.bn2, self.conv2pw(self.conv2(out, mask)), mask)
+        else:
+            before, floor, after = self.prepared()
+            out = x
+            for one in before:
+                out = convolve(out, one, mask)
+            out = torch.maximum(out, floor)
+            for one in after:
+                out = convolve(out, one, mask)
         if self.se is not None:
             out = self.se(out, mask)
-        return (out + x).relu()
+        return (out + x).relu_()
 
 
 class Block2d(nn.Module):
@@ -759,11 +884,15 @@ class SelfAttention(nn.Module):
         self.q_proj = nn.Linear(channels, channels)
         self.out_proj = nn.Linear(channels, channels)
 
+    def prepared(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias of queries, keys and values in one product."""
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        weight = torch.cat([projection.weight for projection in projections])
+        return weight, torch.cat([projection.bias for projection in projections])
+
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        q, k, v = (
-            proj(x).unflatten(-1, (4, -1)).transpose(1, 2)  # (B, 4, T, C / 4)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        qkv = F.linear(x, *self.prepared()).unflatten(-1, (3, 4, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, 4, T, C / 4) each
         keys = None if mask is None else mask.bool().unsqueeze(1)  # (B, 1, 1, T)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=keys)
         return self.out_proj(out.transpose(1, 2).flatten(2))
@@ -831,7 +960,8 @@ class TimeContext(nn.Module):
         self.exp_dim_conv = Conv1d(hidden, channels)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        return x + self.exp_dim_conv(self.tcm(self.red_dim_conv(x), mask))
+        context = self.tcm(self.red_dim_conv(x), mask)
+        return convolve(context, self.exp_dim_conv.prepared(), plus=x)
 
 
 def _groups(channels: int, group_divisor: int | None, in_channels: int | None = None) -> int:
@@ -860,7 +990,7 @@ class Backbone(nn.Module):
             layers = [
                 MapMix(i + 1, size if i else 1),
                 To2d(f, c),
-                nn.Conv2d(c, width, kernel_size=(stride, 1), stride=(stride, 1)),
+                StrideConv(c, width, stride),
             ]
             f, c = f // stride, c * stride
             layers += [Block2d(config["block_2d_type"], width, f, divisor) for _ in range(n_blocks)]
@@ -887,7 +1017,7 @@ class Backbone(nn.Module):
             self.mfa = Sequence(Conv1d(size, out_channels), nn.BatchNorm1d(out_channels))
 
     def forward(self, feats: Tensor, mask: Tensor | None = None) -> Tensor:
-        maps = [self.stem(feats, mask).contiguous()]  # sums of maps in two layouts are slow
+        maps = [self.stem(feats, mask)]
         for i in range(self.n_stages):
             maps.append(self.dropout(getattr(self, f"stage{i}")(maps, mask)))
         return self.mfa(self.fin_wght1d(maps), mask)
@@ -909,7 +1039,7 @@ class ASTP(_StaysFloat, nn.Module):
         logits = self.logits(x, bias)
         if mask is not None:
             logits = logits.masked_fill(mask == 0, -torch.inf)
-        weights = logits.softmax(dim=-1)
+        weights = logits.transpose(1, 2).softmax(dim=1).transpose(1, 2)  # in place in memory
         mean = (weights * x).sum(dim=-1)
         variance = (weights * x**2).sum(dim=-1) - mean**2
         return torch.cat([mean, variance.clamp_min(1e-7).sqrt()], dim=1)
@@ -924,7 +1054,8 @@ class ASTP(_StaysFloat, nn.Module):
         if bias is None:
             hidden = self.linear1(x)
         else:
-            hidden = F.conv1d(x, self.linear1.weight[:, : x.shape[1]]) + bias
+            weight = self.linear1.weight[:, : x.shape[1]]
+            hidden = convolve(x, (weight.unsqueeze(3), None, 1)) + bias
         return self.linear2(hidden.tanh())
 
 
@@ -1367,7 +1498,7 @@ class MatryoshkaReDimNet(ReDimNet):
         ValueError
             If ``target_dim`` is not one of ``mrl_dims``, or the signal is refused.
         """
-        if target_dim is not None and not _is_size(target_dim, self.mrl_dims):
+        if target_dim is not None and target_dim not in self.mrl_dims:
             raise ValueError(
                 f"target_dim must be one of mrl_dims {list(self.mrl_dims)}, got {target_dim!r}"
             )
@@ -1458,7 +1589,7 @@ class StrictlyLoaded(nn.Module):
 
 
 class WaveformInput(nn.Module):
-    """``compute_features``: any recording as (B, T).
+    """``compute_features``: any recording as (B, T) that the network accepts.
 
     SpeechBrain does not tell this step the clips' lengths, on which every feature depends, so the
     features themselves are computed by ``EmbeddingModel``.
@@ -1471,8 +1602,8 @@ class WaveformInput(nn.Module):
     Example
     -------
     >>> inputs = WaveformInput()
-    >>> inputs(torch.zeros(1, 16000, 2)).shape
-    torch.Size([1, 16000])
+    >>> inputs(torch.zeros(1, 16000, 2)).shape, inputs(torch.zeros(1, 0)).shape
+    (torch.Size([1, 16000]), torch.Size([1, 257]))
     """
 
     def __init__(self, min_samples: int = MIN_SAMPLES) -> None:
@@ -1482,11 +1613,15 @@ class WaveformInput(nn.Module):
     def forward(self, wavs: Tensor) -> Tensor:
         """(T,), (B, T), or channels along the shorter side of (B, T, channels), which are averaged.
 
-        ``TooShort`` for fewer samples than the network accepts.
+        A recording of fewer samples than the network accepts is continued with silence.
         """
-        if isinstance(wavs, Tensor) and wavs.ndim == 3:
+        if wavs.numel() == 0:
+            wavs = wavs.new_zeros(len(wavs) if wavs.ndim > 1 else 1, self.min_samples)
+        if wavs.ndim == 3:
             wavs = wavs.mean(dim=1 if wavs.shape[1] < wavs.shape[2] else 2)
-        return check_wavs(wavs, self.min_samples)
+        if wavs.ndim == 1:
+            wavs = wavs.unsqueeze(0)
+        return F.pad(wavs, (0, max(0, self.min_samples - wavs.shape[-1])))
 
 
 class SilentPadding(nn.Module):
@@ -1528,7 +1663,7 @@ class EmbeddingModel(StrictlyLoaded, MatryoshkaReDimNet):
         self, model_config: dict[str, Any], mrl_dims: Iterable[int], target_dim: int | None = None
     ) -> None:
         super().__init__(model_config["embed_dim"], mrl_dims, model_config)
-        if target_dim is not None and not _is_size(target_dim, self.mrl_dims):
+        if target_dim is not None and target_dim not in self.mrl_dims:
             raise ValueError(
                 f"target_dim must be one of mrl_dims {list(self.mrl_dims)}, got {target_dim!r}"
             )
@@ -1537,9 +1672,12 @@ class EmbeddingModel(StrictlyLoaded, MatryoshkaReDimNet):
     def forward(  # type: ignore[override]  # of one size, as SpeechBrain calls it
         self, wavs: Tensor, wav_lens: Tensor | None = None
     ) -> Tensor:
-        """As ``MatryoshkaReDimNet``. A ``wav_lens`` of one element holds for every clip."""
+        """As ``MatryoshkaReDimNet``; a clip that is too short takes in some of its padding.
+
+        A ``wav_lens`` of one element holds for every clip.
+        """
         if wav_lens is not None:
-            wav_lens = wav_lens.expand(len(wavs))
+            wav_lens = wav_lens.expand(len(wavs)).clamp_min(self.min_samples / wavs.shape[1])
         return super().forward(wavs, wav_lens, self.target_dim).unsqueeze(1)
 
 
@@ -1569,7 +1707,7 @@ class PrefixSpeakerClassifier(StrictlyLoaded, nn.Module):
         self, embed_dim: int, n_classes: int, target_dim: int | None = None, scale: float = 30.0
     ) -> None:
         super().__init__()
-        if target_dim is not None and not _is_size(target_dim, range(1, embed_dim + 1)):
+        if target_dim is not None and not 1 <= target_dim <= embed_dim:
             raise ValueError(f"target_dim must be in 1..{embed_dim}, got {target_dim!r}")
         self.target_dim, self.scale = target_dim, scale
         self.weight = nn.Parameter(torch.zeros(n_classes, embed_dim))

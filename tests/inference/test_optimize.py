@@ -1,12 +1,12 @@
 import importlib.util
 import sys
+import warnings
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from speechbrain_mrl.inference.optimize import (
-    _Layers,
     batch_seconds_for,
     for_inference,
     optimize_for_inference,
@@ -61,11 +61,12 @@ def test_clips_without_padding_run_without_python_at_any_length(
 ):
     model = random_model(config)
     fast = optimize_for_inference(model)
-    monkeypatch.setattr(_Layers, "forward", None)  # what Python would call
-    for wavs in (voices(0, 0.1), voices(0, 1.7), torch.stack([voices(i, 0.4) for i in range(3)])):
-        with torch.no_grad():
-            expected = model(wavs)
-        torch.testing.assert_close(fast(wavs), expected, rtol=1e-4, atol=1e-4)
+    batches = voices(0, 0.1), voices(0, 1.7), torch.stack([voices(i, 0.4) for i in range(3)])
+    with torch.no_grad():
+        expected = [model(wavs) for wavs in batches]
+    monkeypatch.setattr(redimnet.Sequence, "forward", None)  # what Python would call
+    for wavs, one in zip(batches, expected):
+        torch.testing.assert_close(fast(wavs), one, rtol=1e-4, atol=1e-4)
     with pytest.raises(TypeError):
         fast(wavs, torch.tensor([1.0, 0.6, 0.8]))  # padded clips do call it
 
@@ -80,7 +81,7 @@ def test_where_torch_cannot_record_the_layers_are_called(
         "speechbrain_mrl.inference.optimize.sys", SimpleNamespace(version_info=(3, 14))
     )
     called = optimize_for_inference(model)
-    assert type(called.backbone) is not type(recorded.backbone)
+    assert called.backbone.recorded is None and recorded.backbone.recorded is not None
     torch.testing.assert_close(called(wav), recorded(wav))
 
 
@@ -117,6 +118,21 @@ def test_bfloat16_points_where_float32_does_alone_and_padded(config, random_mode
     for one, found in zip(expected, (rough(wavs), rough(wavs, wav_lens))):
         assert found.dtype == torch.float32 and not found.equal(one)
         assert torch.cosine_similarity(found, one).min() > 0.999
+
+
+@pytest.mark.parametrize("has", [False, True])
+def test_bfloat16_without_its_instructions_is_warned_of(
+    has, tiny_config, random_model, monkeypatch
+):
+    instructions = {"avx512_f": True, "avx512_bf16": has, "cpu_name": "x"}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: instructions, raising=False)
+    model = random_model(tiny_config)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        optimize_for_inference(model, "float32")
+        optimize_for_inference(model, "bfloat16")
+    said = [str(one.message) for one in found if "no bfloat16 instructions" in str(one.message)]
+    assert len(said) == (0 if has else 1) and all(text.count(". ") == 0 for text in said)
 
 
 def test_another_precision_is_refused(tiny_config, random_model):

@@ -283,8 +283,9 @@ def test_synchronized_statistics_of_one_process_are_its_own(tiny_config, random_
     same = torch.nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))
     assert list(same.state_dict()) == list(model.state_dict())
     for lens in (wav_lens, None):
-        torch.testing.assert_close(same.train()(wavs, lens), model.train()(wavs, lens))
-    torch.testing.assert_close(same.state_dict(), model.state_dict())
+        found, expected = same.train()(wavs, lens), model.train()(wavs, lens)
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(same.state_dict(), model.state_dict(), rtol=1e-4, atol=1e-4)
 
 
 # Signals
@@ -414,7 +415,7 @@ def test_maps_that_are_summed_lie_in_memory_alike(tiny_config, random_model, blo
         if isinstance(module, MapMix):
             module.register_forward_pre_hook(lambda _, given: seen.extend(given[0]))
     model(torch.randn(2, 8000))
-    assert len(seen) > 2 and all(one.is_contiguous() for one in seen)
+    assert len(seen) > 2 and all(one.transpose(1, 2).is_contiguous() for one in seen)
 
 
 # Weights of another network
