@@ -12,6 +12,7 @@ from voxceleb_prepare import prepare_voxceleb
 
 from speechbrain_mrl.dataio.clips import iter_clips, speaker_of
 from speechbrain_mrl.dataio.lists import read_lines, read_rows
+from speechbrain_mrl.utils import replacing
 
 
 def prepare(hparams, debug):
@@ -66,7 +67,8 @@ def shrink(corpus, n_clips):
         paths[f"{split}_trials"] = str(
             Path(corpus.train_csv).with_name(f"debug_{split}_{trials.name}")
         )
-        Path(paths[f"{split}_trials"]).write_text("\n".join(few) + "\n")
+        with replacing(paths[f"{split}_trials"]) as part:
+            part.write_text("\n".join(few) + "\n", encoding="utf-8")
         ids = {clip for line in few for clip in line.split()[1:]}
         paths[f"{split}_csv"] = _copy_rows(
             getattr(corpus, f"{split}_csv"), lambda row, ids=ids: row["ID"] in ids
@@ -78,7 +80,7 @@ def _copy_rows(path, wanted, limit=None):
     path = Path(path)
     rows = list(islice((row for _, row in read_rows(path, ["ID"]) if wanted(row)), limit))
     copy = path.with_name(f"debug_{path.name}")
-    with open(copy, "w", newline="", encoding="utf-8") as file:
+    with replacing(copy) as part, open(part, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)

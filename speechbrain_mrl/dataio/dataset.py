@@ -73,7 +73,7 @@ class _Rows:
                 for first in range(0, len(self.text), 2**24)
             ]
         )
-        if ends[-1] < len(self.text):  # the last line does not end in a line break
+        if not len(ends) or ends[-1] < len(self.text):  # the last line does not end in a line break
             ends = np.append(ends, len(self.text))
         self.begins = ends  # and the end of the last line
         if len(self) == 0:
@@ -85,10 +85,12 @@ class _Rows:
     def __getitem__(self, number: int) -> dict[str, Any]:
         line = self.text[self.begins[number] : self.begins[number + 1]].tobytes()
         text = line.decode(errors="surrogateescape")
-        cells = next(csv.reader([text], skipinitialspace=True), [])
-        row: dict[str, Any] = dict(
-            check_row(f"{self.path}, line {number + 2}", self.columns, cells, ["ID"])
-        )
+        where = f"{self.path}, line {number + 2}"
+        try:
+            cells = next(csv.reader([text], skipinitialspace=True), [])
+        except csv.Error as error:
+            raise ValueError(f"{where}: {error}") from None
+        row: dict[str, Any] = dict(check_row(where, self.columns, cells, ["ID"]))
         row = {"id": row.pop("ID"), **row}
         if "duration" in row:
             row["duration"] = float(row["duration"])
@@ -171,6 +173,8 @@ def train_dataset(
         items.append(DynamicItem(["spk_id"], label_encoder.encode_label, ["label"]))
         keys.append("label")
     dataset = SeededClips(csv_path, items, keys)
+    needed = AUDIO_KEYS if label_encoder is None else [*AUDIO_KEYS, "spk_id"]
+    check_columns(csv_path, dataset.data.columns, needed)
     dataset.data_ids = np.tile(dataset.data_ids, chunks_per_clip)
     return dataset
 

@@ -82,4 +82,8 @@ def check_row(
     row = dict(zip(names, cells))
     if empty := [name for name in filled if not row[name]]:
         raise ValueError(f"{where}: {empty[0]} is empty")
+    try:
+        float(row.get("duration", 0.0))
+    except ValueError:
+        raise ValueError(f"{where}: duration must be seconds, got {row['duration']!r}") from None
     return row

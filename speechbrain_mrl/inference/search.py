@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from speechbrain_mrl.utils import replacing, require, writing
+from speechbrain_mrl.utils import read_json, replacing, require, writing
 
 # FAISS's names of how prefixes, and full embeddings, can be kept
 CODES = {
@@ -220,16 +220,21 @@ class MatryoshkaIndex:
     def load(cls, folder: str | os.PathLike[str]) -> MatryoshkaIndex:
         """The index that ``save`` wrote, mapped from the disk; ValueError if it is not whole."""
         folder = Path(folder)
-        manifest = json.loads((folder / MANIFEST).read_text())
-        index = cls(**{key: manifest[key] for key in SETTINGS})
-        path = folder / manifest["file"]
+        manifest = read_json(folder / MANIFEST)
+        try:
+            index = cls(**{key: manifest[key] for key in SETTINGS})
+            index._names, index._trained_on = manifest["ids"], manifest["trained_on"]
+            index._number_of = dict(zip(index._names, range(len(index._names))))
+            path, size = folder / manifest["file"], manifest["bytes"]
+        except (LookupError, TypeError, ValueError) as error:
+            reason = f"it lacks {error}" if isinstance(error, LookupError) else error
+            raise ValueError(
+                f"{folder / MANIFEST} is damaged ({reason}); save the index again"
+            ) from None
         if path.name != manifest["file"]:
             raise ValueError(f"{folder}/{MANIFEST} names {path}, which is not in that folder")
-        if path.stat().st_size != manifest["bytes"]:
+        if path.stat().st_size != size:
             raise ValueError(f"{path} is damaged; save the index again")
-        index._names = manifest["ids"]
-        index._number_of = dict(zip(index._names, range(len(index._names))))
-        index._trained_on = manifest["trained_on"]
         try:
             index._take(index._faiss.read_index(str(path), index._faiss.IO_FLAG_MMAP_IFC))
             index._both()  # refuses parts of different lengths

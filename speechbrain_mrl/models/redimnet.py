@@ -198,6 +198,13 @@ PRESETS = {
 # Front end
 
 
+class TooShort(ValueError, RuntimeError):
+    """A signal has fewer samples than give an embedding.
+
+    A RuntimeError too, by which pyannote.audio finds out how many are needed.
+    """
+
+
 def check_wavs(wavs: Tensor, min_samples: int = MIN_SAMPLES) -> Tensor:
     """Waveforms as (B, T); refuses what is not a float signal of one channel.
 
@@ -216,8 +223,14 @@ def check_wavs(wavs: Tensor, min_samples: int = MIN_SAMPLES) -> Tensor:
     Raises
     ------
     ValueError
-        For another shape or type, or fewer than ``min_samples``.
+        For another shape or type of numbers; ``TooShort`` for fewer than ``min_samples``.
+    TypeError
+        If it is no tensor.
     """
+    if not isinstance(wavs, Tensor):
+        raise TypeError(
+            f"wavs must be a torch.Tensor, got {type(wavs).__name__}; torch.as_tensor makes it one"
+        )
     if not wavs.is_floating_point():
         raise ValueError(f"wavs must be float in [-1, 1], got {wavs.dtype}; divide integers first")
     if wavs.ndim == 3 and wavs.shape[1] == 1:
@@ -230,11 +243,16 @@ def check_wavs(wavs: Tensor, min_samples: int = MIN_SAMPLES) -> Tensor:
             "average the channels of a stereo recording first"
         )
     if wavs.shape[1] < min_samples:
-        raise ValueError(
+        raise TooShort(
             f"wavs must hold at least {min_samples} samples ({_milliseconds(min_samples)}), "
             f"got {wavs.shape[1]}; the signal is too short for an embedding"
         )
     return wavs
+
+
+def _is_size(target_dim: object, mrl_dims: Iterable[int]) -> bool:
+    """Whether it is one of the sizes, as an integer: 64.0 truncates nothing."""
+    return isinstance(target_dim, int) and target_dim in mrl_dims
 
 
 def _milliseconds(samples: int) -> str:
@@ -273,7 +291,7 @@ def sample_counts(
         raise ValueError(f"wav_lens must be relative lengths in (0, 1], got {relative}")
     counts = [min(round(n * total), total) for n in relative]
     if (shortest := min(counts)) < min_samples:
-        raise ValueError(
+        raise TooShort(
             f"wavs[{counts.index(shortest)}] has {shortest} samples by its wav_lens and needs at "
             f"least {min_samples} ({_milliseconds(min_samples)}); leave so short a clip out"
         )
@@ -1498,7 +1516,7 @@ class MatryoshkaReDimNet(ReDimNet):
         ValueError
             If ``target_dim`` is not one of ``mrl_dims``, or the signal is refused.
         """
-        if target_dim is not None and target_dim not in self.mrl_dims:
+        if target_dim is not None and not _is_size(target_dim, self.mrl_dims):
             raise ValueError(
                 f"target_dim must be one of mrl_dims {list(self.mrl_dims)}, got {target_dim!r}"
             )
@@ -1589,7 +1607,7 @@ class StrictlyLoaded(nn.Module):
 
 
 class WaveformInput(nn.Module):
-    """``compute_features``: any recording as (B, T) that the network accepts.
+    """``compute_features``: any recording as (B, T).
 
     SpeechBrain does not tell this step the clips' lengths, on which every feature depends, so the
     features themselves are computed by ``EmbeddingModel``.
@@ -1602,8 +1620,8 @@ class WaveformInput(nn.Module):
     Example
     -------
     >>> inputs = WaveformInput()
-    >>> inputs(torch.zeros(1, 16000, 2)).shape, inputs(torch.zeros(1, 0)).shape
-    (torch.Size([1, 16000]), torch.Size([1, 257]))
+    >>> inputs(torch.zeros(1, 16000, 2)).shape
+    torch.Size([1, 16000])
     """
 
     def __init__(self, min_samples: int = MIN_SAMPLES) -> None:
@@ -1613,15 +1631,11 @@ class WaveformInput(nn.Module):
     def forward(self, wavs: Tensor) -> Tensor:
         """(T,), (B, T), or channels along the shorter side of (B, T, channels), which are averaged.
 
-        A recording of fewer samples than the network accepts is continued with silence.
+        ``TooShort`` for fewer samples than the network accepts.
         """
-        if wavs.numel() == 0:
-            wavs = wavs.new_zeros(len(wavs) if wavs.ndim > 1 else 1, self.min_samples)
-        if wavs.ndim == 3:
+        if isinstance(wavs, Tensor) and wavs.ndim == 3:
             wavs = wavs.mean(dim=1 if wavs.shape[1] < wavs.shape[2] else 2)
-        if wavs.ndim == 1:
-            wavs = wavs.unsqueeze(0)
-        return F.pad(wavs, (0, max(0, self.min_samples - wavs.shape[-1])))
+        return check_wavs(wavs, self.min_samples)
 
 
 class SilentPadding(nn.Module):
@@ -1663,7 +1677,7 @@ class EmbeddingModel(StrictlyLoaded, MatryoshkaReDimNet):
         self, model_config: dict[str, Any], mrl_dims: Iterable[int], target_dim: int | None = None
     ) -> None:
         super().__init__(model_config["embed_dim"], mrl_dims, model_config)
-        if target_dim is not None and target_dim not in self.mrl_dims:
+        if target_dim is not None and not _is_size(target_dim, self.mrl_dims):
             raise ValueError(
                 f"target_dim must be one of mrl_dims {list(self.mrl_dims)}, got {target_dim!r}"
             )
@@ -1672,12 +1686,9 @@ class EmbeddingModel(StrictlyLoaded, MatryoshkaReDimNet):
     def forward(  # type: ignore[override]  # of one size, as SpeechBrain calls it
         self, wavs: Tensor, wav_lens: Tensor | None = None
     ) -> Tensor:
-        """As ``MatryoshkaReDimNet``; a clip that is too short takes in some of its padding.
-
-        A ``wav_lens`` of one element holds for every clip.
-        """
+        """As ``MatryoshkaReDimNet``. A ``wav_lens`` of one element holds for every clip."""
         if wav_lens is not None:
-            wav_lens = wav_lens.expand(len(wavs)).clamp_min(self.min_samples / wavs.shape[1])
+            wav_lens = wav_lens.expand(len(wavs))
         return super().forward(wavs, wav_lens, self.target_dim).unsqueeze(1)
 
 
@@ -1707,7 +1718,7 @@ class PrefixSpeakerClassifier(StrictlyLoaded, nn.Module):
         self, embed_dim: int, n_classes: int, target_dim: int | None = None, scale: float = 30.0
     ) -> None:
         super().__init__()
-        if target_dim is not None and not 1 <= target_dim <= embed_dim:
+        if target_dim is not None and not _is_size(target_dim, range(1, embed_dim + 1)):
             raise ValueError(f"target_dim must be in 1..{embed_dim}, got {target_dim!r}")
         self.target_dim, self.scale = target_dim, scale
         self.weight = nn.Parameter(torch.zeros(n_classes, embed_dim))

@@ -21,6 +21,7 @@ import torch
 from speechbrain_mrl.evaluation.calibration import check_calibration
 from speechbrain_mrl.publish.card import card_for, card_problems
 from speechbrain_mrl.publish.export import FILES, foreign_files, probe_wavs
+from speechbrain_mrl.utils import replacing
 
 # What space.py imports, besides Gradio
 SPACE_PACKAGES = ("speechbrain", "torch", "torchaudio", "av", "matplotlib", "scikit-learn")
@@ -247,7 +248,8 @@ def add_calibration(folder: str | os.PathLike[str], calibration: str | os.PathLi
     """
     report = json.loads(Path(folder, "report.json").read_text(encoding="utf-8"))
     check_calibration(calibration, [int(size) for size in report["dims"]])
-    shutil.copyfile(calibration, Path(folder, "calibration.json"))
+    with replacing(Path(folder, "calibration.json")) as part:
+        shutil.copyfile(calibration, part)
 
 
 def check_folder(folder: str | os.PathLike[str]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from speechbrain.utils.distributed import main_process_only
 
-from speechbrain_mrl.utils import replacing, require
+from speechbrain_mrl.utils import replacing, require, writing
 
 _theirs = logging.getLogger("speechbrain.utils.train_logger")
 _theirs.disabled = True  # being imported, it warns of a missing torchvision: for figures
@@ -59,7 +59,8 @@ class TrainingLog(FileTrainLogger):
         test_stats: Mapping[str, Any] | None = None,
     ) -> None:
         """An epoch's numbers by name; see ``speechbrain.utils.train_logger.TrainLogger``."""
-        super().log_stats(stats_meta, train_stats, valid_stats, test_stats, verbose=False)
+        with writing(self.save_file):
+            super().log_stats(stats_meta, train_stats, valid_stats, test_stats, verbose=False)
         logger.info(progress_line(stats_meta, train_stats or {}, valid_stats or {}))
         row = dict(stats_meta)
         named = {"train": train_stats, "valid": valid_stats, "test": test_stats}
@@ -93,8 +94,9 @@ class TrainingLog(FileTrainLogger):
         self.curves.global_step = {"meta": step, **steps}
         numbers = {k: v for k, v in stats_meta.items() if not isinstance(v, str)}
         stats = {f"{name}_stats": stats for name, stats in named.items()}
-        self.curves.log_stats(numbers, **stats)
-        self.curves.writer.flush()
+        with writing(self.table.with_name("tensorboard")):
+            self.curves.log_stats(numbers, **stats)
+            self.curves.writer.flush()
 
 
 def _group(column: str) -> int:

@@ -94,6 +94,12 @@ def test_rows_of_training_are_refused_with_file_and_line(clips_csv):
         train_dataset(path, 0.5)[1]
     with pytest.raises(ValueError, match="clips.csv, line 3: has 3 cells"):
         valid_dataset(path, 0.5)
+    with pytest.raises(ValueError, match="clips.csv, line 1: must have a column stop"):
+        train_dataset(clips_csv("ID,wav,start\na,{wav},0\n"), 0.5)
+    path = clips_csv("ID,duration,wav,start,stop\na,one,{wav},0,16000\n")
+    for make in (train_dataset, valid_dataset):
+        with pytest.raises(ValueError, match="clips.csv, line 2: duration must be seconds.*'one'"):
+            list(make(path, 0.5))
 
 
 def test_validation_clips_are_those_of_speechbrain(clips_csv):

@@ -50,3 +50,10 @@ def test_without_tensorboard_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     with pytest.raises(ImportError, match=r"speechbrain_mrl\[tensorboard\]"):
         TrainingLog(tmp_path / "train_log.txt", tensorboard=True)
+
+
+def test_a_full_disk_is_named_with_the_log(tmp_path, monkeypatch):
+    log = TrainingLog(tmp_path / "train_log.txt")
+    log.save_file = "/dev/full"
+    with pytest.raises(OSError, match="cannot write /dev/full: .*No space left"):
+        log.log_stats({"epoch": 1}, {"loss": 2.0}, {"loss": 3.0})
