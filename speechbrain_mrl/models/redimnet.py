@@ -515,14 +515,14 @@ def convolve(
     """
     weight, bias, groups = kernel
     flat = x.ndim == 3
-    x = _innermost(x if weight.shape[2] == 1 else masked(x, mask))
+    x = innermost(x if weight.shape[2] == 1 else masked(x, mask))
     x = F.conv2d(x, weight, bias, padding="same", groups=groups)
     if plus is not None:
-        x += _innermost(plus)
+        x += innermost(plus)
     return x.squeeze(3) if flat else x.transpose(2, 3)
 
 
-def _innermost(x: Tensor) -> Tensor:
+def innermost(x: Tensor) -> Tensor:
     """(B, C, F, T) or (B, C, T) as (B, C, T, F), which torch calls ``channels_last``."""
     x = x.transpose(1, 2).unsqueeze(2) if x.ndim == 3 else x.permute(0, 3, 2, 1)
     return x.reshape(x.shape).permute(0, 3, 1, 2)  # a batch of one gets the stride that tells it so
@@ -626,13 +626,13 @@ def batch_norm(norm: Any, x: Tensor, mask: Tensor | None = None) -> Tensor:
         if x.ndim == 2:
             return norm(x)
         if synchronized:
-            out = norm(_innermost(x))
+            out = norm(innermost(x))
         else:
             if norm.training:
                 norm.num_batches_tracked.add_(1)
             statistics, weights = (norm.running_mean, norm.running_var), (norm.weight, norm.bias)
             rule = norm.training, norm.momentum, norm.eps
-            out = F.batch_norm(_innermost(x), *statistics, *weights, *rule)
+            out = F.batch_norm(innermost(x), *statistics, *weights, *rule)
         return out.squeeze(3) if x.ndim == 3 else out.transpose(2, 3)
 
     def total(of: Tensor) -> Any:

@@ -29,6 +29,7 @@ from .redimnet import (
     Conv1d,
     Conv2d,
     EmbeddingModel,
+    Kernel,
     LayerNorm,
     LogMel,
     MapMix,
@@ -42,6 +43,7 @@ from .redimnet import (
     check_config,
     check_positive,
     check_stages,
+    innermost,
     masked,
     valid_samples,
 )
@@ -322,18 +324,48 @@ class PooledMapMix(MapMix):
     """``MapMix`` of maps from finest to coarsest in time; coarse frames are repeated."""
 
     def forward(self, maps: list[Tensor], mask: Tensor | None = None) -> Tensor:
-        weights = self.w.softmax(dim=1)
-        mixed = maps[-1] * weights[:, -1]
-        for i in reversed(range(len(maps) - 1)):
-            mixed = _repeated(mixed, maps[i].shape[-1])
-            mixed = torch.addcmul(mixed, maps[i], weights[:, i].to(mixed.dtype))
+        if len(maps) == 1:
+            return maps[0]
+        weights = self.prepared()
+        mixed = maps[-1] * weights[-1]
+        for one, weight in zip(maps[-2::-1], weights[-2::-1]):
+            mixed = _repeated(mixed, one.shape[-1])
+            mixed = torch.addcmul(mixed, one, weight.to(mixed.dtype))
         return mixed
 
 
 def _repeated(x: Tensor, frames: int) -> Tensor:
     """(B, C, T) with each frame repeated to ``frames`` in all."""
     times = frames // x.shape[-1]
-    return x if times == 1 else x.unsqueeze(-1).expand(-1, -1, -1, times).flatten(2)
+    if times == 1:
+        return x
+    return x.transpose(1, 2).unsqueeze(2).expand(-1, -1, times, -1).flatten(1, 2).transpose(1, 2)
+
+
+class PooledConv(nn.Conv2d):
+    """Convolution over blocks of frequencies and frames, (B, c, f, T) -> (B, C, f / s, T / p)."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, block: tuple[int, int], groups: int
+    ) -> None:
+        super().__init__(in_channels, out_channels, block, stride=block, groups=groups)
+
+    def prepared(self) -> Kernel:
+        weight, groups = self.weight, self.groups
+        if groups > 1 and self.kernel_size == (
+            1,
+            1,
+        ):  # torch takes twenty times as long with groups
+            weight = torch.block_diag(*weight.flatten(1).unflatten(0, (groups, -1)))
+            weight, groups = weight[..., None, None], 1
+        weight = weight.transpose(2, 3).contiguous(memory_format=torch.channels_last)
+        return weight, self.bias, groups
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        weight, bias, groups = self.prepared()
+        stride = self.stride[::-1]
+        out = F.conv2d(innermost(x), weight, bias, stride=stride, groups=groups)
+        return out.transpose(2, 3)
 
 
 class FrequencyEncoding(nn.Module):
@@ -351,16 +383,19 @@ class GroupNorm(nn.GroupNorm):
     """GroupNorm of a 1-D map over its frames that are not padding, (B, C·F, T)."""
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        data = x.to(torch.promote_types(x.dtype, torch.float32)).transpose(1, 2)
+        groups = data.unflatten(2, (self.num_groups, -1))  # (B, T, groups, F)
         if mask is None:
-            return super().forward(x)
-        groups = x.to(torch.promote_types(x.dtype, mask.dtype)).unflatten(1, (self.num_groups, -1))
-        count = mask.sum(dim=-1).mul(groups.shape[2])[..., None, None]  # (B, 1, 1, 1)
-        mask = mask.unsqueeze(1)  # (B, 1, 1, T)
-        mean = (groups * mask).sum(dim=(2, 3), keepdim=True) / count
-        centred = groups - mean
-        variance = (centred.square() * mask).sum(dim=(2, 3), keepdim=True) / count
-        x = (centred / (variance + self.eps).sqrt()).flatten(1, 2).to(x.dtype)
-        return x * self.weight.unsqueeze(1) + self.bias.unsqueeze(1)
+            variance, mean = torch.var_mean(groups, dim=(1, 3), correction=0, keepdim=True)
+            centred = groups - mean
+        else:
+            mask = mask.unsqueeze(3).transpose(1, 2)  # (B, T, 1, 1)
+            count = mask.sum(dim=1, keepdim=True) * groups.shape[3]
+            mean = (groups * mask).sum(dim=(1, 3), keepdim=True) / count
+            centred = groups - mean
+            variance = (centred.square() * mask).sum(dim=(1, 3), keepdim=True) / count
+        normalised = (centred * (variance + self.eps).rsqrt()).flatten(2)
+        return torch.addcmul(self.bias, normalised, self.weight).transpose(1, 2).to(x.dtype)
 
 
 class Backbone(nn.Module):
@@ -392,8 +427,7 @@ class Backbone(nn.Module):
             if config["use_freq_pos_enc"]:
                 layers.append(FrequencyEncoding(f, c))
             groups = math.gcd(c, width) if config["compress_tconvs"] else 1
-            kernel = (stride, pool)
-            layers.append(nn.Conv2d(c, width, kernel, stride=kernel, groups=groups))
+            layers.append(PooledConv(c, width, (stride, pool), groups))
             f, c = f // stride, c * stride
             layers += [
                 Block2d(config["block_2d_type"], width, f, config["group_divisor"], kernel_sizes)
@@ -428,7 +462,7 @@ class Backbone(nn.Module):
             self.out_channels = out_channels * (1 if flat else f)
 
     def forward(self, feats: Tensor, mask: Tensor | None = None) -> Tensor:
-        maps = [self.stem_gnorm(self.stem(feats, mask).contiguous(), mask)]
+        maps = [self.stem_gnorm(self.stem(feats, mask), mask)]
         for i, pool in enumerate(self.pools):
             # A clip's frames are a multiple of each stride, so that no frame is half padding.
             pooled = None if mask is None else mask[..., ::pool]
@@ -442,7 +476,8 @@ class Backbone(nn.Module):
             maps.append(getattr(self, f"stage{i}_up_1d")(after, pooled))
         frames = self.head(self.fin_to2d(self.fin_wght1d(maps)))
         if frames.ndim == 4:
-            frames = frames.flatten(1, 2)  # channel-major, unlike every map before
+            # channel-major, unlike every map before
+            frames = frames.permute(0, 3, 1, 2).flatten(2).transpose(1, 2)
         return frames[..., self.offset :]
 
 
