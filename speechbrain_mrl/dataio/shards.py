@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from speechbrain_mrl.dataio.dataset import SeededClips, draw_seed
 from speechbrain_mrl.utils import require
 
-SHARD_NAMES = re.compile(r"(https?://[^'\"\\`$\s]+)|((?!pipe:)(?!.*://).*)")
+SHARD_NAMES = re.compile(r"((?:file|https?)://[^'\"\\`$\s]+)|((?!pipe:)(?!.*://).*)")
 BUFFER = 500  # clips, not decoded, of which a reading process draws the next; some 100 MB
 
 
