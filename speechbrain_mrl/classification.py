@@ -16,44 +16,6 @@ from speechbrain_mrl.prefixes import (
 )
 
 
-def scale_tail_gradients(embeddings: Tensor, mrl_dims: Iterable[int]) -> Tensor:
-    """The same embeddings, but each block of dimensions gets K / (K - k) times the gradient.
-
-    Block k (from 0) belongs to only K - k of the K prefixes; without this the tail learns slowest.
-
-    Arguments
-    ---------
-    embeddings : torch.Tensor
-        Float, (B, D).
-    mrl_dims : iterable of int
-        The K prefix sizes, ascending.
-
-    Returns
-    -------
-    torch.Tensor
-        ``embeddings``, values unchanged.
-
-    Reference
-    ---------
-    Park & Kim, IEEE Access 2025.
-
-    Example
-    -------
-    >>> embeddings = torch.ones(1, 3, requires_grad=True)
-    >>> scale_tail_gradients(embeddings, mrl_dims=[2, 3]).sum().backward()
-    >>> embeddings.grad
-    tensor([[1., 1., 2.]])
-    """
-    mrl_dims = check_mrl_dims(mrl_dims)
-    factors = embeddings.new_ones(embeddings.shape[-1])
-    for k, start in enumerate((0, *mrl_dims[:-1])):
-        factors[start:] = len(mrl_dims) / (len(mrl_dims) - k)
-    scaled = embeddings.view_as(embeddings)
-    if scaled.requires_grad:
-        scaled.register_hook(lambda gradient: gradient * factors)
-    return scaled
-
-
 class PrefixClassifier(nn.Module):
     """Cosines to one set of speaker vectors, whose prefixes serve the embedding's prefixes.
 

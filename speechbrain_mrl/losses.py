@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from speechbrain_mrl.classification import PrefixClassifier, margin_losses, scale_tail_gradients
+from speechbrain_mrl.classification import PrefixClassifier, margin_losses
 from speechbrain_mrl.prefixes import (
     check_mrl_dims,
     check_weights,
@@ -38,7 +38,7 @@ class MatryoshkaDistillationLoss(nn.Module):
       those of the teachers' own cosines.
     * ``gram``: mean squared difference of the cosines of clip pairs, student's and teachers'. A batch
       of one clip has no pairs and costs nothing.
-    * ``aam``: additive angular margin on labels, tail gradients scaled (``scale_tail_gradients``).
+    * ``aam``: additive angular margin on labels.
 
     Where sizes follow different teachers, whose targets disagree on the dimensions that prefixes
     share, the first three see the prefix through a linear map per size, trained with the student
@@ -181,7 +181,7 @@ class MatryoshkaDistillationLoss(nn.Module):
             losses = self._distillation(student, teacher_embeddings)
             if "aam" in self.terms and labels is not None:
                 losses["aam"] = margin_losses(
-                    scale_tail_gradients(student, self.mrl_dims),
+                    student,
                     self.classifier.weight,
                     labels.reshape(-1).long(),
                     self.scaled_margins,

@@ -10,7 +10,6 @@ from speechbrain_mrl.classification import (
     MatryoshkaLoss,
     PrefixClassifier,
     margin_losses,
-    scale_tail_gradients,
 )
 
 DIMS = (2, 4, 7)
@@ -29,15 +28,6 @@ def test_a_classifier_gives_the_cosines_to_its_speakers():
     for dim, cosines in classifier(embeddings).items():
         x, y = embeddings[:, None, :dim], classifier.weight[None, :, :dim]
         torch.testing.assert_close(cosines, F.cosine_similarity(x, y, dim=2))
-
-
-def test_tail_gradients_are_scaled_by_the_prefixes_that_miss_the_block():
-    embeddings = torch.ones(1, 6, requires_grad=True)
-    scaled = scale_tail_gradients(embeddings, [1, 2, 3, 5])
-    assert (scaled == embeddings).all()
-    scaled[:, :5].sum().backward()
-    # 4/4, 4/3, 4/2, 4/1 for the four blocks; the last coordinate is in no prefix
-    torch.testing.assert_close(embeddings.grad, torch.tensor([[1, 4 / 3, 2, 4, 4, 0]]))
 
 
 def test_matryoshka_loss_is_the_weighted_mean_of_the_sizes():
