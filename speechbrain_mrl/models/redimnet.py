@@ -15,7 +15,7 @@ import math
 import os
 import zipfile
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any, Optional, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -484,7 +484,8 @@ class LogMel(_StaysFloat, nn.Module):
 # What a layer gives beyond a clip's end is anything; who hears neighbouring frames clears it first.
 # ``prepared`` is what a layer computes of its weights alone, and a copy for inference only once.
 
-Kernel = tuple[Tensor, Tensor | None, int]  # weight (out, in, T, F), bias, groups
+# weight (out, in, T, F), bias, groups
+Kernel = tuple[Tensor, Optional[Tensor], int]  # noqa: UP045 (Python 3.9 runs this line)
 
 
 def kernel(

@@ -185,7 +185,7 @@ def test_a_redimnet2_needs_speechbrain_alone_at_every_size(
             torch.testing.assert_close(
                 torch.tensor(sizes[str(size)]), expected, atol=1e-4, rtol=1e-4
             )
-    assert "too short for an embedding" in refused and module.startswith("redimnet2_")
+    assert "too short for an embedding" in refused and module.endswith("redimnet2")
     again = load_published(folder)
     assert isinstance(again, ReDimNet2) and torch.equal(again(wavs), student(wavs))
     fast = optimize_for_inference(

@@ -375,7 +375,7 @@ def test_the_demo_changes_what_the_command_line_leaves():
     (document,) = documents("mrl_distill", "number_of_epochs: 1\noutput_folder: here\n")
     tree = read_hparams.parse(document)
     assert read_hparams.is_demo(tree) and tree["data_folder"] == "here/voices"
-    assert tree["number_of_epochs"] == 1 and tree["batch_size"] == 64
+    assert tree["number_of_epochs"] == 1 and tree["batch_size"] == 32
     assert all(Path(path).is_file() for path in [*tree["teachers"], tree["backbone"]])
     assert "teachers" not in documents("mrl_supervised", "")[0]
 

@@ -48,7 +48,7 @@ def test_curves_go_on_after_a_kill_and_leave_out_names(tmp_path):
 
 def test_without_tensorboard_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboard", None)
-    with pytest.raises(ImportError, match=r"speechbrain_mrl\[tensorboard\]"):
+    with pytest.raises(ImportError, match="pip install tensorboard"):
         TrainingLog(tmp_path / "train_log.txt", tensorboard=True)
 
 
