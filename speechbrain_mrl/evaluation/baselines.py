@@ -59,6 +59,7 @@ def evaluate_student(
 
     Example
     -------
+    >>> import torch
     >>> trials = Trials.parse(["1 a/1 a/2", "0 a/1 b/1"])
     >>> student = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
     >>> found = evaluate_student(student, trials, [2], start=student[[0, 2, 1]])
@@ -149,6 +150,7 @@ def truncation_baselines(
 
     Example
     -------
+    >>> import torch
     >>> trials = Trials.parse(["1 a/1 a/2", "0 a/1 b/1"])
     >>> teacher = torch.tensor([[0.1, 1.0], [0.1, 1.0], [0.1, -1.0]])  # the second tells speakers
     >>> cuts = truncation_baselines(teacher, teacher, trials, mrl_dims=[1])

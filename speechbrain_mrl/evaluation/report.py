@@ -203,10 +203,10 @@ def print_report(report: Mapping[str, Any]) -> None:
     >>> dims = {"64": {"eer": 0.25, "min_dcf": 1.0, "threshold": 0.3}}
     >>> print_report(make_report(dims, trials, {}, corpus="demo", params=10, seconds=2.5))
     1 target, 1 impostor trials; corpus: demo
-    EER %        64
-      model   25.00
-    minDCF       64
-      model   1.000
+    EER %                       64
+      model                  25.00
+    minDCF                      64
+      model                  1.000
     """
     trials, teachers = report["trials"], report["baselines"]["teachers"]
     models = results_by_name(report)

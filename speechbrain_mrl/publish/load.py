@@ -84,6 +84,7 @@ def load_published(source: str | os.PathLike[str]) -> ReDimNetMRL:
 
     Example
     -------
+    >>> import torch
     >>> from speechbrain_mrl import export_model
     >>> model = ReDimNetMRL(embed_dim=64, mrl_dims=(32, 64), backbone="b0").eval()
     >>> folder = export_model(model, getfixture("tmp_path") / "model")
