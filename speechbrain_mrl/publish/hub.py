@@ -84,7 +84,6 @@ def push_to_hub(
         raise ValueError(f"repo_id must be organisation/name, got {repo_id!r}")
     if tag is not None and not re.fullmatch(r"[\w-][\w.-]*", tag):
         raise ValueError(f"tag must be of letters, digits, '.', '_' and '-', got {tag!r}")
-    print(f"Checking {folder}: it is loaded at every size, which takes a minute or two", flush=True)
     check_folder(folder)
     print(
         "It loads with SpeechBrain alone and gives the exported model's embeddings at every size;"
@@ -279,6 +278,7 @@ def check_folder(folder: str | os.PathLike[str]) -> None:
         raise ValueError(
             f"{folder} holds {foreign}, which no export wrote (a link is none either); take them out"
         )
+    print(f"Checking {folder}: it is loaded at every size, which takes a minute or two", flush=True)
     found = _ask_stranger(folder)
     problems = card_problems(folder, found["labels"], sorted(map(int, found["embeddings"])))
     if (calibration := folder / "calibration.json").is_file():

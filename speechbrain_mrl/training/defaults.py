@@ -3,21 +3,13 @@
 Keys are those of ``hparams/mrl_distill.yaml``, which says what they mean.
 """
 
+from __future__ import annotations
+
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from speechbrain.augment.time_domain import AddNoise
-
-from speechbrain_mrl.training.augment import (
-    DropBands,
-    DropChunks,
-    LowPass,
-    Noise,
-    Reverb,
-    Telephone,
-    UtteranceAugmenter,
-    babble,
-)
+if TYPE_CHECKING:
+    from speechbrain_mrl.training.augment import UtteranceAugmenter
 
 DEFAULTS: dict[str, Any] = {
     "chunk_seconds": 3.0,
@@ -60,15 +52,19 @@ def default_augment(
         CSV with a column ``wav``, or a folder, of noises (MUSAN) and of room impulse responses
         (RIRS_NOISES). Default: coloured noise and synthetic rooms.
     """
-    return UtteranceAugmenter(
+    from speechbrain.augment.time_domain import AddNoise  # slow to import
+
+    from speechbrain_mrl.training import augment
+
+    return augment.UtteranceAugmenter(
         [
-            Reverb(rir_csv),
-            AddNoise(noise_funct=Noise(noise_csv), snr_low=0, snr_high=15),
-            AddNoise(noise_funct=babble, snr_low=10, snr_high=20),
-            LowPass(),
-            Telephone(),
-            DropBands(),
-            DropChunks(),
+            augment.Reverb(rir_csv),
+            AddNoise(noise_funct=augment.Noise(noise_csv), snr_low=0, snr_high=15),
+            AddNoise(noise_funct=augment.babble, snr_low=10, snr_high=20),
+            augment.LowPass(),
+            augment.Telephone(),
+            augment.DropBands(),
+            augment.DropChunks(),
         ],
         DEFAULTS["augment_prob"],
     )
