@@ -49,6 +49,7 @@ from speechbrain_mrl.training.projection import (
     finish_head,
     fit_objective,
     spread,
+    start_from,
     start_new_coordinates,
 )
 from speechbrain_mrl.training.teachers import SegmentTeachers
@@ -81,7 +82,7 @@ def start_student(hparams, corpus, objective, stores, **embed_options):
     The rotation changes no cosine of the checkpoint's dimensions. It puts the teachers' principal
     components first, or without teachers the checkpoint's own.
     """
-    student, mrl_dims = hparams["student"], hparams["mrl_dims"]
+    student = hparams["student"]
     if hparams["checkpointer"].find_checkpoint() is not None:  # which has the weights
         return student
     if "pretrainer" in hparams:
@@ -89,17 +90,18 @@ def start_student(hparams, corpus, objective, stores, **embed_options):
         hparams["pretrainer"].load_collected()
     if not hparams.get("pretrained"):
         return student
-    k = hparams["backbone"].embed_dim
-    whole_dim = max(k, hparams["embed_dim"])
-    whole = type(student).from_redimnet(hparams["backbone"], whole_dim, [whole_dim])
-    clips = spread(read_clips(corpus.train_csv))
-    whole.to(embed_options.get("device", "cpu"))
-    if stores:
-        align_head(whole, k, objective, stores[sb.Stage.TRAIN], clips, **embed_options)
-    else:
-        found = embed_clips({"student": whole}, clips, **embed_options)["student"]
-        whole.rotate_head(matryoshka_rotation(found[:, :k], [k]).matrix)
-    student.load_state_dict(resize_model(whole, mrl_dims).state_dict())
+    k, clips = hparams["backbone"].embed_dim, spread(read_clips(corpus.train_csv))
+
+    def rotate(whole):
+        whole.to(embed_options["device"])
+        if stores:
+            align_head(whole, k, objective, stores[sb.Stage.TRAIN], clips, **embed_options)
+        else:
+            found = embed_clips({"student": whole}, clips, **embed_options)["student"]
+            whole.rotate_head(matryoshka_rotation(found[:, :k], [k]).matrix)
+
+    started = start_from(hparams["backbone"], hparams["embed_dim"], hparams["mrl_dims"], rotate)
+    student.load_state_dict(started.state_dict())
     return student
 
 

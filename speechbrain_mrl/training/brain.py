@@ -113,9 +113,8 @@ class MRLBrain(SteppingBrain):
         batch = batch.to(self.device)
         if stage != sb.Stage.TRAIN:
             return self._parts(stage)["student"](*batch.sig)
-        with torch.autocast(
-            batch.sig[0].device.type, enabled=False
-        ):  # half precision is noise, too
+        # Without autocast, for half precision is noise, too.
+        with torch.autocast(batch.sig[0].device.type, enabled=False):
             if (augment := getattr(self.hparams, "teacher_augment", None)) is not None:
                 batch.sig = PaddedData(*augment(batch.sig[0].float(), batch.sig[1]))
             wavs, wav_lens = batch.sig
