@@ -285,7 +285,7 @@ def _written(given: argparse.Namespace) -> Any:
     option("--space", metavar="ORG/NAME", help="push a Space that shows the model too"),
 )
 def publish(given: argparse.Namespace) -> Any:
-    """Check a model as a stranger would, and upload it.
+    """Check a model in an isolated process, and upload it.
 
     Examples:
       speechbrain-mrl publish models/b2 org/redimnet-b2 --dry_run

@@ -9,21 +9,21 @@ from torch import Tensor, nn
 
 from speechbrain_mrl.rotation import check_clips, principal_axes
 
-ALIGN_RIDGE = 0.01  # of the mean variance of a target's coordinate
+ALIGN_RIDGE = 0.01  # of the mean variance of a target's dimension
 
 
 class EnsembleRotation(nn.Module):
-    """One nested target out of several teachers: its first d coordinates are the best d.
+    """One nested target out of several teachers: its first d dimensions are the best d.
 
-    Each teacher is centred by its fitted mean and scaled to unit length, so that none drowns the
-    others, weighted, and set beside the others. The union's dot products are then the weighted mean
+    Each teacher is centred by its fitted mean, L2-normalised, weighted, and concatenated with the
+    others. The union's dot products are then the weighted mean
     of the teachers' cosines, and its principal axes (not centred again) keep those dot
-    products as well as any d coordinates can.
+    products as well as any d dimensions can.
 
     Arguments
     ---------
     dim : int
-        Coordinates of the target; zeros fill it up where the teachers together have fewer.
+        Dimensions of the target; zeros fill it up where the teachers together have fewer.
     names : iterable of str, optional
         The teachers. Default: all that ``fit`` (or, before it, ``concatenate``) is given.
     weights : mapping of str to float, optional
@@ -79,7 +79,7 @@ class EnsembleRotation(nn.Module):
     def align(self, teachers: Mapping[str, Tensor], prefix: Tensor) -> "EnsembleRotation":
         """Turn the target so that it goes on from what a student already has.
 
-        Its first coordinates become those directions of the target that the student's regress on,
+        Its first dimensions become those directions of the target that the student's regress on,
         made orthonormal, the others the principal axes of what these leave. The whole target's
         cosines do not change.
 
@@ -88,7 +88,7 @@ class EnsembleRotation(nn.Module):
         teachers : mapping of str to torch.Tensor
             Of N clips, {name: (N, D_t)}.
         prefix : torch.Tensor
-            The student's coordinates of these clips, (N, d).
+            The student's dimensions of these clips, (N, d).
         """
         target = self(teachers).double()  # (N, dim)
         prefix = prefix[:, : self.dim].to(target)

@@ -80,7 +80,7 @@ def test_lda_whitens_speakers_and_stays_invertible(embeddings, labels):
     torch.testing.assert_close(back, embeddings.double(), atol=1e-4, rtol=0)
 
 
-def test_lda_with_fewer_clips_than_coordinates_is_invertible(embeddings, labels):
+def test_lda_with_fewer_clips_than_dims_is_invertible(embeddings, labels):
     few = torch.arange(0, len(labels), 30)  # 8 clips
     matrix = matryoshka_rotation(embeddings[few], [12], labels[few]).matrix
     assert torch.linalg.matrix_rank(matrix.double()) == EMBED_DIM

@@ -50,7 +50,7 @@ from speechbrain_mrl.training.projection import (
     fit_objective,
     spread,
     start_from,
-    start_new_coordinates,
+    start_new_dimensions,
 )
 from speechbrain_mrl.training.teachers import SegmentTeachers
 from speechbrain_mrl.utils import choose_device, only_run, replacing
@@ -115,7 +115,7 @@ def go_on(previous, previous_objective, hparams, corpus, objective, stores, **em
     if stores:
         fit_objective(objective, stores[sb.Stage.TRAIN])
         clips = spread(read_clips(corpus.train_csv))
-        start_new_coordinates(
+        start_new_dimensions(
             grown.to(embed_options["device"]),
             min(previous.embed_dim, grown.embed_dim),
             objective,

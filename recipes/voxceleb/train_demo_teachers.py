@@ -2,7 +2,7 @@
 
     python recipes/voxceleb/train_demo_teachers.py --device=cuda
 
-They are four networks of one size that complement each other, for each hears other voices.
+They are four networks of one size that complement each other, for each is trained on other voices.
 """
 
 import argparse

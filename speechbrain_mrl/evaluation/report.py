@@ -244,7 +244,7 @@ def _cell(result: Mapping[str, Any], key: str) -> str:
 
 
 def _points(difference: float, low_high: Sequence[float] | None) -> str:
-    """A difference in percent points, with its 95 % interval."""
+    """A difference in percentage points, with its 95 % interval."""
     interval = f" ({100 * low_high[0]:+.2f} to {100 * low_high[1]:+.2f})" if low_high else ""
     return f"{100 * difference:+.2f}{interval}"
 
@@ -252,7 +252,7 @@ def _points(difference: float, low_high: Sequence[float] | None) -> str:
 def _print_gain(report: Mapping[str, Any]) -> None:
     """A column for each row that the student is compared with."""
     gain, names = report["gain"], row_names(report)
-    print("EER of the student minus that of the others, in percent points (95 % interval)")
+    print("EER of the student minus that of the others, in percentage points (95 % interval)")
     columns, notes = [], []
     for key, found in gain.items():
         cells = [_points(one["eer"], one.get("eer_ci")) for one in found.values()]
@@ -270,7 +270,7 @@ def _print_gain(report: Mapping[str, Any]) -> None:
 
 def _print_comparison(comparison: Mapping[str, Any]) -> None:
     """One line per size."""
-    print(f"EER minus that of {comparison['source']}, in percent points (95 % interval)")
+    print(f"EER minus that of {comparison['source']}, in percentage points (95 % interval)")
     for size, found in comparison["dims"].items():
         points = _points(found["difference"], found.get("difference_ci"))
         print(f"{size:>6} against {comparison['size'] or size}: {points}")

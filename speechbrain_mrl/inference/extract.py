@@ -64,9 +64,9 @@ def embed_clips(
     batch_seconds : float
         Seconds of audio in a batch, padding included. Clips of like length travel together.
     max_seconds : float or None
-        Only that much of a clip is heard, from its beginning or, where that is silent, from its
+        Only that much of a clip is read, from its beginning or, where that is silent, from its
         first sound; None: all of it. What is longer than 150 s
-        a ReDimNet embeds by ``embed_long``, in bounded memory; any other encoder hears it whole.
+        a ReDimNet embeds by ``embed_long``, in bounded memory; any other encoder reads it whole.
     num_workers : int
         Processes that read and decode; 0: this one.
     progress : tqdm, optional
@@ -175,7 +175,7 @@ def embed_long(
     window_seconds : float
         Of the frames that a window yields. Memory and attention grow with it.
     margin_seconds : float
-        Heard on either side of a window, and not kept.
+        Context on either side of a window, which is not kept.
 
     Returns
     -------

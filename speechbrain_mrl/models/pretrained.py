@@ -55,7 +55,7 @@ def load_pretrained_redimnet(
     Returns
     -------
     ReDimNet
-        With ``embed_dim`` coordinates (192 in every release).
+        With ``embed_dim`` dimensions (192 in every release).
 
     Raises
     ------
@@ -199,7 +199,7 @@ class ReDimNetMRL(MatryoshkaReDimNet):
     ) -> "ReDimNetMRL":
         """A student that starts as the pretrained model: every tensor is the checkpoint's.
 
-        Its first coordinates (192 for a release) are the checkpoint's embedding; the others start
+        Its first dimensions (192 for a release) are the checkpoint's embedding; the others start
         small and random. ``rotate_head`` puts the principal axes first.
 
         Arguments are those of ``load_released`` and of the class.

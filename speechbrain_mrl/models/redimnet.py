@@ -481,7 +481,7 @@ class LogMel(_StaysFloat, nn.Module):
 
 # Layers that know which frames are padding. A map is (B, C, F, T), or (B, F·C, T) of the same numbers,
 # but its memory is (B, T, F, C): convolutions take their fast kernels there, and both shapes are free.
-# What a layer gives beyond a clip's end is anything; who hears neighbouring frames clears it first.
+# What a layer gives beyond a clip's end is anything; a layer that reads neighbouring frames clears it first.
 # ``prepared`` is what a layer computes of its weights alone, and a copy for inference only once.
 
 # weight (out, in, T, F), bias, groups

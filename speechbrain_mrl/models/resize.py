@@ -8,9 +8,9 @@ from speechbrain_mrl.prefixes import check_mrl_dims
 
 
 def expand_model(model: MatryoshkaReDimNet, new_dim: int) -> MatryoshkaReDimNet:
-    """A copy with ``new_dim`` coordinates: the old ones as they were, new ones small and random.
+    """A copy with ``new_dim`` dimensions: the old ones as they were, new ones small and random.
 
-    ``start_new_coordinates`` gives the new ones a better start.
+    ``start_new_dimensions`` gives the new ones a better start.
 
     Arguments
     ---------
@@ -39,7 +39,7 @@ def expand_model(model: MatryoshkaReDimNet, new_dim: int) -> MatryoshkaReDimNet:
 
 
 def resize_model(model: MatryoshkaReDimNet, mrl_dims: Sequence[int]) -> MatryoshkaReDimNet:
-    """A copy with other sizes: coordinates past the last are cut, missing ones small and random.
+    """A copy with other sizes: truncated past the last, missing dimensions small and random.
 
     Arguments
     ---------

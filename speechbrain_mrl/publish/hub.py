@@ -1,4 +1,4 @@
-"""Checks an exported folder as a stranger would, and publishes it."""
+"""Checks an exported folder in an isolated process, and publishes it."""
 
 import contextlib
 import inspect

@@ -118,26 +118,26 @@ class Model:
         }
         self.calibration = _read_json(Path(folder, "calibration.json")).get("dims")
         self.report = _read_json(Path(folder, "report.json"))
-        self.heard: dict[str, tuple[float, Voice]] = {}  # by path: when, and what
+        self.known: dict[str, tuple[float, Voice]] = {}  # by path: when, and what
 
     def embed(self, path: str) -> Voice:
         """Embedding (D,) and seconds of a recording, which is deleted.
 
-        One file that was uploaded twice has one path, so what was heard is known for a while.
+        One file that was uploaded twice has one path, so its embedding is kept for a while.
         """
         now = time.monotonic()
-        recent = list(self.heard.items())
-        self.heard = {one: kept for one, kept in recent if now - kept[0] < KEPT_SECONDS}
-        if path in self.heard and not os.path.exists(path):
-            return self.heard[path][1]
+        recent = list(self.known.items())
+        self.known = {one: kept for one, kept in recent if now - kept[0] < KEPT_SECONDS}
+        if path in self.known and not os.path.exists(path):
+            return self.known[path][1]
         try:
             wav = read_voice(path)
         finally:
             Path(path).unlink(missing_ok=True)
         with torch.no_grad():
             embedding = self.encoder.encode_batch(wav.unsqueeze(0))[0, 0]
-        self.heard[path] = now, (embedding.cpu().numpy(), len(wav) / SAMPLE_RATE)
-        return self.heard[path][1]
+        self.known[path] = now, (embedding.cpu().numpy(), len(wav) / SAMPLE_RATE)
+        return self.known[path][1]
 
     def log_ratio(self, size: int, cosine: float, seconds: tuple[float, float]) -> float:
         """Calibrated: log-likelihood ratio of one person against two."""

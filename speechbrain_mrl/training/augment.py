@@ -281,13 +281,13 @@ class Telephone(nn.Module):
     """A telephone's band, 300 to 3400 Hz at a sampling rate of 8 kHz, in 8 bits by the µ-law."""
 
     def forward(self, wavs: Tensor) -> Tensor:
-        """Waveforms (n, T) to what the other end hears."""
+        """Waveforms (n, T) to what the other end receives."""
         frequencies = _frequencies(wavs)
         band = _low_pass(frequencies, 3400.0) * _low_pass(1 / frequencies, 1 / 300.0)
         narrow = resample(_filtered(wavs, band), SAMPLE_RATE, SAMPLE_RATE // 2)
         peaks = narrow.abs().amax(dim=1, keepdim=True).clamp_min(1e-8)
-        heard = mu_law_decoding(mu_law_encoding(narrow / peaks, 256), 256) * peaks
-        return resample(heard, SAMPLE_RATE // 2, SAMPLE_RATE)[:, : wavs.shape[1]]
+        decoded = mu_law_decoding(mu_law_encoding(narrow / peaks, 256), 256) * peaks
+        return resample(decoded, SAMPLE_RATE // 2, SAMPLE_RATE)[:, : wavs.shape[1]]
 
 
 class DropBands(nn.Module):

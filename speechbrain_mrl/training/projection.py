@@ -66,21 +66,21 @@ def start_from(
 
 def align_head(
     student: MatryoshkaReDimNet,
-    n_coordinates: int,
+    n_dims: int,
     objective: Any,
     store: TeacherStore,
     clips: Sequence[Clip],
     **embed_options: Any,
 ) -> None:
-    """Turn a pretrained student's first coordinates towards what the teachers will ask of it.
+    """Rotate a pretrained student's first dimensions towards the teachers' target.
 
-    A rotation: no cosine of these coordinates changes. The objective is fitted first.
+    A rotation: no cosine of these dimensions changes. The objective is fitted first.
 
     Arguments
     ---------
     student : MatryoshkaReDimNet
         Changed in place.
-    n_coordinates : int
+    n_dims : int
         How many came with the pretrained weights, at most ``embed_dim``.
     objective : torch.nn.Module
         Fitted on the ``store``.
@@ -93,10 +93,10 @@ def align_head(
     """
     fit_objective(objective, store)
     targets = objective.targets(store.lookup([clip.id for clip in clips]))
-    target = targets[max(targets)][:, :n_coordinates]
-    target = nn.functional.pad(target, (0, n_coordinates - target.shape[1]))
+    target = targets[max(targets)][:, :n_dims]
+    target = nn.functional.pad(target, (0, n_dims - target.shape[1]))
     found = embed_clips({"student": student}, clips, **embed_options)["student"]
-    student.rotate_head(aligning_rotation(found[:, :n_coordinates], target))
+    student.rotate_head(aligning_rotation(found[:, :n_dims], target))
 
 
 def finish_head(
@@ -150,7 +150,7 @@ def spread(clips: Sequence[Clip]) -> Sequence[Clip]:
 RIDGE = 0.01  # of the mean variance of a pooled feature
 
 
-def start_new_coordinates(
+def start_new_dimensions(
     student: MatryoshkaReDimNet,
     old_dim: int,
     objective: MatryoshkaDistillationLoss,

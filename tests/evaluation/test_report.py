@@ -127,5 +127,5 @@ def test_a_comparison_is_printed_in_percent_points(report, voices, capsys):
     dims["4"] |= {"difference": 0.0125, "difference_ci": [-0.005, 0.02]}
     print_report({**report, "comparison": {"source": "other", "size": 16, "dims": dims}})
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-2] == "EER minus that of other, in percent points (95 % interval)"
+    assert lines[-2] == "EER minus that of other, in percentage points (95 % interval)"
     assert lines[-1].split() == "4 against 16: +1.25 (-0.50 to +2.00)".split()

@@ -32,7 +32,7 @@ from speechbrain_mrl.training.projection import (
     carry_over,
     fit_new_rows,
     pooled_features,
-    start_new_coordinates,
+    start_new_dimensions,
 )
 
 
@@ -245,7 +245,7 @@ def grown(tiny_config, random_model, small_clips):
     clips = small_clips[::2]
     teachers = embed_clips({"a": teacher}, clips)
     objective = MatryoshkaDistillationLoss([8, 24], "all").fit(teachers)
-    start_new_coordinates(student, 8, objective, teachers, clips)
+    start_new_dimensions(student, 8, objective, teachers, clips)
     return small.eval(), student, random_start, objective, teacher
 
 
