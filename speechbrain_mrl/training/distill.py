@@ -21,7 +21,7 @@ from speechbrain_mrl.inference.encoders import load_teachers
 from speechbrain_mrl.inference.store import TeacherStore
 from speechbrain_mrl.losses import MatryoshkaDistillationLoss
 from speechbrain_mrl.models.pretrained import ReDimNetMRL, load_checkpoint, load_released
-from speechbrain_mrl.models.redimnet import MapMix, MatryoshkaReDimNet, ReDimNet
+from speechbrain_mrl.models.redimnet import MatryoshkaReDimNet, ReDimNet
 from speechbrain_mrl.training.brain import MRLBrain
 from speechbrain_mrl.training.checkpoints import AtomicCheckpointer
 from speechbrain_mrl.training.defaults import DEFAULTS, default_augment
@@ -130,16 +130,14 @@ def train_student(
 
 
 def _freeze(student: nn.Module, frozen: Sequence[str], part_lrs: Mapping[str, float]) -> None:
-    """Gradients for all parts of the student but the frozen ones."""
+    """No gradients for the frozen parts; what is not trained by construction stays so."""
     parts = [name for name, _ in student.named_children()]
     unknown = sorted({*frozen, *part_lrs} - set(parts))
     if unknown:
         raise ValueError(f"freeze and unfreeze name parts of the student, {parts}, got {unknown}")
     for name, part in student.named_children():
-        part.requires_grad_(name not in frozen)
-    for module in student.modules():
-        if isinstance(module, MapMix) and module.w.shape[1] == 1:  # of one map, used nowhere
-            module.w.requires_grad_(False)
+        if name in frozen:
+            part.requires_grad_(False)
 
 
 def train_distilled_mrl(
