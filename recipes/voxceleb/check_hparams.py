@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from check_relations import RELEASED, check_arguments, check_object, contradictions, shown
 from pydantic import AfterValidator, ConfigDict, Field, ValidationError, create_model
-from read_hparams import Code, nearest, run_opt_defaults, unknown_key
+from read_hparams import RUN_OPTIONS, Code, nearest, unknown_key
 from torch.utils.data import DataLoader
 
 from speechbrain_mrl.inference.encoders import HUB_ID
@@ -123,8 +123,8 @@ def check(tree, needed, optional=()):
     """Raise ValueError, in a sentence, for what may not be there; unknown keys others may refer to."""
     fields = {name: (kind, ...) for kind, names in needed for name in names.split()}
     fields |= {name: (kind, None) for kind, names in optional for name in names.split()}
-    absent = {**fields, **run_opt_defaults}.keys() - tree.keys()
-    others = tree.keys() - fields.keys() - run_opt_defaults.keys()
+    absent = {**fields, **RUN_OPTIONS}.keys() - tree.keys()
+    others = tree.keys() - fields.keys() - RUN_OPTIONS.keys()
     for name in sorted(absent):
         if misspelt := nearest(name, others):
             raise ValueError(unknown_key(misspelt, absent))

@@ -9,14 +9,9 @@ from typing import Any, NamedTuple
 import ruamel.yaml
 import yaml
 from hyperpyyaml import resolve_references
+from speechbrain.utils.run_opts import RunOptions
 
-try:
-    from speechbrain.utils.run_opts import RunOptions
-
-    run_opt_defaults = RunOptions().as_dict()
-except ImportError:  # SpeechBrain 1.0
-    from speechbrain.core import run_opt_defaults
-
+RUN_OPTIONS = RunOptions().as_dict()
 RECIPE = Path(__file__).resolve().parent
 
 
@@ -80,7 +75,7 @@ def changed(document: Mapping, changes: Mapping):
     """A copy of a document with other values, by ``merge``; it must have their keys already."""
     document = round_trip(dumped(document))  # deepcopy would drop the tag of "!new:Name []"
     for key in changes:
-        if key not in document and key not in run_opt_defaults:
+        if key not in document and key not in RUN_OPTIONS:
             raise ValueError(unknown_key(key, document))
     merge(document, changes)
     return document
@@ -155,9 +150,9 @@ def parse(document: Mapping) -> dict[str, Any]:
 
 def run_options(given, hparams: Mapping) -> dict[str, Any]:
     """SpeechBrain's run options, as a mapping: the command line's, else those of the YAML."""
-    in_yaml = {name: hparams[name] for name in run_opt_defaults if name in hparams}
-    names = getattr(given, "overridden_args", given)  # SpeechBrain 1.0 has only what was given
-    return {"distributed_backend": "nccl"} | in_yaml | {name: given[name] for name in names}
+    in_yaml = {name: hparams[name] for name in RUN_OPTIONS if name in hparams}
+    of_command = {name: given[name] for name in given.overridden_args}
+    return {"distributed_backend": "nccl"} | in_yaml | of_command
 
 
 def is_demo(hparams: Mapping) -> bool:

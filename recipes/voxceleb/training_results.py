@@ -15,9 +15,7 @@ from speechbrain_mrl.evaluation.plots import write_plots
 from speechbrain_mrl.evaluation.report import agreement, make_report, print_report, write_report
 from speechbrain_mrl.evaluation.verification import read_trials, score_trials
 from speechbrain_mrl.inference.extract import embed_clips
-from speechbrain_mrl.models.releases import (
-    release_license,
-)
+from speechbrain_mrl.models.releases import release_license
 from speechbrain_mrl.publish.card import Provenance
 from speechbrain_mrl.utils import replacing
 
