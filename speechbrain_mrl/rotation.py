@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 from speechbrain_mrl.prefixes import check_mrl_dims
 
-# Below this fraction of the mean within-speaker variance a direction counts as unseen by LDA,
-# so that the few clips that happened not to vary along it cannot make it the best one.
-LDA_VARIANCE_FLOOR = 1e-3
+# Share of the mean variance in LDA's within-speaker covariance. A few thousand utterances know that
+# covariance badly, and embeddings of training speakers vary less than those of others.
+LDA_SHRINKAGE = 0.5
 
 
 class Rotation(nn.Module):
@@ -48,9 +48,10 @@ def matryoshka_rotation(
     """The rotation that makes the prefixes of any encoder's embeddings useful, without training.
 
     Without labels this is PCA: each prefix keeps the most variance that its size can hold.
-    With labels it is LDA: variance inside a speaker is whitened, the directions that tell speakers
-    apart come first, and directions that do not (all past C - 1) follow by their variance. LDA wants
-    more clips than coordinates. The result does not depend on the order of the clips.
+    With labels it is LDA: variance within a speaker is whitened, as far as a covariance shrunk half
+    way to its mean variance knows it; the directions that separate speakers come first, and those
+    that do not (all past C - 1) follow by their variance. The result does not depend on the order of
+    the clips.
 
     Arguments
     ---------
@@ -159,7 +160,7 @@ def _lda_axes(centred: Tensor, labels: Tensor) -> Tensor:
     means = sums / counts[:, None]  # (C, D)
     residuals = centred - means[classes]
     variances, axes = torch.linalg.eigh(residuals.T @ residuals / len(labels))
-    variances = variances.clamp_min(LDA_VARIANCE_FLOOR * variances.mean())
+    variances = torch.lerp(variances, variances.mean(), LDA_SHRINKAGE)
     whiten = axes / variances.sqrt()  # (D, D)
     between = whiten.T @ (sums.T @ means / len(labels)) @ whiten
     # The D - (C - 1) directions that separate nobody would tie; a trace of variance orders them.

@@ -2,11 +2,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from scipy.linalg import orthogonal_procrustes
+from scipy.linalg import eigh, orthogonal_procrustes
+from sklearn.covariance import empirical_covariance, shrunk_covariance
 from sklearn.decomposition import PCA
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
-from speechbrain_mrl.rotation import aligning_rotation, matryoshka_rotation
+from speechbrain_mrl import rotation
+from speechbrain_mrl.rotation import LDA_SHRINKAGE, aligning_rotation, matryoshka_rotation
 from speechbrain_mrl.targets import EnsembleRotation
 
 N_SPEAKERS, CLIPS_EACH, EMBED_DIM = 6, 40, 12
@@ -57,7 +59,24 @@ def test_pca_of_few_clips_is_still_an_orthonormal_rotation(embeddings):
     torch.testing.assert_close(matrix @ matrix.T, torch.eye(12), atol=1e-6, rtol=0)
 
 
-def test_lda_directions_are_scikit_learns(embeddings, labels):
+def covariances(embeddings, labels):
+    """Between speakers and, shrunk, within them."""
+    x = embeddings.double().numpy()
+    means = np.stack([x[labels == speaker].mean(axis=0) for speaker in range(N_SPEAKERS)])[labels]
+    within = shrunk_covariance(empirical_covariance(x - means), LDA_SHRINKAGE)
+    return empirical_covariance(means), within
+
+
+def test_lda_solves_the_generalised_eigenproblem_as_scipy_does(embeddings, labels):
+    n_directions = N_SPEAKERS - 1
+    matrix = matryoshka_rotation(embeddings, [n_directions], labels).matrix
+    _, expected = eigh(*covariances(embeddings, labels))  # ascending; scaled to whiten
+    expected = torch.from_numpy(expected.T[::-1][:n_directions].copy()).float()
+    torch.testing.assert_close(matrix.abs(), expected.abs(), atol=1e-4, rtol=1e-4)
+
+
+def test_lda_without_shrinkage_is_scikit_learns(embeddings, labels, monkeypatch):
+    monkeypatch.setattr(rotation, "LDA_SHRINKAGE", 0.0)
     n_directions = N_SPEAKERS - 1
     rotated = matryoshka_rotation(embeddings, [n_directions], labels)(embeddings).double()
     lda = LinearDiscriminantAnalysis().fit(embeddings.double().numpy(), labels.numpy())
@@ -67,16 +86,15 @@ def test_lda_directions_are_scikit_learns(embeddings, labels):
     torch.testing.assert_close(rotated, expected, atol=1e-6, rtol=1e-4)
 
 
-def test_lda_whitens_speakers_and_stays_invertible(embeddings, labels):
-    rotation = matryoshka_rotation(embeddings, [3, EMBED_DIM], labels)
-    rotated = rotation(embeddings).double()
-    means = torch.stack([rotated[labels == speaker].mean(dim=0) for speaker in range(N_SPEAKERS)])
-    residuals = rotated - means[labels]
-    within = residuals.T @ residuals / len(labels)
-    torch.testing.assert_close(within, torch.eye(EMBED_DIM).double(), atol=1e-4, rtol=0)
-    spread = means.var(dim=0)
+def test_lda_whitens_the_shrunk_covariance_and_stays_invertible(embeddings, labels):
+    fitted = matryoshka_rotation(embeddings, [3, EMBED_DIM], labels)
+    matrix = fitted.matrix.double()
+    between, within = map(torch.from_numpy, covariances(embeddings, labels))
+    white = matrix @ within @ matrix.T
+    torch.testing.assert_close(white, torch.eye(EMBED_DIM).double(), atol=1e-4, rtol=0)
+    spread = (matrix @ between @ matrix.T).diagonal()
     assert (spread[: N_SPEAKERS - 1].diff() < 0).all() and (spread[N_SPEAKERS - 1 :] < 1e-6).all()
-    back = rotated @ torch.linalg.inv(rotation.matrix.double()).T + rotation.mean
+    back = fitted(embeddings).double() @ torch.linalg.inv(matrix).T + fitted.mean
     torch.testing.assert_close(back, embeddings.double(), atol=1e-4, rtol=0)
 
 

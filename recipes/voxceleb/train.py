@@ -29,7 +29,7 @@ from speechbrain.utils.distributed import ddp_init_group, if_main_process
 from training_results import enrol, export, report_agreement, report_on
 
 from speechbrain_mrl import matryoshka_rotation, push_to_hub
-from speechbrain_mrl.dataio.clips import read_clips
+from speechbrain_mrl.dataio.clips import read_clips, speaker_of
 from speechbrain_mrl.dataio.dataset import seed_draws, train_dataset, valid_dataset
 from speechbrain_mrl.dataio.lists import read_rows
 from speechbrain_mrl.dataio.shards import shard_loader
@@ -49,6 +49,7 @@ from speechbrain_mrl.training.projection import (
     finish_head,
     fit_objective,
     spread,
+    spread_speakers,
     start_from,
     start_new_dimensions,
 )
@@ -247,8 +248,13 @@ def run(document, stages, run_opts):
         held_out, trials = (), None
         if corpus.valid_trials is not None:
             held_out, trials = read_clips(corpus.valid_csv), read_trials(corpus.valid_trials)
-        fitted_on = spread(read_clips(corpus.train_csv))
-        finish_head(student, fitted_on, held_out, trials, **embed_options)
+        clips, labels = read_clips(corpus.train_csv), None
+        if hparams["labels"]:
+            clips = spread_speakers(clips)
+            labels = [speaker_of(clip.id) for clip in clips]
+        else:
+            clips = spread(clips)
+        finish_head(student, clips, held_out, trials, labels, **embed_options)
         if corpus.test_trials is not None:
             report = report_on(
                 student,

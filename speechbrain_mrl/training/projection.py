@@ -1,6 +1,7 @@
 """Fits a student's output layer in closed form: before the first step, when it grows, and at the end."""
 
 import logging
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from speechbrain_mrl.dataio.clips import Clip
+from speechbrain_mrl.dataio.clips import Clip, speaker_of
 from speechbrain_mrl.evaluation.verification import Trials, evaluate
 from speechbrain_mrl.inference.extract import embed_clips
 from speechbrain_mrl.inference.store import TeacherStore
@@ -23,7 +24,8 @@ from speechbrain_mrl.training.teachers import LiveTeachers
 logger = logging.getLogger(__name__)
 
 FIT_CLIPS = 50_000  # clips that rotations are fitted on, at most
-HEAD_CLIPS = 4_000  # training clips that a head is fitted on, at most
+HEAD_CLIPS = 10_000  # training clips that a head is fitted on, at most
+SPEAKER_CLIPS = 10  # of these from one speaker, where the fit is to labels
 
 
 def fit_objective(objective: Any, store: TeacherStore | LiveTeachers) -> None:
@@ -104,14 +106,15 @@ def finish_head(
     clips: Sequence[Clip],
     held_out: Sequence[Clip] = (),
     trials: Trials | None = None,
+    speakers: Sequence[str] | None = None,
     **embed_options: Any,
 ) -> None:
-    """Centre a trained student, and turn it to its principal axes where that makes prefixes better.
+    """Centre a trained student's embeddings and choose their axes, inside its linear layer.
 
-    Both go into the linear layer. Centred embeddings have mean zero, so that cosines compare what
-    tells clips apart, not what all speech shares. The axes change no cosine of the whole embedding;
-    they are taken if the mean EER over sizes on held-out trials falls, and always without trials.
-    No label of ``clips`` is read.
+    Centred embeddings have mean zero, so that cosines compare what separates utterances, not what
+    all speech shares. The axes are those with the lowest mean EER over sizes on held-out trials: as
+    trained, principal components, or with ``speakers`` those of LDA. Without trials they are
+    principal components, which change no cosine of the whole embedding.
 
     Arguments
     ---------
@@ -123,28 +126,47 @@ def finish_head(
         Those of the trials.
     trials : Trials, optional
         Of validation speakers.
+    speakers : sequence of str, optional
+        The speaker of each of ``clips``, several clips each.
     **embed_options
         ``device``, ``batch_seconds``, ``max_seconds`` and ``num_workers`` of ``embed_clips``.
     """
     embeddings = embed_clips({"student": student}, clips, **embed_options)["student"]
-    principal = matryoshka_rotation(embeddings, [student.embed_dim])
+    whole = [student.embed_dim]
+    principal = matryoshka_rotation(embeddings, whole)
+    candidates = {"principal components": principal.matrix}
+    if trials is not None:
+        candidates = {"axes as trained": torch.eye(student.embed_dim)} | candidates
+        if speakers is not None:
+            labels = torch.from_numpy(np.unique(speakers, return_inverse=True)[1])
+            candidates["LDA"] = matryoshka_rotation(embeddings, whole, labels).matrix
     student.rotate_head(torch.eye(student.embed_dim), principal.mean)
+    chosen = "principal components"
     if trials is not None:
         found = embed_clips({"student": student}, held_out, **embed_options)["student"]
         centred = trials.stack(dict(zip((clip.id for clip in held_out), found, strict=True)))
-        as_it_is, rotated = (
-            np.mean([one["eer"] for one in evaluate(x, trials, student.mrl_dims).values()])
-            for x in (centred, centred @ principal.matrix.T)
-        )
-        if rotated >= as_it_is:
-            return
-    student.rotate_head(principal.matrix)
-    logger.info("The head was turned to the principal axes of %d clips", len(clips))
+        eers = {
+            name: np.mean([one["eer"] for one in evaluate(x, trials, student.mrl_dims).values()])
+            for name, x in ((name, centred @ axes.T) for name, axes in candidates.items())
+        }
+        chosen = min(candidates, key=eers.__getitem__)
+    student.rotate_head(candidates[chosen])
+    logger.info("Output layer: centred, %s, fitted on %d clips", chosen, len(clips))
 
 
 def spread(clips: Sequence[Clip]) -> Sequence[Clip]:
-    """At most 4,000 of the clips, evenly over the list, on which a head is fitted."""
+    """At most 10,000 of the clips, evenly over the list, on which a head is fitted."""
     return clips[:: -(-len(clips) // HEAD_CLIPS)]
+
+
+def spread_speakers(clips: Sequence[Clip]) -> list[Clip]:
+    """At most 10,000 of the clips: at most ten of a speaker, and speakers evenly over the list."""
+    by_speaker = defaultdict(list)
+    for clip in clips:
+        by_speaker[speaker_of(clip.id)].append(clip)
+    few = [found[:: -(-len(found) // SPEAKER_CLIPS)] for found in by_speaker.values()]
+    step = -(-sum(map(len, few)) // HEAD_CLIPS)
+    return [clip for found in few[::step] for clip in found]
 
 
 RIDGE = 0.01  # of the mean variance of a pooled feature

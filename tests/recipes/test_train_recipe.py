@@ -345,7 +345,7 @@ def test_the_untrained_student_verifies_as_its_backbone_does(
     csv_path = path.with_suffix(".csv")
     write_clips(small_clips, csv_path)
     corpus = SimpleNamespace(train_csv=csv_path)
-    student = train.start_student(hparams, corpus, None, {})
+    student = train.start_student(hparams, corpus, None, {}, device="cpu")
     encoders = {"student": student, "backbone": load_pretrained_redimnet(source=path)}
     found = embed_clips(encoders, read_clips(csv_path))
     cosines = {
@@ -390,7 +390,7 @@ def test_the_untrained_student_agrees_with_its_teachers(
         "checkpointer": SimpleNamespace(find_checkpoint=lambda: None),
     }
     objective = MatryoshkaDistillationLoss((8, 32, 48), "all", terms={"cosine": 1.0})
-    student = train.start_student(hparams, corpus, objective, {sb.Stage.TRAIN: store})
+    student = train.start_student(hparams, corpus, objective, {sb.Stage.TRAIN: store}, device="cpu")
     found = embed_clips({"student": student}, small_clips)["student"]
     targets = store.lookup([clip.id for clip in small_clips])
     _, values = objective(found, targets)

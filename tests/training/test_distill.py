@@ -22,10 +22,11 @@ from speechbrain_mrl import (
     train_distilled_mrl,
 )
 from speechbrain_mrl.dataio.audio import read_audio
-from speechbrain_mrl.dataio.clips import find_clips, read_clips, write_clips
+from speechbrain_mrl.dataio.clips import find_clips, read_clips, speaker_of, write_clips
 from speechbrain_mrl.dataio.dataset import train_dataset, valid_dataset
 from speechbrain_mrl.evaluation.verification import Trials
 from speechbrain_mrl.inference.extract import embed_clips
+from speechbrain_mrl.rotation import matryoshka_rotation
 from speechbrain_mrl.training import distill as training
 from speechbrain_mrl.training.distill import MRLBrain, finish_head
 from speechbrain_mrl.training.teachers import SegmentTeachers
@@ -248,17 +249,20 @@ def test_a_pretrained_student_starts_near_the_target_of_its_teachers(
     )
 
 
-@pytest.mark.parametrize("winner", ["centred", "principal"])
-def test_a_finished_head_is_turned_only_if_held_out_trials_gain(
+@pytest.mark.parametrize("winner", ["centred", "principal", "LDA"])
+def test_a_finished_head_has_the_axes_with_the_lowest_eer_on_held_out_trials(
     winner, small_corpus, random_model, tiny_config
 ):
-    """Labels are made so that the one or the other tells them apart without an error."""
+    """Labels are made so that one of the three separates them without an error."""
     clips = find_clips(small_corpus)
     fit, held_out = clips[::2], clips[1::12]
     model = ReDimNetMRL.from_redimnet(random_model(tiny_config), 32, [2, 32])
     before = embed_clips({"model": model}, clips)["model"]
     pca = PCA().fit(before[::2].double())
+    speakers = [speaker_of(clip.id) for clip in fit]
+    lda = matryoshka_rotation(before[::2], [32], np.unique(speakers, return_inverse=True)[1])
     expected = {
+        "LDA": lda(before),
         "centred": before - before[::2].mean(dim=0),
         "principal": torch.from_numpy(pca.transform(before.double())).float(),
     }
@@ -268,7 +272,7 @@ def test_a_finished_head_is_turned_only_if_held_out_trials_gain(
     cosines = np.array([float(x[a] @ x[b]) for a, b in pairs])
     labels = (cosines > np.median(cosines)).astype(int)
     lines = [f"{label} {ids[a]} {ids[b]}" for label, (a, b) in zip(labels, pairs)]
-    finish_head(model, fit, held_out, Trials.parse(lines))
+    finish_head(model, fit, held_out, Trials.parse(lines), speakers)
     after = embed_clips({"model": model}, clips)["model"]
     signs = torch.sign((after * expected[winner]).sum(dim=0))  # an axis may point either way
     torch.testing.assert_close(after * signs, expected[winner], atol=2e-3, rtol=2e-3)
