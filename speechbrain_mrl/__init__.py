@@ -9,6 +9,7 @@ from speechbrain_mrl.inference.optimize import optimize_for_inference
 from speechbrain_mrl.inference.store import TeacherStore, embed_folder, read_embeddings
 from speechbrain_mrl.losses import MatryoshkaDistillationLoss
 from speechbrain_mrl.models.ensemble import MultiModelEnsemble
+from speechbrain_mrl.models.kaldi import KaldiFbank
 from speechbrain_mrl.models.pretrained import (
     ReDimNetMRL,
     load_pretrained_redimnet,
@@ -42,6 +43,7 @@ _ON_FIRST_USE = {  # what needs an extra, or nothing but a recipe or a published
 
 __all__ = [
     "AtomicCheckpointer",
+    "KaldiFbank",
     "MatryoshkaDistillationLoss",
     "MatryoshkaLoss",
     "MultiModelEnsemble",
