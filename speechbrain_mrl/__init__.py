@@ -10,6 +10,7 @@ from speechbrain_mrl.inference.store import TeacherStore, embed_folder, read_emb
 from speechbrain_mrl.losses import MatryoshkaDistillationLoss
 from speechbrain_mrl.models.ensemble import MultiModelEnsemble
 from speechbrain_mrl.models.kaldi import KaldiFbank
+from speechbrain_mrl.models.matryoshka import MatryoshkaEncoder
 from speechbrain_mrl.models.pretrained import (
     ReDimNetMRL,
     load_pretrained_redimnet,
@@ -45,6 +46,7 @@ __all__ = [
     "AtomicCheckpointer",
     "KaldiFbank",
     "MatryoshkaDistillationLoss",
+    "MatryoshkaEncoder",
     "MatryoshkaLoss",
     "MultiModelEnsemble",
     "Provenance",

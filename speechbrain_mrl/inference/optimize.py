@@ -172,8 +172,8 @@ def packaged(model: nn.Module) -> ReDimNet:
     travelled = of_package.get(type(model).__name__)
     if travelled is None or not hasattr(model, "model_config"):
         raise TypeError(
-            f"model must be a ReDimNet, got {type(model).__name__}; of an EncoderClassifier, "
-            "pass mods.embedding_model"
+            f"model must be a ReDimNet, got {type(model).__name__}; any other network is used as it "
+            "is, and of an EncoderClassifier pass mods.embedding_model"
         )
     published: Any = model
     same = travelled(published.model_config, published.mrl_dims, published.target_dim)

@@ -15,7 +15,7 @@ from speechbrain_mrl.models.pretrained import (
     load_checkpoint,
     load_released,
 )
-from speechbrain_mrl.models.redimnet import MatryoshkaReDimNet
+from speechbrain_mrl.models.redimnet import MatryoshkaHead
 from speechbrain_mrl.models.releases import (
     released_names,
 )
@@ -144,7 +144,7 @@ class MultiModelEnsemble(nn.Module):
         member = self._members[name] if name in self._members else self._load(name)
         with torch.no_grad():
             embeddings = member(wavs, wav_lens)
-        if isinstance(member, MatryoshkaReDimNet) and size in member.mrl_dims:
+        if isinstance(member, MatryoshkaHead) and size in member.mrl_dims:
             embeddings = embeddings[:, :size]
         return RoutedEmbedding(embeddings, name)
 

@@ -11,6 +11,7 @@ arXiv:2407.18223. Kusupati et al., Matryoshka Representation Learning, 2022, arX
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import zipfile
@@ -1382,10 +1383,75 @@ def check_mrl_dims(mrl_dims: Iterable[int], embed_dim: int) -> tuple[int, ...]:
     return dims
 
 
-_Student = TypeVar("_Student", bound="MatryoshkaReDimNet")
+_Student = TypeVar("_Student", bound="MatryoshkaHead")
+_ReDimNetStudent = TypeVar("_ReDimNetStudent", bound="MatryoshkaReDimNet")
 
 
-class MatryoshkaReDimNet(ReDimNet):
+def resized_rows(linear: nn.Linear, n_rows: int) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the first ``n_rows`` rows; rows that are missing are small and random."""
+    weight, bias = linear.weight.data[:n_rows], linear.bias.data[:n_rows]
+    n_new = n_rows - len(weight)
+    small = 0.01 * weight.std() * torch.randn(n_new, weight.shape[1])
+    return torch.cat([weight, small.to(weight)]), torch.cat([bias, bias.new_zeros(n_new)])
+
+
+class MatryoshkaHead(nn.Module):
+    """A network whose linear output layer gives an embedding that is truncated to its sizes.
+
+    A subclass has a ``linear`` layer, the sizes ``mrl_dims`` that end in ``embed_dim``, the fewest
+    samples that it embeds, ``min_samples``, and ``of_sizes``.
+    """
+
+    linear: nn.Linear
+    embed_dim: int
+    mrl_dims: tuple[int, ...]
+    min_samples: int
+
+    def of_sizes(self: _Student, mrl_dims: tuple[int, ...]) -> _Student:
+        """One of the same architecture with other sizes, before its weights are loaded."""
+        raise NotImplementedError
+
+    def check_target_dim(self, target_dim: int | None) -> None:
+        """ValueError unless it is one of ``mrl_dims``, or None."""
+        if target_dim is not None and not _is_size(target_dim, self.mrl_dims):
+            raise ValueError(
+                f"target_dim must be one of mrl_dims {list(self.mrl_dims)}, got {target_dim!r}"
+            )
+
+    def prefixes(self, embeddings: Tensor, target_dim: int | None, return_all_dims: bool) -> Any:
+        """Embeddings (B, D) truncated to one size, or {d: (B, d)} of all; views of one tensor."""
+        if return_all_dims:
+            return {d: embeddings[:, :d] for d in self.mrl_dims}
+        return embeddings[:, :target_dim]
+
+    @torch.no_grad()
+    def rotate_head(self, matrix: Tensor, mean: Tensor | None = None) -> None:
+        """Multiply the embedding's first k coordinates by ``matrix``, inside the linear layer.
+
+        An orthogonal ``matrix`` without ``mean`` leaves every cosine of those k coordinates as it
+        was, and with the principal axes as rows it puts what matters first.
+
+        Arguments
+        ---------
+        matrix : torch.Tensor
+            (k, k), k at most ``embed_dim``.
+        mean : torch.Tensor, optional
+            (k,), subtracted from the coordinates first.
+        """
+        k = matrix.shape[0]
+        if matrix.shape != (k, k) or k > self.embed_dim:
+            raise ValueError(
+                f"matrix must be square with at most {self.embed_dim} rows, "
+                f"got {tuple(matrix.shape)}"
+            )
+        weight, bias = self.linear.weight, self.linear.bias
+        matrix = matrix.to(weight.device, torch.float64)
+        offset = bias[:k].double() if mean is None else bias[:k].double() - mean.to(matrix)
+        weight[:k] = (matrix @ weight[:k].double()).to(weight.dtype)
+        bias[:k] = (matrix @ offset).to(bias.dtype)
+
+
+class MatryoshkaReDimNet(MatryoshkaHead, ReDimNet):
     """ReDimNet whose embedding's first d coordinates, d in ``mrl_dims``, are embeddings too.
 
     Arguments
@@ -1427,11 +1493,11 @@ class MatryoshkaReDimNet(ReDimNet):
 
     @classmethod
     def from_redimnet(
-        cls: type[_Student],
+        cls: type[_ReDimNetStudent],
         redimnet: ReDimNet,
         embed_dim: int = 256,
         mrl_dims: Iterable[int] = (64, 128, 192, 256),
-    ) -> _Student:
+    ) -> _ReDimNetStudent:
         """A copy of ``redimnet`` with more coordinates: its own first, new small random ones after.
 
         Every tensor comes from ``redimnet``; a BatchNorm behind its linear layer is folded into it.
@@ -1447,45 +1513,20 @@ class MatryoshkaReDimNet(ReDimNet):
                 f"the pretrained model; keep them and read a prefix: {embed_dim} may be in mrl_dims"
             )
         model = cls(embed_dim, mrl_dims, redimnet.model_config)
-        head = ("linear.weight", "linear.bias")
         state = {k: v for k, v in redimnet.state_dict().items() if not k.startswith("bn2.")}
-        weight, bias = (state[key].clone() for key in head)
+        linear = copy.deepcopy(redimnet.linear)
         if redimnet.bn2 is not None:
             norm: Any = redimnet.bn2
             scale = norm.weight.data / (norm.running_var + norm.eps).sqrt()
-            weight, bias = weight * scale[:, None], (bias - norm.running_mean) * scale + norm.bias
-        n_new = embed_dim - redimnet.embed_dim
-        small = 0.01 * weight.std() * torch.randn(n_new, weight.shape[1])
-        state[head[0]] = torch.cat([weight, small])
-        state[head[1]] = torch.cat([bias, bias.new_zeros(n_new)])
+            linear.weight.data *= scale[:, None]
+            linear.bias.data = (linear.bias.data - norm.running_mean) * scale + norm.bias.data
+        state["linear.weight"], state["linear.bias"] = resized_rows(linear, embed_dim)
         model.load_state_dict(state)
         return model
 
-    @torch.no_grad()
-    def rotate_head(self, matrix: Tensor, mean: Tensor | None = None) -> None:
-        """Multiply the embedding's first k coordinates by ``matrix``, inside the linear layer.
-
-        An orthogonal ``matrix`` without ``mean`` leaves every cosine of those k coordinates as it
-        was, and with the principal axes as rows it puts what matters first.
-
-        Arguments
-        ---------
-        matrix : torch.Tensor
-            (k, k), k at most ``embed_dim``.
-        mean : torch.Tensor, optional
-            (k,), subtracted from the coordinates first.
-        """
-        k = matrix.shape[0]
-        if matrix.shape != (k, k) or k > self.embed_dim:
-            raise ValueError(
-                f"matrix must be square with at most {self.embed_dim} rows, "
-                f"got {tuple(matrix.shape)}"
-            )
-        weight, bias = self.linear.weight, self.linear.bias
-        matrix = matrix.to(weight.device, torch.float64)
-        offset = bias[:k].double() if mean is None else bias[:k].double() - mean.to(matrix)
-        weight[:k] = (matrix @ weight[:k].double()).to(weight.dtype)
-        bias[:k] = (matrix @ offset).to(bias.dtype)
+    def of_sizes(self: _ReDimNetStudent, mrl_dims: tuple[int, ...]) -> _ReDimNetStudent:
+        """Random weights in the same architecture."""
+        return type(self)(mrl_dims[-1], mrl_dims, self.model_config)
 
     def forward(
         self,
@@ -1517,14 +1558,8 @@ class MatryoshkaReDimNet(ReDimNet):
         ValueError
             If ``target_dim`` is not one of ``mrl_dims``, or the signal is refused.
         """
-        if target_dim is not None and not _is_size(target_dim, self.mrl_dims):
-            raise ValueError(
-                f"target_dim must be one of mrl_dims {list(self.mrl_dims)}, got {target_dim!r}"
-            )
-        embeddings = super().forward(wavs, wav_lens)
-        if return_all_dims:
-            return {d: embeddings[:, :d] for d in self.mrl_dims}
-        return embeddings[:, :target_dim]
+        self.check_target_dim(target_dim)
+        return self.prefixes(super().forward(wavs, wav_lens), target_dim, return_all_dims)
 
 
 # The parts of a published model, under the names that SpeechBrain's EncoderClassifier calls
@@ -1678,10 +1713,7 @@ class EmbeddingModel(StrictlyLoaded, MatryoshkaReDimNet):
         self, model_config: dict[str, Any], mrl_dims: Iterable[int], target_dim: int | None = None
     ) -> None:
         super().__init__(model_config["embed_dim"], mrl_dims, model_config)
-        if target_dim is not None and not _is_size(target_dim, self.mrl_dims):
-            raise ValueError(
-                f"target_dim must be one of mrl_dims {list(self.mrl_dims)}, got {target_dim!r}"
-            )
+        self.check_target_dim(target_dim)
         self.target_dim = target_dim
 
     def forward(  # type: ignore[override]  # of one size, as SpeechBrain calls it

@@ -2,19 +2,22 @@
 
 import copy
 from collections.abc import Sequence
+from typing import TypeVar
 
-from speechbrain_mrl.models.redimnet import MatryoshkaReDimNet
+from speechbrain_mrl.models.redimnet import MatryoshkaHead, resized_rows
 from speechbrain_mrl.prefixes import check_mrl_dims
 
+_Student = TypeVar("_Student", bound=MatryoshkaHead)
 
-def expand_model(model: MatryoshkaReDimNet, new_dim: int) -> MatryoshkaReDimNet:
+
+def expand_model(model: _Student, new_dim: int) -> _Student:
     """A copy with ``new_dim`` dimensions: the old ones as they were, new ones small and random.
 
     ``start_new_dimensions`` gives the new ones a better start.
 
     Arguments
     ---------
-    model : MatryoshkaReDimNet
+    model : ReDimNetMRL or MatryoshkaEncoder
         Not changed.
     new_dim : int
         More than ``model.embed_dim``; becomes the last of ``mrl_dims``.
@@ -38,12 +41,12 @@ def expand_model(model: MatryoshkaReDimNet, new_dim: int) -> MatryoshkaReDimNet:
     return resize_model(model, (*model.mrl_dims, new_dim))
 
 
-def resize_model(model: MatryoshkaReDimNet, mrl_dims: Sequence[int]) -> MatryoshkaReDimNet:
+def resize_model(model: _Student, mrl_dims: Sequence[int]) -> _Student:
     """A copy with other sizes: truncated past the last, missing dimensions small and random.
 
     Arguments
     ---------
-    model : MatryoshkaReDimNet
+    model : ReDimNetMRL or MatryoshkaEncoder
         Not changed.
     mrl_dims : sequence of int
         Ascending; the last one becomes ``embed_dim``.
@@ -56,12 +59,9 @@ def resize_model(model: MatryoshkaReDimNet, mrl_dims: Sequence[int]) -> Matryosh
     True
     """
     mrl_dims = check_mrl_dims(mrl_dims)
-    embed_dim = mrl_dims[-1]
     model = copy.deepcopy(model).cpu()
-    if embed_dim >= model.embed_dim:
-        return type(model).from_redimnet(model, embed_dim, mrl_dims)
-    smaller = type(model)(embed_dim, mrl_dims, model.model_config)
-    state_dict = model.state_dict()
-    state_dict |= {key: state_dict[key][:embed_dim] for key in ("linear.weight", "linear.bias")}
-    smaller.load_state_dict(state_dict)
-    return smaller
+    resized, state_dict = model.of_sizes(mrl_dims), model.state_dict()
+    rows = resized_rows(model.linear, mrl_dims[-1])
+    state_dict |= zip(("linear.weight", "linear.bias"), rows)
+    resized.load_state_dict(state_dict)
+    return resized
