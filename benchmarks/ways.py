@@ -7,7 +7,6 @@ it runs on the demo's voices and teachers. A run that was killed goes on; one th
 """
 
 import argparse
-import csv
 import json
 import math
 import sys
@@ -24,7 +23,7 @@ import train  # noqa: E402
 from corpus import prepare  # noqa: E402
 from read_hparams import is_demo, read_yaml  # noqa: E402
 
-from speechbrain_mrl.dataio.clips import read_clips  # noqa: E402
+from speechbrain_mrl.dataio.clips import read_clips, speaker_of  # noqa: E402
 from speechbrain_mrl.evaluation.baselines import truncation_baselines  # noqa: E402
 from speechbrain_mrl.evaluation.verification import (  # noqa: E402
     evaluate,
@@ -35,7 +34,6 @@ from speechbrain_mrl.evaluation.verification import (  # noqa: E402
 from speechbrain_mrl.inference.encoders import load_teachers  # noqa: E402
 from speechbrain_mrl.inference.extract import embed_clips  # noqa: E402
 from speechbrain_mrl.inference.store import TeacherStore  # noqa: E402
-from speechbrain_mrl.rotation import matryoshka_rotation  # noqa: E402
 
 HPARAMS = RECIPE.parents[1] / "hparams"
 N_STAGES = 3  # of progressive expansion, as far as there are sizes
@@ -179,21 +177,17 @@ def baselines(teachers, corpus, trials, hparams, device, n_bootstrap, folder):
             hparams["num_workers"],
         )
     test_embeddings = stores["test"].lookup(trials.clip_ids)
-    with open(corpus.train_csv, newline="") as file:
-        speaker = {row["ID"]: row["spk_id"] for row in csv.DictReader(file)}
-    numbers = {name: number for number, name in enumerate(sorted(set(speaker.values())))}
-    labels = [numbers[speaker[clip_id]] for clip_id in stores["train"].rows]
+    speakers = [speaker_of(clip_id) for clip_id in stores["train"].rows]
     results = {}
     for name, fit in stores["train"].embeddings.items():
         test = test_embeddings[name]
         sizes = [dim for dim in hparams["mrl_dims"] if dim <= fit.shape[1]]
-        cuts = truncation_baselines(test, fit, trials, sizes, n_bootstrap)
-        lda = matryoshka_rotation(fit, sizes, np.asarray(labels))(test) if sizes else None
+        cuts = truncation_baselines(test, fit, trials, sizes, n_bootstrap, speakers)
         results[name] = {
             "whole": evaluate(test, trials, [test.shape[1]], n_bootstrap),
             "naive cut": cuts["naive_truncation"],
             "PCA cut": cuts["pca_truncation"],
-            "LDA cut": evaluate(lda, trials, sizes, n_bootstrap) if sizes else {},
+            "LDA cut": cuts["lda_truncation"],
         }
     return results
 

@@ -219,7 +219,7 @@ def run(document, stages, run_opts):
         "num_workers": hparams["num_workers"],
     }
     trained, starts, teachers = None, [], {}
-    fit_embeddings, test_embeddings = {}, {}
+    fit_embeddings, fit_speakers, test_embeddings = {}, None, {}
     for stage in stages:
         if debug:  # its rows would stay in the table of the training after it
             stage["train_logger"] = TrainingLog(Path(stage["output_folder"]) / "debug_log.txt")
@@ -237,8 +237,11 @@ def run(document, stages, run_opts):
         starts.append(start)
         teachers |= taught
         if taught:
-            found = stores[sb.Stage.TRAIN].embeddings
-            fit_embeddings |= {n: x[:: -(-len(x) // FIT_CLIPS)] for n, x in found.items()}
+            found, rows = stores[sb.Stage.TRAIN].embeddings, stores[sb.Stage.TRAIN].rows
+            step = -(-len(rows) // FIT_CLIPS)
+            fit_embeddings |= {name: x[::step] for name, x in found.items()}
+            if stage["labels"]:
+                fit_speakers = [speaker_of(clip_id) for clip_id in list(rows)[::step]]
         if taught and corpus.test_csv is not None:
             clip_ids = [clip.id for clip in read_clips(corpus.test_csv)]
             test_embeddings |= stores[sb.Stage.TEST].lookup(clip_ids)
@@ -261,6 +264,7 @@ def run(document, stages, run_opts):
                 starts[0],
                 test_embeddings,
                 fit_embeddings,
+                fit_speakers,
                 corpus,
                 hparams,
                 started,

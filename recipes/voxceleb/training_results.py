@@ -39,11 +39,22 @@ def report_agreement(student, teachers, corpus, hparams, **embed_options):
         print(f"{dim:>6}{value:9.3f}")
 
 
-def report_on(student, start, teachers, fit_embeddings, corpus, hparams, started, **embed_options):
+def report_on(
+    student,
+    start,
+    teachers,
+    fit_embeddings,
+    fit_speakers,
+    corpus,
+    hparams,
+    started,
+    **embed_options,
+):
     """Verify student and baselines on the test trials; write and print the report.
 
     ``start`` is the student before its first step, or None. ``teachers`` and ``fit_embeddings`` are
-    the teachers' embeddings of test and training utterances.
+    the teachers' embeddings of test and training utterances; ``fit_speakers`` names the speaker of
+    each of the latter, or is None.
     """
     trials, clips = read_trials(corpus.test_trials), read_clips(corpus.test_csv)
     trials.check_clips({clip.id for clip in clips})
@@ -65,6 +76,7 @@ def report_on(student, start, teachers, fit_embeddings, corpus, hparams, started
         stack(teachers),
         fit_embeddings,
         N_BOOTSTRAP,
+        fit_speakers,
     )
     report = make_report(
         trials=trials,

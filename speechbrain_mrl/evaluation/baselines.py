@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from speechbrain_mrl.evaluation.verification import (
@@ -28,6 +29,7 @@ def evaluate_student(
     teachers: Mapping[str, Tensor] | None = None,
     fit_embeddings: Mapping[str, Tensor] | None = None,
     n_bootstrap: int = 0,
+    fit_speakers: Sequence[str] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """A report's ``"dims"``, ``"baselines"`` and ``"gain"``: a student, and what it had to surpass.
 
@@ -47,15 +49,17 @@ def evaluate_student(
         rotations come from them.
     n_bootstrap : int
         Draws of speakers for the 95 % intervals; 0: none.
+    fit_speakers : sequence of str, optional
+        The speakers of the training utterances, (M,), for ``lda_truncation``.
 
     Returns
     -------
     dict
         ``baselines`` has ``teachers``, each at its full size ``dim``; ``teacher``, the name of the
-        one with the lowest EER; of that one ``naive_truncation`` and ``pca_truncation``;
-        ``ensemble``, the principal components of all teachers together; and ``start``. ``gain`` is
-        the student's EER minus that of ``start``, ``pca_truncation`` and ``ensemble`` on the same
-        draws of speakers; a size that one of these lacks is compared with its largest.
+        one with the lowest EER; of that one ``naive_truncation``, ``pca_truncation`` and, with
+        ``fit_speakers``, ``lda_truncation``; ``ensemble``, the principal components of all teachers
+        together; and ``start``. ``gain`` is the student's EER minus that of each but the first on
+        the same draws of speakers; a size that one of these lacks is compared with its largest.
 
     Example
     -------
@@ -77,7 +81,7 @@ def evaluate_student(
     if teachers:
         best = min(teachers, key=lambda name: baselines["teachers"][name]["eer"])
         baselines["teacher"] = best
-        rows |= _truncations(teachers[best], fit_embeddings[best], trials, mrl_dims)
+        rows |= _truncations(teachers[best], fit_embeddings[best], trials, mrl_dims, fit_speakers)
         rotation = EnsembleRotation(max(mrl_dims)).fit(_numbered(fit_embeddings))
         rows["ensemble"] = score_trials(rotation(_numbered(teachers)), trials, mrl_dims)
     if start is not None:
@@ -89,7 +93,7 @@ def evaluate_student(
         "baselines": baselines,
         "gain": {
             name: _gain(dims, rows[name], trials, n_bootstrap)
-            for name in ("start", "pca_truncation", "ensemble")
+            for name in ("start", "pca_truncation", "lda_truncation", "ensemble")
             if rows.get(name)
         },
     }
@@ -116,12 +120,22 @@ def _gain(student: Scores, other: Scores, trials: Trials, n_bootstrap: int) -> d
 
 
 def _truncations(
-    teacher: Tensor, fit_embeddings: Tensor, trials: Trials, mrl_dims: Sequence[int]
+    teacher: Tensor,
+    fit_embeddings: Tensor,
+    trials: Trials,
+    mrl_dims: Sequence[int],
+    fit_speakers: Sequence[str] | None,
 ) -> dict[str, Scores]:
-    rows = {"naive_truncation": _prefix_scores(teacher, trials, mrl_dims), "pca_truncation": {}}
-    if sizes := list(rows["naive_truncation"]):
-        rotated = matryoshka_rotation(fit_embeddings, sizes)(teacher.detach())
-        rows["pca_truncation"] = score_trials(rotated, trials, sizes)
+    rows = {"naive_truncation": _prefix_scores(teacher, trials, mrl_dims)}
+    fits = {"pca_truncation": None}
+    if fit_speakers is not None:
+        fits["lda_truncation"] = torch.from_numpy(np.unique(fit_speakers, return_inverse=True)[1])
+    sizes = list(rows["naive_truncation"])
+    for name, labels in fits.items():
+        rows[name] = {}
+        if sizes:
+            rotation = matryoshka_rotation(fit_embeddings, sizes, labels)
+            rows[name] = score_trials(rotation(teacher.detach()), trials, sizes)
     return rows
 
 
@@ -131,6 +145,7 @@ def truncation_baselines(
     trials: Trials,
     mrl_dims: Sequence[int],
     n_bootstrap: int = 0,
+    fit_speakers: Sequence[str] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """What a teacher's own embedding gives when it is truncated, as it is and after PCA.
 
@@ -142,6 +157,8 @@ def truncation_baselines(
         Of training utterances, never the trials', (M, D_t); mean and rotation come from them.
     trials, mrl_dims, n_bootstrap
         See ``evaluate``; sizes above D_t are left out.
+    fit_speakers : sequence of str, optional
+        The speakers of the training utterances, (M,), for ``lda_truncation``.
 
     Returns
     -------
@@ -157,7 +174,7 @@ def truncation_baselines(
     >>> cuts["naive_truncation"]["1"]["eer"], cuts["pca_truncation"]["1"]["eer"]
     (0.5, 0.0)
     """
-    rows = _truncations(teacher_embeddings, fit_embeddings, trials, mrl_dims)
+    rows = _truncations(teacher_embeddings, fit_embeddings, trials, mrl_dims, fit_speakers)
     return {
         name: evaluate_scores(scores, trials, n_bootstrap) if scores else {}
         for name, scores in rows.items()

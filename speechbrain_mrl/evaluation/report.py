@@ -98,6 +98,7 @@ def make_report(
         "teachers": {},
         "naive_truncation": {},
         "pca_truncation": {},
+        "lda_truncation": {},
         "ensemble": {},
         "start": {},
     }
@@ -166,6 +167,7 @@ def row_names(report: Mapping[str, Any]) -> dict[str, str]:
         "start": "student at the start",
         "ensemble": "all teachers, PCA",
         "pca_truncation": f"{teacher}, PCA",
+        "lda_truncation": f"{teacher}, LDA",
         "naive_truncation": f"{teacher}, truncated",
     }
 
@@ -188,7 +190,7 @@ def results_by_name(report: Mapping[str, Any]) -> dict[str, dict[str, dict[str, 
     for step in STEPS:
         results[step] = {d: found[step] for d, found in report["dims"].items() if step in found}
     for key, name in row_names(report).items():
-        results[name] = baselines[key]
+        results[name] = baselines.get(key, {})
     return {name: by_size for name, by_size in results.items() if by_size}
 
 

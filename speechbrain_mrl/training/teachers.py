@@ -62,7 +62,7 @@ class SegmentTeachers(LiveTeachers):
         self, teachers: Mapping[str, nn.Module], store: TeacherStore, device: str = "cpu"
     ) -> None:
         self.teachers, self.store = arrange(teachers, device), store
-        self.embeddings = store.embeddings
+        self.embeddings, self.rows = store.embeddings, store.rows
 
     def lookup(self, ids: Sequence[str]) -> dict[str, Tensor]:
         """Embeddings of whole utterances, as the store's."""

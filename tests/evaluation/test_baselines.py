@@ -6,6 +6,7 @@ from sklearn.decomposition import PCA
 from toy_trials import toy_trials
 
 from speechbrain_mrl.evaluation.baselines import evaluate_student, truncation_baselines
+from speechbrain_mrl.rotation import matryoshka_rotation
 
 SIZES = [4, 16, 32]
 
@@ -68,7 +69,8 @@ def compared(voices, rng):
         for name, x in teachers.items()
     }
     start = heard(16, 1.5)
-    found = evaluate_student(student, trials, SIZES, start, teachers, fit, n_bootstrap=60)
+    speakers = [f"speaker {i % 20}" for i in range(300)]
+    found = evaluate_student(student, trials, SIZES, start, teachers, fit, 60, speakers)
     return found, student, start, teachers, fit
 
 
@@ -91,6 +93,15 @@ def test_the_ensemble_is_the_pca_of_all_teachers_fitted_on_training_utterances(v
     for size in SIZES:
         eer = reference_eer(cosines(expected, voices[0], size), voices[0].labels)
         assert found["baselines"]["ensemble"][str(size)]["eer"] == pytest.approx(eer, abs=1e-6)
+
+
+def test_the_lda_of_the_best_teacher_is_that_of_its_training_utterances(voices, compared):
+    found, _, _, teachers, fit = compared
+    best = found["baselines"]["teacher"]
+    rotation = matryoshka_rotation(fit[best], [4], torch.arange(300) % 20)
+    eer = reference_eer(cosines(rotation(teachers[best]), voices[0], 4), voices[0].labels)
+    assert found["baselines"]["lda_truncation"]["4"]["eer"] == pytest.approx(eer, abs=1e-6)
+    assert list(found["gain"]) == ["start", "pca_truncation", "lda_truncation", "ensemble"]
 
 
 def test_start_has_the_sizes_that_it_has(voices, compared):

@@ -78,7 +78,7 @@ def test_training_ends_in_a_report_of_every_size_and_its_baselines(run):
     assert set(baselines["naive_truncation"]) == set(baselines["pca_truncation"]) == sizes
     assert set(baselines["ensemble"]) == set(baselines["start"]) == set(report["dims"])
     assert baselines["start"]["8"].keys() == report["dims"]["8"].keys()
-    for row in ("start", "pca_truncation", "ensemble"):
+    for row in ("start", "pca_truncation", "lda_truncation", "ensemble"):
         assert set(report["gain"][row]) == set(report["dims"])
     for row in ("start", "ensemble"):
         for size, found in report["gain"][row].items():
