@@ -16,27 +16,18 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from torch import nn
 from tqdm import tqdm
 
-from speechbrain_mrl.dataio.audio import audio_info
-from speechbrain_mrl.dataio.clips import SAMPLE_RATE, Clip, find_clips
+from speechbrain_mrl.dataio.clips import SAMPLE_RATE, Clip, clips_at, find_clips
 from speechbrain_mrl.evaluation.report import make_report, print_report, write_report
 from speechbrain_mrl.evaluation.verification import evaluate, read_trials
 from speechbrain_mrl.inference.encoders import load_teacher, sizes_and_thresholds
 from speechbrain_mrl.inference.extract import embed_clips
 from speechbrain_mrl.inference.optimize import prepare_cpu
 from speechbrain_mrl.publish.convert import convert_release
-from speechbrain_mrl.publish.export import export_model
 from speechbrain_mrl.publish.hub import publish_model
-from speechbrain_mrl.publish.load import (
-    find_published,
-    load_published,
-    model_info,
-    read_provenance,
-    read_report,
-    read_speakers,
-)
+from speechbrain_mrl.publish.load import export_again, model_info
+from speechbrain_mrl.utils import attempt, check_device, check_writable, replacing
 
 PROGRAM = "speechbrain-mrl"
 COMMANDS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {}
@@ -48,32 +39,21 @@ def option(*names: str, **settings: Any) -> Any:
 
 
 def command(*options: Any) -> Any:
-    """Decorator: the function is a command of its own name; its docstring is its help.
-
-    What it returns is printed as JSON.
-    """
-
-    def register(run: Any) -> Any:
-        COMMANDS[run.__name__] = run, options
-        return run
-
-    return register
+    """Decorator: a command of the function's name and docstring; what it returns becomes JSON."""
+    return lambda run: COMMANDS.setdefault(run.__name__, (run, options))[0]
 
 
 MODEL = option(
     "model",
     metavar="MODEL",
     help="folder or Hub id of a SpeechBrain speaker encoder, a released name (b0 … b6, "
-    "redimnet2_b0 … redimnet2_b6), or a checkpoint file of ReDimNet or ReDimNet2",
+    "redimnet2_b2, b2-vox2-ptn, …), or a checkpoint file of ReDimNet or ReDimNet2",
 )
 EXPORTED = option("model", metavar="MODEL", help="folder or Hub id of an exported model")
 FOLDER = option("folder", metavar="FOLDER", help="to be written")
 DEVICE = option("--device", default="cpu", help="cpu or cuda (default: cpu)")
-SECONDS = option(
-    "--max_seconds",
-    type=float,
-    help="only so much of the beginning of a recording is read (default: all of it)",
-)
+SECONDS = option("--max_seconds", type=float, help="read of a recording (default: all of it)")
+DECISIONS: dict[Any, str] = {True: "same speaker", False: "different speakers", None: "-"}
 
 
 @command(
@@ -93,26 +73,26 @@ def embed(given: argparse.Namespace) -> Any:
 
     the .npz holds ids (N,) and embeddings (N, target_dim), float32 at unit length
     """
-    encoder = _encoder(given)
-    clips = _clips(given.recordings)
-    embeddings = _embed(encoder, clips, given)
+    if given.output is not None:
+        check_writable(given.output)
+    clips = clips_at(given.recordings)
+    encoder, embeddings = _embed(given, clips)
     size = given.target_dim or embeddings.shape[1]
     sizes, _ = sizes_and_thresholds(encoder, embeddings.shape[1])
     if size not in sizes:
         raise ValueError(f"--target_dim must be one of {sizes}, the model's sizes, got {size}")
     embeddings = F.normalize(embeddings[:, :size], dim=1).numpy()
-    if given.output is not None:
-        np.savez(given.output, ids=[clip.id for clip in clips], embeddings=embeddings)
-    seconds = [round(clip.num_frames / SAMPLE_RATE, 2) for clip in clips]
-    found = [{"id": c.id, "seconds": s} for c, s in zip(clips, seconds, strict=True)]
+    found = [{"id": c.id, "seconds": round(c.num_frames / SAMPLE_RATE, 2)} for c in clips]
     if given.output is None:
         found = [f | {"embedding": e.tolist()} for f, e in zip(found, embeddings, strict=True)]
+    else:
+        with replacing(given.output) as part, open(part, "wb") as file:
+            np.savez(file, ids=[clip.id for clip in clips], embeddings=embeddings)
     if given.json:
-        return {"model": given.model, "target_dim": size, "output": given.output} | {
-            "recordings": found
-        }
+        about = {"model": given.model, "target_dim": size, "output": given.output}
+        return about | {"recordings": found}
     few = ["  ".join(f"{x:+.3f}" for x in row[:6]) + " …" for row in embeddings]
-    rows = [[f["id"], f"{f['seconds']:.2f}", start] for f, start in zip(found, few, strict=True)]
+    rows = [[f["id"], f["seconds"], start] for f, start in zip(found, few, strict=True)]
     _print_table(["recording", "seconds", "first dimensions"], rows)
     where = f"written to {given.output}" if given.output else "to keep them, give --output"
     print(f"{len(clips)} embeddings of {size} dimensions, at unit length; {where}")
@@ -141,8 +121,7 @@ def verify(given: argparse.Namespace) -> Any:
     """
     if given.trials is not None:
         return _verify_list(given)
-    encoder = _encoder(given)
-    first, second = _embed(encoder, _clips(given.recordings), given)
+    encoder, (first, second) = _embed(given, clips_at(given.recordings, folders=False))
     sizes, thresholds = sizes_and_thresholds(encoder, len(first))
     scores = []
     for size in sizes:
@@ -152,16 +131,7 @@ def verify(given: argparse.Namespace) -> Any:
         scores.append({"size": size, "score": cosine, "threshold": threshold, "same": same})
     if given.json:
         return {"model": given.model, "recordings": given.recordings, "scores": scores}
-    decisions: dict[Any, str] = {True: "same speaker", False: "different speakers", None: "-"}
-    rows = [
-        [
-            str(s["size"]),
-            f"{s['score']:.3f}",
-            "-" if s["threshold"] is None else f"{s['threshold']:.3f}",
-            decisions[s["same"]],
-        ]
-        for s in scores
-    ]
+    rows = [[s["size"], s["score"], s["threshold"], DECISIONS[s["same"]]] for s in scores]
     _print_table(["dimensions", "cosine", "threshold", "decision"], rows)
     if not thresholds and given.threshold is None:
         print("The model brings no threshold; give --threshold, fitted to recordings like yours.")
@@ -169,22 +139,17 @@ def verify(given: argparse.Namespace) -> Any:
 
 def _verify_list(given: argparse.Namespace) -> Any:
     started = time.time()
+    if given.output is not None:
+        check_writable(Path(given.output, "report.json"))
     trials = read_trials(given.trials)
-    wanted = set(trials.clip_ids)
-    clips = [clip for clip in find_clips(given.data_folder) if clip.id in wanted]
+    clips = find_clips(given.data_folder, trials.clip_ids)
     trials.check_clips({clip.id for clip in clips})
-    encoder = _encoder(given)
-    embeddings = _embed(encoder, clips, given)
-    sizes, _ = sizes_and_thresholds(encoder, embeddings.shape[1])
+    encoder, embeddings = _embed(given, clips)
     found = trials.stack(dict(zip((clip.id for clip in clips), embeddings, strict=True)))
-    report = make_report(
-        evaluate(found, trials, sizes),
-        trials,
-        baselines={},
-        corpus=given.data_folder,
-        params=sum(p.numel() for p in encoder.parameters()),
-        seconds=round(time.time() - started, 1),
-    )
+    sizes, _ = sizes_and_thresholds(encoder, found.shape[1])
+    dims, params = evaluate(found, trials, sizes), sum(p.numel() for p in encoder.parameters())
+    seconds = round(time.time() - started, 1)
+    report = make_report(dims, trials, {}, given.data_folder, params, seconds)
     if given.output is not None:
         write_report(report, given.output)
     if given.json:
@@ -193,42 +158,27 @@ def _verify_list(given: argparse.Namespace) -> Any:
 
 
 @command(
-    option("release", metavar="RELEASE", help="such as b2-vox2-ft_lm, redimnet2_b2-vox2-lm"),
+    MODEL,
     FOLDER,
     option("--recordings", metavar="FOLDER", help="rotate to their principal components"),
-    option(
-        "--mrl_dims",
-        type=int,
-        nargs="+",
-        default=[64, 128, 192],
-        metavar="D",
-        help="sizes after the rotation, the last one 192 (default: 64 128 192)",
-    ),
+    option("--mrl_dims", type=int, nargs="+", default=[64, 128, 192], help="of the rotated model"),
     option("--source", help="the release's file or its folder, instead of a download"),
     option("--report", help="report.json of the converted model, to publish it with"),
     option("--trials", default="", help="name of the report's trial list"),
 )
 def convert(given: argparse.Namespace) -> Any:
-    """Turn a released ReDimNet or ReDimNet2 into a SpeechBrain model.
+    """Turn a ReDimNet or ReDimNet2 into a SpeechBrain model, as it is or rotated.
 
     Examples:
       speechbrain-mrl convert b2-vox2-ft_lm models/b2
-      speechbrain-mrl convert redimnet2_b2-vox2-lm models/redimnet2_b2
-      speechbrain-mrl convert b2-vox2-ft_lm models/b2-mrl --recordings calls/ --mrl_dims 64 128 192
+      speechbrain-mrl convert redimnet2_b2 models/redimnet2_b2
+      speechbrain-mrl convert b2 models/b2-mrl --recordings calls/ --mrl_dims 64 128 192
 
     Without --recordings the weights stay as they are. With them, the embedding is rotated to the
     principal components of these recordings, so that its first 64 dimensions are an embedding too;
     a few thousand recordings are good, nobody needs to know who speaks, and it takes no training.
     """
-    convert_release(
-        given.release,
-        given.folder,
-        given.source,
-        recordings=given.recordings,
-        mrl_dims=given.mrl_dims,
-        report=given.report,
-        trials=given.trials,
-    )
+    convert_release(**_options(given))
     return _written(given)
 
 
@@ -247,26 +197,14 @@ def export(given: argparse.Namespace) -> Any:
 
     Half precision is for the disk: weights are loaded as float32 and computed with as such.
     """
-    folder = find_published(given.model)
-    report, plot = read_report(folder), folder / "eer_by_dim.png"
-    export_model(
-        load_published(folder),
-        given.folder,
-        read_provenance(folder),
-        report=report,
-        plot=plot if plot.is_file() else None,
-        speakers=read_speakers(folder),
-        target_dim=given.target_dim,
-        dtype=getattr(torch, given.dtype),
-    )
+    export_again(given.model, given.folder, given.target_dim, getattr(torch, given.dtype))
     return _written(given)
 
 
 def _written(given: argparse.Namespace) -> Any:
     if given.json:
         return model_info(given.folder)
-    print(f"{given.folder} is a SpeechBrain model. Next:")
-    print(f"{PROGRAM} info {given.folder}")
+    print(f"{given.folder} is a SpeechBrain model. Next:\n{PROGRAM} info {given.folder}")
     print(f"{PROGRAM} publish {given.folder} ORG/NAME --dry_run")
 
 
@@ -276,11 +214,7 @@ def _written(given: argparse.Namespace) -> Any:
     option("--private", action="store_true", help="create the repo as private"),
     option("--revision", help="branch to upload to, instead of main"),
     option("--tag", help="name of this version, instead of the next of v1, v2, …"),
-    option(
-        "--calibration",
-        metavar="FILE.json",
-        help="verify.py's calibration.json of the model: put into the folder, to travel with it",
-    ),
+    option("--calibration", metavar="FILE.json", help="verify.py's, to travel with the model"),
     option("--dry_run", action="store_true", help="check and list, upload nothing"),
     option("--space", metavar="ORG/NAME", help="push a Space that shows the model too"),
 )
@@ -294,17 +228,13 @@ def publish(given: argparse.Namespace) -> Any:
     The login is huggingface_hub's: hf auth login, or HF_TOKEN. A model without report.json or licence
     is refused. A Space is a page on the Hub where visitors try the model out.
     """
-    options = {key: value for key, value in vars(given).items() if key not in ("command", "json")}
-    if not given.json:
-        publish_model(**options)
-        return None
-    with contextlib.redirect_stdout(sys.stderr):  # what it prints is for people
-        return publish_model(**options)
+    # With --json what it prints, which is for people, goes to stderr.
+    with contextlib.redirect_stdout(sys.stderr if given.json else sys.stdout):
+        published = publish_model(**_options(given))
+    return published if given.json else None
 
 
-@command(
-    EXPORTED,
-)
+@command(EXPORTED)
 def info(given: argparse.Namespace) -> Any:
     """Say what a model is: sizes, teachers, corpus, error rates, licence.
 
@@ -330,53 +260,38 @@ def info(given: argparse.Namespace) -> Any:
         ["licence", found["license"]],
     ]
     if found["dims"]:
-        counts = (
-            f"{found['trials']['target']} target, {found['trials']['impostor']} impostor trials"
-        )
+        counts = "{target} target, {impostor} impostor trials".format(**found["trials"])
         rows.append(["measured on", f"{found['corpus']}: {counts} ({found['list']})"])
     print(found["title"])
     _print_table(None, rows)
     if not found["dims"]:
         print("No report: nobody has measured it, or the report was not exported with it.")
-        return None
+        return
     print()
-    _print_table(
-        ["dimensions", "EER %", "minDCF", "threshold (cosine)"],
-        [
-            [size, f"{100 * r['eer']:.2f}", f"{r['min_dcf']:.3f}", f"{r['threshold']:.3f}"]
-            for size, r in found["dims"].items()
-        ],
-    )
+    measured = found["dims"].items()
+    rows = [[d, f"{100 * r['eer']:.2f}", r["min_dcf"], r["threshold"]] for d, r in measured]
+    _print_table(["dimensions", "EER %", "minDCF", "threshold (cosine)"], rows)
 
 
-def _encoder(given: argparse.Namespace) -> Any:
-    if given.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {given.device}: this machine has no GPU that torch can use")
-    return load_teacher(given.model, device=given.device)
+def _options(given: argparse.Namespace) -> dict[str, Any]:
+    """What the command's function in the package takes."""
+    return {key: value for key, value in vars(given).items() if key not in ("command", "json")}
 
 
-def _clips(paths: Sequence[str]) -> Any:
-    """The recordings at these paths, folders searched through."""
-    clips = []
-    for path in paths:
-        if Path(path).is_dir():
-            found = find_clips(path)
-            clips += [clip._replace(id=str(Path(path, clip.id))) for clip in found]
-        else:
-            clips.append(Clip(path, path, 0, audio_info(path).num_frames))
-    return clips
-
-
-def _embed(encoder: nn.Module, clips: Sequence[Clip], given: argparse.Namespace) -> Any:
+def _embed(given: argparse.Namespace, clips: Sequence[Clip]) -> tuple[Any, Any]:
+    """The encoder, and its embeddings of the clips, (N, D)."""
+    device = check_device(given.device)
+    encoder = load_teacher(given.model, device=device)
     with tqdm(total=len(clips), unit="clip", desc="Embedding", disable=None) as bar:
-        options = {"device": given.device, "max_seconds": given.max_seconds, "progress": bar}
-        return embed_clips({"model": encoder}, clips, **options)["model"]
+        options = {"device": device, "max_seconds": given.max_seconds, "progress": bar}
+        return encoder, embed_clips({"model": encoder}, clips, **options)["model"]
 
 
-def _print_table(heads: Sequence[str] | None, rows: Sequence[Sequence[str]]) -> None:
+def _print_table(heads: Sequence[str] | None, rows: Sequence[Sequence[Any]]) -> None:
     table = Table(*(heads or []), box=None, show_header=heads is not None, pad_edge=False)
     for row in rows:
-        table.add_row(*map(Text, row))
+        cells = (f"{cell:.3f}" if isinstance(cell, float) else str(cell or "-") for cell in row)
+        table.add_row(*map(Text, cells))
     wide = None if sys.stdout.isatty() else 1000  # nothing is folded in a file or a pipe
     Console(file=sys.stdout, width=wide).print(table)
 
@@ -387,12 +302,8 @@ def parser() -> argparse.ArgumentParser:
     main = argparse.ArgumentParser(
         prog=PROGRAM,
         formatter_class=as_written,
-        description="Speaker embeddings whose first 64, 128, 192 or 256 dimensions are each an "
-        "embedding: use, convert, measure and publish such models.",
-        epilog=f"""each command explains itself:
-  {PROGRAM} verify --help
-
-from nothing to an answer:
+        description="Use, convert, measure and publish speaker encoders of several sizes.",
+        epilog=f"""{PROGRAM} COMMAND --help explains a command. From nothing to an answer:
   {PROGRAM} convert b2-vox2-ft_lm models/b2
   {PROGRAM} verify models/b2 first.wav second.wav --threshold 0.4
 
@@ -424,17 +335,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         one.error("verify --trials needs --data_folder, which holds the recordings of the list")
     if given.command == "publish" and given.dry_run and given.space is not None:
         one.error("publish takes either --dry_run or --space")
-    try:
-        result = COMMANDS[given.command][0](given)
-    except (ValueError, OSError, ImportError, TypeError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
-        return 1
+    return attempt(lambda: _run(given), exit_code=1)
+
+
+def _run(given: argparse.Namespace) -> None:
+    result = COMMANDS[given.command][0](given)
     if result is not None:
         print(json.dumps(result, indent=2))
-    return 0
 
 
 def run() -> None:

@@ -1,4 +1,4 @@
-"""Atomic files, locks between runs, and optional imports."""
+"""Atomic files, locks between runs, devices, optional imports, and mistakes in one sentence."""
 
 import contextlib
 import ctypes
@@ -7,11 +7,15 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import ruamel.yaml.error
 import torch
+import yaml
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from speechbrain.utils.distributed import if_main_process
@@ -19,6 +23,16 @@ from speechbrain.utils.distributed import if_main_process
 logger = logging.getLogger(__name__)
 
 PATIENCE = 20  # seconds; a killed run's reading processes live on for some
+TRACEBACK = "MRL_TRACEBACK"  # environment variable that shows where an error comes from
+MISTAKES = (
+    ValueError,
+    TypeError,
+    OSError,
+    ImportError,
+    yaml.YAMLError,
+    ruamel.yaml.error.YAMLError,
+    KeyboardInterrupt,
+)
 
 
 @contextlib.contextmanager
@@ -59,6 +73,18 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Any]:
             shutil.rmtree(part)
         else:
             part.unlink(missing_ok=True)
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Raise OSError, before anything is computed, unless a file can be written at ``path``.
+
+    Its folder is made if need be.
+    """
+    with writing(path):
+        if Path(path).is_dir():
+            raise IsADirectoryError(f"{path} is a folder")
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=Path(path).parent).close()
 
 
 def exchange(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> None:
@@ -166,6 +192,57 @@ def choose_device(device: str | None = None) -> str:
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device
+
+
+def check_device(device: str | None = None) -> str:
+    """``choose_device``, if torch can compute there.
+
+    Raises
+    ------
+    ValueError
+        If it cannot, with the reason.
+
+    Example
+    -------
+    >>> check_device("gpu")
+    Traceback (most recent call last):
+    ...
+    ValueError: device 'gpu' cannot be used here, give cpu, cuda or cuda:N (Expected one of ...
+    """
+    device = choose_device(device)
+    try:
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = str(error).splitlines()[0].split(". ")[0]
+        raise ValueError(
+            f"device {device!r} cannot be used here, give cpu, cuda or cuda:N ({reason})"
+        ) from None
+    return device
+
+
+def attempt(run: Callable[[], Any], exit_code: int) -> int:
+    """Run a program: 0, or after a mistake of its user or Ctrl-C ``exit_code``.
+
+    Either is one sentence on stderr; with the environment's MRL_TRACEBACK set, a traceback.
+    """
+    try:
+        run()
+    except MISTAKES as error:
+        if os.environ.get(TRACEBACK):
+            raise
+        print(f"error: {_sentence(error)}", file=sys.stderr)
+        return exit_code
+    return 0
+
+
+def _sentence(error: Any) -> str:
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"cannot open {error.filename}: {error.strerror}"
+    if getattr(error, "problem_mark", None) is not None:  # of a YAML
+        return f"the YAML cannot be read, line {error.problem_mark.line + 1}: {error.problem}"
+    return " ".join(str(error).split())
 
 
 def require(module: str, purpose: str, package: str | None = None) -> Any:

@@ -2,16 +2,20 @@
 
 import functools
 import json
+import shutil
 import subprocess
 import sys
 
+import huggingface_hub
 import numpy as np
 import pytest
 import soundfile
 import torch
 import torch.nn.functional as F
 from huggingface_hub import ModelCard
+from test_utils import full_disk
 
+from speechbrain_mrl import cli
 from speechbrain_mrl.cli import COMMANDS, _print_table, main, parser
 from speechbrain_mrl.models.redimnet import MatryoshkaReDimNet
 from speechbrain_mrl.publish import hub
@@ -82,6 +86,33 @@ def test_embed_writes_unit_prefixes_of_every_recording_of_a_folder(
     assert "3 embeddings of 16 dimensions" in capsys.readouterr().out
 
 
+def test_embed_writes_the_file_that_it_names(folder, recordings, tmp_path, capsys):
+    output = tmp_path / "new" / "plain"
+    found = as_json(capsys, "embed", folder, recordings, f"--output={output}")
+    assert found["output"] == str(output) and list(output.parent.iterdir()) == [output]
+    assert np.load(output)["embeddings"].shape == (3, 32)
+
+
+@pytest.mark.parametrize("place", ["file/out.npz", "a_folder", "/proc/out.npz"])
+def test_what_cannot_be_written_is_refused_before_anything_is_embedded(
+    place, folder, recordings, tmp_path, capsys, monkeypatch
+):
+    (tmp_path / "file").touch()
+    (tmp_path / "a_folder").mkdir()
+    monkeypatch.setattr(cli, "load_teacher", lambda *_, **__: pytest.fail("loaded the model"))
+    assert main(["embed", str(folder), str(recordings), f"--output={tmp_path / place}"]) == 1
+    assert f"cannot write {tmp_path / place}: " in capsys.readouterr().err
+
+
+def test_a_full_disk_leaves_the_old_embeddings(folder, recordings, tmp_path, capsys):
+    output = tmp_path / "calls.npz"
+    output.write_bytes(b"old")
+    with full_disk(tmp_path, size=100):
+        code = main(["embed", str(folder), str(recordings), f"--output={output}"])
+    assert code == 1 and f"cannot write {output}" in capsys.readouterr().err
+    assert output.read_bytes() == b"old" and list(tmp_path.iterdir()) == [output]
+
+
 def test_embed_without_a_file_prints_the_embeddings_as_json(student, folder, recordings, capsys):
     found = as_json(capsys, "embed", folder, recordings / "a1.wav")
     (one,) = found["recordings"]
@@ -113,6 +144,53 @@ def test_verify_of_a_list_reports_error_rates_at_every_size(folder, recordings, 
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     assert list(report["dims"]) == ["8", "16", "32"]
     assert report["trials"] == {"target": 1, "impostor": 1}
+
+
+def test_a_list_may_name_clips_as_voxceleb_does_and_no_other_file_is_read(
+    folder, recordings, tmp_path, capsys
+):
+    data, trials = tmp_path / "data", tmp_path / "trials.txt"
+    shutil.copytree(recordings, data / "wav" / "id1")
+    (data / "wav" / "id1" / "broken.wav").write_bytes(b"not listed")
+    trials.write_text("1 id1/a1.wav id1/a2.m4a\n0 wav/id1/a1 id1/b1.wav\n")
+    found = as_json(capsys, "verify", folder, f"--trials={trials}", f"--data_folder={data}")
+    assert found["trials"] == {"target": 1, "impostor": 1}
+
+
+@pytest.fixture
+def sources(release_file, tiny_config, folder, tmp_path, monkeypatch):
+    """Every way to name an encoder, by its kind."""
+    (cache := tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(cache.parent))
+    path = release_file(tiny_config)
+    shutil.copy(path, cache)
+    return {
+        "model's name": "b2",
+        "release's name": "b2-vox2-ft_lm",
+        "file": str(path),
+        "folder": str(folder),
+    }
+
+
+@pytest.mark.parametrize("kind", ["model's name", "release's name", "file", "folder"])
+def test_verify_embed_and_convert_take_the_same_models(
+    kind, sources, student, random_model, tiny_config, recordings, tmp_path, capsys
+):
+    model, out = sources[kind], tmp_path / "converted"
+    network = student if kind == "folder" else random_model(tiny_config)
+    first, second = (expected(network, recordings, name) for name in ("a1", "b1"))
+    pair = recordings / "a1.wav", recordings / "b1.wav"
+    info = as_json(capsys, "convert", model, out)
+    for source in (model, out):
+        scores = as_json(capsys, "verify", source, *pair)["scores"]
+        assert scores[-1]["score"] == pytest.approx((first @ second).item(), abs=1e-5)
+    assert str(tmp_path) not in info["title"] + info["training_data"]
+
+
+def test_a_folder_that_convert_may_not_replace_is_refused_first(tmp_path, capsys):
+    (tmp_path / "thesis.txt").touch()
+    assert main(["convert", "b2-vox2-ft_lm", str(tmp_path), "--recordings=/gone"]) == 1
+    assert "holds ['thesis.txt'], which no export wrote" in capsys.readouterr().err
 
 
 def test_convert_keeps_a_releases_embedding(
@@ -210,7 +288,11 @@ def test_publish_pushes_the_model_then_the_space_that_shows_it(folder, capsys, m
         (["embed", "{model}", "missing.wav"], "there is no file missing.wav"),
         (["embed", "{model}", "{empty}"], "holds no recording"),
         (["embed", "{model}", "{wav}", "--target_dim=9"], r"one of [8, 16, 32]"),
-        (["convert", "b2", "out"], "named like b2-vox2-ft_lm"),
+        (["convert", "b9", "out"], "named like b2, b2-vox2-ft_lm"),
+        (["embed", "b2-vox2", "{wav}"], "named like b2, b2-vox2-ft_lm"),
+        (["embed", "{model}", "{wav}", "--device=gpu"], "device 'gpu' cannot be used here"),
+        (["verify", "{model}", "{wav}", "{wav}", "--device=mps"], "device 'mps' cannot be used"),
+        (["verify", "{model}", "{empty}", "{empty}"], "there is no file"),
         (["export", "{model}", "{empty}/out", "--target_dim=9"], "target_dim must be one of"),
         (["publish", "{empty}", "org/name"], "write it with export_model"),
     ],
@@ -245,6 +327,18 @@ def test_help_teaches_with_examples_that_parse(name, capsys):
     assert stopped.value.code == 0 and lines
     for line in lines:
         assert parser().parse_args(line[1:]).command == name
+
+
+def test_publishing_without_a_network_is_one_sentence(folder, capsys, monkeypatch):
+    monkeypatch.setattr(hub, "check_folder", lambda _: None)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    assert main(["publish", str(folder), "org/tiny"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "the Hub did not do it" in line and "org/tiny is as it was" in line
+    monkeypatch.setattr(hub, "push_to_hub", lambda *_, **__: "https://hub/org/tiny")
+    assert main(["publish", str(folder), "org/tiny", "--space=org/show"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "the Hub did not do it" in line and "org/show does not show org/tiny" in line
 
 
 def test_an_interrupted_command_says_so_without_a_trace(folder, capsys, monkeypatch):

@@ -4,22 +4,10 @@ import os
 import sys
 from pathlib import Path
 
-import ruamel.yaml
-import torch
-import yaml
-
 from speechbrain_mrl.inference.optimize import prepare_cpu
+from speechbrain_mrl.utils import attempt
 
 LOG_CONFIG = str(Path(__file__).with_name("log.yaml"))  # of create_experiment_directory
-TRACEBACK = "MRL_TRACEBACK"  # environment variable that shows where an error comes from
-MISTAKES = (
-    ValueError,
-    TypeError,
-    OSError,
-    ImportError,
-    yaml.YAMLError,
-    ruamel.yaml.error.YAMLError,
-)
 
 
 def run_command(main, argv=None):
@@ -33,30 +21,9 @@ def run_command(main, argv=None):
         Default: the process' own.
     """
     prepare_cpu()
-    try:
-        main(sys.argv[1:] if argv is None else argv)
-    except MISTAKES as error:
-        if os.environ.get(TRACEBACK):
-            raise
-        print(f"error: {_sentence(error)}", file=sys.stderr)
-        sys.exit(2)
-
-
-def _sentence(error):
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"cannot open {error.filename}: {error.strerror}"
-    if getattr(error, "problem_mark", None) is not None:  # of a YAML
-        return f"the YAML cannot be read, line {error.problem_mark.line + 1}: {error.problem}"
-    return " ".join(str(error).split())
-
-
-def check_device(device):
-    """Raise ValueError, in a sentence, unless this machine has such a device; None is any."""
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--device={device} cannot be used here: {reason}") from error
+    code = attempt(lambda: main(sys.argv[1:] if argv is None else argv), exit_code=2)
+    if code:
+        sys.exit(code)
 
 
 def limit_workers(hparams):

@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from command import check_device, run_command
+from command import run_command
 
 from speechbrain_mrl import embed_folder
 from speechbrain_mrl.inference.encoders import EncoderClassifierTeacher, load_teacher
@@ -19,7 +19,7 @@ from speechbrain_mrl.inference.optimize import (
     batch_seconds_for,
     for_inference,
 )
-from speechbrain_mrl.utils import choose_device
+from speechbrain_mrl.utils import check_device
 
 BATCH_SECONDS = 60.0  # of an encoder that is no ReDimNet, or on a GPU
 SECONDS_PER_STREAM = 30.0  # clips of a batch run side by side
@@ -91,9 +91,8 @@ def main(argv=None):
     )
     options = vars(parser.parse_args(argv))
     engine, precision = options.pop("engine"), options.pop("precision")
-    options["device"] = choose_device(options["device"])
     check_options(engine, precision, options["device"])
-    check_device(options["device"])
+    options["device"] = check_device(options["device"])
     encoder = load_teacher(options.pop("model"), device=options["device"])
     encoder, batch_seconds = choose_engine(encoder, engine, precision, options["device"])
     options["batch_seconds"] = options["batch_seconds"] or batch_seconds

@@ -118,7 +118,8 @@ def _clips(source, save_folder, skip_bad_files, bad) -> list[Clip]:
     if os.path.isfile(source):
         return read_clips(source)
     root = Path(source, "wav") if Path(source, "wav").is_dir() else Path(source)
-    paths = {os.path.relpath(path, root): path for path in find_recordings(root)}
+    found = find_recordings(root, bad if skip_bad_files else None)
+    paths = {os.path.relpath(path, root): path for path in found}
     frames = read_headers(paths, save_folder, decode=skip_bad_files)
     bad += [reason for reason in frames.values() if isinstance(reason, str)]
     if bad and not skip_bad_files:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import speechbrain as sb
 from check_hparams import check_training
-from command import LOG_CONFIG, check_device, limit_workers, run_command
+from command import LOG_CONFIG, limit_workers, run_command
 from corpus import prepare
 from hyperpyyaml import load_hyperpyyaml
 from read_hparams import (
@@ -54,7 +54,7 @@ from speechbrain_mrl.training.projection import (
     start_new_dimensions,
 )
 from speechbrain_mrl.training.teachers import SegmentTeachers
-from speechbrain_mrl.utils import choose_device, only_run, replacing
+from speechbrain_mrl.utils import check_device, choose_device, only_run, replacing
 
 DEMO = "demo: synthetic voices and small demo teachers, no figure here is a VoxCeleb figure"
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import speechbrain as sb
 import torch
 from check_hparams import VERIFICATION, check
-from command import check_device, limit_workers, run_command
+from command import limit_workers, run_command
 from hyperpyyaml import load_hyperpyyaml
 from read_hparams import parse, read_yaml, resolved, run_options
 from speechbrain.utils.distributed import ddp_init_group, if_main_process
@@ -43,7 +43,7 @@ from speechbrain_mrl.evaluation.verification import (
 from speechbrain_mrl.inference.encoders import load_teacher, sizes_and_thresholds
 from speechbrain_mrl.inference.fingerprint import fingerprint
 from speechbrain_mrl.inference.store import TeacherStore
-from speechbrain_mrl.utils import choose_device, only_run
+from speechbrain_mrl.utils import check_device, only_run
 
 CLIP_LISTS = ("domain", "cohort", "plda")
 
@@ -290,10 +290,10 @@ def main(argv):
     hparams = load_hyperpyyaml(resolved(document))
     limit_workers(hparams)
     options = run_options(run_opts, hparams)
-    check_device(options.get("device"))
+    device = check_device(options.get("device") or "cpu")
     ddp_init_group(options)
     with only_run(hparams["output_folder"]):
-        verify(hparams, choose_device(options.get("device") or "cpu"))
+        verify(hparams, device)
 
 
 if __name__ == "__main__":

@@ -21,8 +21,8 @@ from tqdm import tqdm
 
 from speechbrain_mrl.dataio.audio import audio_info, check_audio
 from speechbrain_mrl.dataio.clips import (
-    AUDIO_SUFFIXES,
-    check_name,
+    check_names,
+    preference,
     recordings_in,
     speaker_of,
     stem_of,
@@ -168,7 +168,8 @@ def prepare_voxceleb(
         "seed": seed,
         "skip_bad_files": skip_bad_files,
     }
-    paths = find_recordings(folders)
+    unfit = [] if skip_bad_files else None  # why names cannot stand in a list
+    paths = find_recordings(folders, unfit)
     state = {"arguments": arguments, "files": _fingerprint(paths, trials, train_speakers)}
     if _done(save_folder, state):
         logger.info("%s is up to date; delete it to prepare again", save_folder)
@@ -226,7 +227,11 @@ def prepare_voxceleb(
         "train": _count(train),
         "valid": _count(valid) | _count_trials(valid_trials),
         "test": _count(test) | _count_trials(trial_list),
-        "left_out": {"bad": len(bad), "short": len(short), "test_speakers": len(overlap)},
+        "left_out": {
+            "bad": len(bad) + len(unfit or ()),
+            "short": len(short),
+            "test_speakers": len(overlap),
+        },
     }
     logger.info("left out: %d bad clips, %d under %s s", len(bad), len(short), min_seconds)
 
@@ -237,7 +242,8 @@ def prepare_voxceleb(
     if not trials:
         _write_trials(save_folder / "test_trials.txt", trial_list)
     with _replacing(save_folder / "bad_files.txt") as file:
-        file.writelines(f"{reason}\n" for _, reason in sorted((bad | short).items()))
+        reasons = [reason for _, reason in sorted((bad | short).items())]
+        file.writelines(f"{reason}\n" for reason in [*reasons, *(unfit or ())])
     with _replacing(save_folder / "prepare.json") as file:
         json.dump(state, file, indent=2)
     for journal in _JOURNALS:
@@ -263,8 +269,12 @@ def _done(save_folder: Path, state: dict) -> bool:
     return all(stored.get(key) == value for key, value in state.items())
 
 
-def find_recordings(folders: list[str]) -> dict[str, str]:
-    """Path of each utterance by its stem, ``<speaker>/<session>/<utterance>``."""
+def find_recordings(folders: list[str], unfit: list[str] | None = None) -> dict[str, str]:
+    """Path of each utterance by its stem, ``<speaker>/<session>/<utterance>``.
+
+    Why a name cannot stand in a list goes to ``unfit``; without it, that is a ValueError.
+    """
+    list_speaker = functools.partial(_list_speaker, unfit=unfit)
     found = {}
     for folder in folders:
         if not os.path.isdir(folder):
@@ -273,9 +283,9 @@ def find_recordings(folders: list[str]) -> dict[str, str]:
         roots = [root for root in roots if os.path.isdir(root)] or [folder]
         speakers = [speaker for root in roots for speaker in _subfolders(root)]
         before = len(found)
-        for clips in _in_threads(_list_speaker, speakers, f"list {folder}"):
+        for clips in _in_threads(list_speaker, speakers, f"list {folder}"):
             for stem, path in clips:
-                if stem not in found or _preference(path) < _preference(found[stem]):
+                if stem not in found or preference(path) < preference(found[stem]):
                     found[stem] = path
         if len(found) == before:
             raise ValueError(
@@ -290,22 +300,18 @@ def _subfolders(folder: str) -> list[str]:
         return sorted(entry.path for entry in entries if entry.is_dir())
 
 
-def _list_speaker(folder: str) -> list[tuple[str, str]]:
+def _list_speaker(folder: str, unfit: list[str] | None) -> list[tuple[str, str]]:
     clips = []
     for session in _subfolders(folder):
-        for path in recordings_in(session):
+        for path in check_names(recordings_in(session), unfit):
             name = os.path.splitext(os.path.basename(path))[0]
             stem = f"{os.path.basename(folder)}/{os.path.basename(session)}/{name}"
             if stem.split() != [stem]:
                 raise ValueError(
                     f"the name of {path!r} holds a space, at which trial lists end a name; rename it"
                 )
-            clips.append((stem, check_name(path)))
+            clips.append((stem, path))
     return clips
-
-
-def _preference(path: str) -> int:
-    return AUDIO_SUFFIXES.index(os.path.splitext(path)[1].lower())
 
 
 def _in_threads(function, items, description):

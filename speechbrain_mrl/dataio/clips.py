@@ -117,22 +117,28 @@ def recordings_in(folder: str | os.PathLike[str]) -> list[str]:
     return sorted(entry.path for entry in found if entry.is_file())
 
 
-def check_name(path: str) -> str:
-    """The path, if a list can hold it."""
-    try:
-        path.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"the name of {path!r} is not UTF-8, as lists are; rename it") from None
-    return path
+def check_names(paths: Iterable[str], unfit: list[str] | None = None) -> list[str]:
+    """The paths that a list can hold; why another cannot goes to ``unfit``, else is a ValueError."""
+    fit = []
+    for path in paths:
+        try:
+            path.encode()
+            fit.append(path)
+        except UnicodeEncodeError:
+            reason = f"the name of {path!r} is not UTF-8, as lists are; rename it"
+            if unfit is None:
+                raise ValueError(reason) from None
+            unfit.append(reason)
+    return fit
 
 
-def find_recordings(folder: str | os.PathLike[str]) -> list[str]:
+def find_recordings(folder: str | os.PathLike[str], unfit: list[str] | None = None) -> list[str]:
     """Paths of all recordings below a folder, in their order; each linked folder is followed once.
 
     Raises
     ------
     ValueError
-        If there is none, or the name of one is not UTF-8.
+        If there is none, or, without ``unfit`` to take the reason, the name of one is not UTF-8.
     """
     found: list[str] = []
     walked: set[str] = set()
@@ -145,11 +151,14 @@ def find_recordings(folder: str | os.PathLike[str]) -> list[str]:
             found += recordings_in(root)
     if not found:
         raise ValueError(f"{folder} holds no recording ({', '.join(AUDIO_SUFFIXES)})")
-    return [str(path) for path in sorted(Path(check_name(path)) for path in found)]
+    return [str(path) for path in sorted(Path(path) for path in check_names(found, unfit))]
 
 
-def find_clips(folder: str | os.PathLike[str]) -> list[Clip]:
+def find_clips(folder: str | os.PathLike[str], clip_ids: Iterable[str] | None = None) -> list[Clip]:
     """Every recording below a folder, whatever its structure, in the order of their paths.
+
+    With ``clip_ids`` only those that this list names, as ``find_listed`` finds them; of no other
+    is the header read.
 
     Raises
     ------
@@ -157,13 +166,37 @@ def find_clips(folder: str | os.PathLike[str]) -> list[Clip]:
         If there is none, or one cannot be read.
     """
     paths = find_recordings(folder)
+    clips = [Clip(os.path.relpath(path, folder), path, 0, 0) for path in paths]
+    if clip_ids is not None:
+        clips = find_listed(clip_ids, clips)
     with ThreadPool(THREADS) as pool:
-        headers = pool.imap(audio_info, paths, chunksize=16)
-        headers = tqdm(headers, "Reading headers", len(paths), unit="file", disable=None)
-        return [
-            Clip(os.path.relpath(path, folder), path, 0, header.num_frames)
-            for path, header in zip(paths, headers)
-        ]
+        headers = pool.imap(audio_info, [clip.wav for clip in clips], chunksize=16)
+        headers = tqdm(headers, "Reading headers", len(clips), unit="file", disable=None)
+        return [clip._replace(stop=header.num_frames) for clip, header in zip(clips, headers)]
+
+
+def clips_at(paths: Iterable[str], folders: bool = True) -> list[Clip]:
+    """The recordings at these paths, folders searched through if ``folders``; a path is its ID.
+
+    Raises
+    ------
+    ValueError
+        If there is none in a folder, or one cannot be read.
+    """
+    clips = []
+    for path in paths:
+        if folders and os.path.isdir(path):
+            clips += [c._replace(id=str(Path(path, c.id))) for c in find_clips(path)]
+        else:
+            check_names([path])
+            clips.append(Clip(path, path, 0, audio_info(path).num_frames))
+    return clips
+
+
+def preference(path: str) -> int:
+    """Which format is taken of an utterance that is there in several: the one of least number."""
+    suffix = os.path.splitext(path)[1].lower()
+    return AUDIO_SUFFIXES.index(suffix) if suffix in AUDIO_SUFFIXES else len(AUDIO_SUFFIXES)
 
 
 def stem_of(clip_id: str) -> str:
@@ -185,6 +218,7 @@ def speaker_of(clip_id: str) -> str:
 
 def find_listed(clip_ids: Iterable[str], clips: Iterable[Clip]) -> list[Clip]:
     """Of ``clips`` those that a list names, under its names; others of its names are left out."""
-    by_stem = {stem_of(clip.id): clip for clip in clips}
+    clips = sorted(clips, key=lambda clip: -preference(clip.wav))
+    by_stem = {stem_of(clip.id): clip for clip in clips}  # the last one stays
     stems = {clip_id: stem_of(clip_id) for clip_id in clip_ids}
     return [by_stem[stem]._replace(id=i) for i, stem in stems.items() if stem in by_stem]

@@ -11,13 +11,8 @@ from torch import Tensor, nn
 
 from speechbrain_mrl.inference.extract import embed_long
 from speechbrain_mrl.inference.optimize import for_inference
-from speechbrain_mrl.models.pretrained import (
-    load_checkpoint,
-    load_released,
-)
-from speechbrain_mrl.models.releases import (
-    released_names,
-)
+from speechbrain_mrl.models.pretrained import load_checkpoint, load_released
+from speechbrain_mrl.models.releases import parse_release, released_names
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
@@ -75,10 +70,10 @@ def load_teacher(
     ---------
     teacher : str, path or torch.nn.Module
         "b0" … "b6", "S" or "M" for a released ReDimNet, "redimnet2_b0" … "redimnet2_b6" for a
-        ReDimNet2; a checkpoint file of either; the folder or Hub id of any SpeechBrain
-        ``EncoderClassifier``; or a module.
+        ReDimNet2, or a release's whole name, "b2-vox2-ptn"; a checkpoint file of either; the folder
+        or Hub id of any SpeechBrain ``EncoderClassifier``; or a module.
     train_type, dataset : str
-        Which release, for a released name; see ``load_released``.
+        Which release, for a model's name; see ``load_released``.
     device : str
         Where it runs.
     """
@@ -91,6 +86,9 @@ def load_teacher(
         module = load_checkpoint(teacher)
     elif os.path.isdir(teacher) or HUB_ID.fullmatch(str(teacher)):
         module = EncoderClassifierTeacher(str(teacher), device)
+    elif str(teacher).split("-")[0] in released:
+        name, its_dataset, its_train_type = parse_release(str(teacher))
+        module = load_released(name, its_train_type, its_dataset)
     else:
         raise FileNotFoundError(
             f"{str(teacher)!r} is neither a file or folder, nor a released name {released}, "

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import uuid
+import zlib
 from collections import Counter
 from collections.abc import Container, Sequence
 from contextlib import suppress
@@ -201,12 +202,15 @@ class MatryoshkaIndex:
             folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{uuid.uuid4().hex[:12]}.faiss"
         try:
-            with replacing(path) as part, open(part, "wb") as file:
-                # FAISS's own files lose their last bytes on a full disk without an error
-                self._faiss.write_index(self._both(), self._faiss.PyCallbackIOWriter(file.write))
+            with replacing(path) as part:
+                with open(part, "wb") as file:
+                    # FAISS's own files lose their last bytes on a full disk without an error
+                    writer = self._faiss.PyCallbackIOWriter(file.write)
+                    self._faiss.write_index(self._both(), writer)
+                checksums = _checksums(part, self._names)
             manifest = {key: getattr(self, key) for key in SETTINGS}
             manifest |= {"trained_on": self._trained_on, "ids": self._names}
-            manifest |= {"file": path.name, "bytes": path.stat().st_size}
+            manifest |= {"file": path.name, "checksums": checksums}
             with replacing(folder / MANIFEST) as part:
                 part.write_text(json.dumps(manifest))
         except BaseException:
@@ -225,7 +229,7 @@ class MatryoshkaIndex:
             index = cls(**{key: manifest[key] for key in SETTINGS})
             index._names, index._trained_on = manifest["ids"], manifest["trained_on"]
             index._number_of = dict(zip(index._names, range(len(index._names))))
-            path, size = folder / manifest["file"], manifest["bytes"]
+            path, checksums = folder / manifest["file"], manifest["checksums"]
         except (LookupError, TypeError, ValueError) as error:
             reason = f"it lacks {error}" if isinstance(error, LookupError) else error
             raise ValueError(
@@ -233,7 +237,8 @@ class MatryoshkaIndex:
             ) from None
         if path.name != manifest["file"]:
             raise ValueError(f"{folder}/{MANIFEST} names {path}, which is not in that folder")
-        if path.stat().st_size != size:
+        found_checksums = _checksums(path, index._names)
+        if found_checksums[0] != checksums[0]:
             raise ValueError(f"{path} is damaged; save the index again")
         try:
             index._take(index._faiss.read_index(str(path), index._faiss.IO_FLAG_MMAP_IFC))
@@ -245,6 +250,8 @@ class MatryoshkaIndex:
         if found != (n, n, index.dim):
             rule = f"{folder} must hold one id of its own for each embedding of size {index.dim}"
             raise ValueError(rule + ", has {} ids, {} embeddings of size {}".format(*found))
+        if found_checksums != checksums:
+            raise ValueError(f"{folder / MANIFEST} has other ids than were saved; save it again")
         return index
 
     def _both(self) -> Any:
@@ -305,6 +312,15 @@ class MatryoshkaIndex:
         for start in range(0, n, MAX_TRAINING):
             coded.add(self._full.reconstruct_n(start, min(MAX_TRAINING, n - start)))
         self._coded = coded
+
+
+def _checksums(path: Path, names: Sequence[str]) -> list[int]:
+    """CRC-32 of FAISS's file, and of the speakers' names."""
+    found = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            found = zlib.crc32(block, found)
+    return [found, zlib.crc32(json.dumps(names).encode())]
 
 
 def check_range(name: str, value: int, low: int, high: int | None = None) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from speechbrain.utils.distributed import ddp_barrier, if_main_process
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -17,7 +18,7 @@ from tqdm import tqdm
 from speechbrain_mrl.dataio.clips import Clip, find_clips, read_clips, write_clips
 from speechbrain_mrl.inference.extract import Encoder, embed_clips
 from speechbrain_mrl.inference.fingerprint import fingerprint
-from speechbrain_mrl.utils import only_run, replacing
+from speechbrain_mrl.utils import only_run, read_json, replacing
 
 SHARD_SIZE = 1024  # clips; what a killed run computes again at most
 
@@ -55,11 +56,10 @@ class TeacherStore:
         Arguments and errors are those of ``compute``.
         """
         clips = self.compute(teachers, clips, device, batch_seconds, max_seconds, num_workers)
-        self.rows = {clip.id: row for row, clip in enumerate(clips)}
-        n_shards = -(-len(clips) // SHARD_SIZE)
+        ids = [clip.id for clip in clips]
+        self.rows = {clip_id: row for row, clip_id in enumerate(ids)}
         self.embeddings = {
-            name: torch.cat([self.shard(name, number) for number in range(n_shards)])
-            for name in teachers
+            name: torch.cat([found for _, found in self.shards(name, ids)]) for name in teachers
         }
 
     def compute(
@@ -124,15 +124,48 @@ class TeacherStore:
                         missing, shard, device, batch_seconds, max_seconds, num_workers, bar
                     )
                     for name, embeddings in found.items():
+                        made_of = {"ids": _fingerprint_ids([clip.id for clip in shard])}
                         with replacing(self._path(name, i)) as part:
-                            save_file({"embeddings": embeddings}, part)
+                            save_file({"embeddings": embeddings}, part, made_of)
             ddp_barrier()
 
         return clips
 
-    def shard(self, name: str, number: int) -> Tensor:
-        """One teacher's embeddings of the clips of one shard, (at most SHARD_SIZE, D)."""
-        return load_file(self._path(name, number))["embeddings"]
+    def shards(self, name: str, ids: list[str]) -> Iterator[tuple[list[str], Tensor]]:
+        """One teacher's embeddings shard by shard, with the clips' ids, n and (n, D).
+
+        Arguments
+        ---------
+        name : str
+            The teacher's.
+        ids : list of str
+            Of all clips, in the order of ``compute``.
+
+        Raises
+        ------
+        ValueError
+            If a shard is damaged or of other clips, naming it.
+        """
+        for number, first in enumerate(range(0, len(ids), SHARD_SIZE)):
+            some = ids[first : first + SHARD_SIZE]
+            yield some, self._read(self._path(name, number), some)
+
+    def _read(self, path: Path, ids: Sequence[str]) -> Tensor:
+        try:
+            with safe_open(path, "pt") as file:
+                made_of, embeddings = file.metadata() or {}, file.get_tensor("embeddings")
+        except SafetensorError as error:
+            reason = str(error)
+        else:
+            if made_of.get("ids") != _fingerprint_ids(ids):
+                reason = "it is of other clips"
+            elif embeddings.ndim != 2 or len(embeddings) != len(ids):
+                reason = f"it holds {tuple(embeddings.shape)} for {len(ids)} clips"
+            elif not embeddings.isfinite().all():
+                reason = "it holds NaN or infinity"
+            else:
+                return embeddings
+        raise ValueError(f"{path} cannot be used ({reason}); delete it, and compute it again")
 
     def lookup(self, ids: Sequence[str]) -> dict[str, Tensor]:
         """Embeddings of the clips of these ids, {teacher: (B, D)}."""
@@ -153,8 +186,9 @@ class TeacherStore:
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path) as part:
                 part.write_text(json.dumps(manifest, indent=1))
-        found = json.loads(path.read_text())
-        changed = [key for key in manifest if found.get(key) != manifest[key]]
+        found = read_json(path)
+        same = isinstance(found, dict)
+        changed = [key for key in manifest if not same or found.get(key) != manifest[key]]
         if changed:
             raise ValueError(
                 f"{path.parent} was filled with other {' and '.join(changed)}; delete that folder "
@@ -169,6 +203,10 @@ def _fingerprint_clips(clips: Sequence[Clip]) -> str:
         size = os.path.getsize(clip.wav)
         digest.update(f"{clip.id} {clip.start} {clip.stop} {size}\n".encode())
     return digest.hexdigest()
+
+
+def _fingerprint_ids(ids: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(ids).encode()).hexdigest()
 
 
 NAME = "embeddings"  # of the subfolder
@@ -235,8 +273,12 @@ def embed_folder(
 
 
 def read_embeddings(folder: str | os.PathLike[str]) -> Iterator[tuple[list[str], Tensor]]:
-    """Ids and embeddings (n, D) of a folder that ``embed_folder`` wrote, shard after shard."""
+    """Ids and embeddings (n, D) of a folder that ``embed_folder`` wrote, shard after shard.
+
+    Raises
+    ------
+    ValueError
+        If a shard is damaged or of other clips, naming it.
+    """
     ids = [clip.id for clip in read_clips(Path(folder) / "clips.csv")]
-    store = TeacherStore(folder)
-    for number, first in enumerate(range(0, len(ids), SHARD_SIZE)):
-        yield ids[first : first + SHARD_SIZE], store.shard(NAME, number)
+    yield from TeacherStore(folder).shards(NAME, ids)

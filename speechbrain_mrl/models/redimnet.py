@@ -1719,10 +1719,15 @@ class EmbeddingModel(StrictlyLoaded, MatryoshkaReDimNet):
     def forward(  # type: ignore[override]  # of one size, as SpeechBrain calls it
         self, wavs: Tensor, wav_lens: Tensor | None = None
     ) -> Tensor:
-        """As ``MatryoshkaReDimNet``. A ``wav_lens`` of one element holds for every clip."""
+        """As ``MatryoshkaReDimNet``. A ``wav_lens`` of one element holds for every clip.
+
+        A clip of zeros, nobody's voice, has an embedding of zeros, which scores 0 with any other.
+        """
         if wav_lens is not None:
             wav_lens = wav_lens.expand(len(wavs))
-        return super().forward(wavs, wav_lens, self.target_dim).unsqueeze(1)
+        embeddings = super().forward(wavs, wav_lens, self.target_dim)
+        is_sound = wavs.reshape(len(embeddings), -1).any(dim=1, keepdim=True)
+        return (embeddings * is_sound).unsqueeze(1)
 
 
 class PrefixSpeakerClassifier(StrictlyLoaded, nn.Module):

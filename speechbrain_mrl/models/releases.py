@@ -57,17 +57,19 @@ PREFIX2 = "redimnet2_"  # of a ReDimNet2's name where both families are named: r
 
 
 def parse_release(release: str) -> tuple[str, str, str]:
-    """Model name, dataset and train type out of a release's name.
+    """Model name, dataset and train type out of a release's name; of a model's the usual ones.
 
     Example
     -------
-    >>> parse_release("redimnet2_b2-vox2-lm")
-    ('redimnet2_b2', 'vox2', 'lm')
+    >>> parse_release("redimnet2_b2-vox2-ptn"), parse_release("b2")
+    (('redimnet2_b2', 'vox2', 'ptn'), ('b2', 'vox2', 'ft_lm'))
     """
+    if release in released_names():
+        return release, "vox2", own_train_type(release, "ft_lm")
     parts, table = release.split("-"), releases_of(release)
     if len(parts) != 3 or parts[1] not in table:
         raise ValueError(
-            f"a release is named like b2-vox2-ft_lm or redimnet2_b2-vox2-lm (model, dataset of "
+            f"a release is named like b2, b2-vox2-ft_lm or redimnet2_b2-vox2-lm (model, dataset of "
             f"{list(table)}, training), got {release!r}"
         )
     model_name, dataset, train_type = parts

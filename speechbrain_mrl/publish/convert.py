@@ -1,8 +1,8 @@
-"""Turns a released ReDimNet into a SpeechBrain model, as it is or rotated into a Matryoshka one."""
+"""Turns a ReDimNet into a SpeechBrain model, as it is or rotated into a Matryoshka one."""
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,25 +10,22 @@ from pathlib import Path
 from tqdm import tqdm
 
 from speechbrain_mrl.dataio.clips import find_clips
+from speechbrain_mrl.inference.encoders import HUB_ID
 from speechbrain_mrl.inference.extract import embed_clips
-from speechbrain_mrl.models.pretrained import (
-    ReDimNetMRL,
-    load_released,
-)
-from speechbrain_mrl.models.releases import (
-    PREFIX2,
-    parse_release,
-    releases_of,
-)
+from speechbrain_mrl.models.pretrained import ReDimNetMRL, load_checkpoint, load_released
+from speechbrain_mrl.models.redimnet import ReDimNet
+from speechbrain_mrl.models.releases import PREFIX2, parse_release, releases_of
 from speechbrain_mrl.publish.card import Provenance
-from speechbrain_mrl.publish.export import export_model
+from speechbrain_mrl.publish.export import check_replaceable, export_model
+from speechbrain_mrl.publish.load import load_published, read_provenance
 from speechbrain_mrl.rotation import matryoshka_rotation
+from speechbrain_mrl.utils import read_json
 
 CORPORA = {"vox2": "VoxCeleb2", "vb2": "VoxBlink2", "cnc": "CN-Celeb", "cnc2": "CN-Celeb 2"}
 
 
 def convert_release(
-    release: str,
+    model: str,
     folder: str | os.PathLike[str],
     source: str | os.PathLike[str] | None = None,
     *,
@@ -37,12 +34,13 @@ def convert_release(
     report: str | os.PathLike[str] | None = None,
     trials: str = "",
 ) -> Path:
-    """Write a released ReDimNet or ReDimNet2 as a folder that SpeechBrain loads without this package.
+    """Write a ReDimNet or ReDimNet2 as a folder that SpeechBrain loads without this package.
 
     Arguments
     ---------
-    release : str
-        Model, dataset and training: "b2-vox2-ft_lm", "redimnet2_b2-vox2-lm".
+    model : str
+        A release, "b2-vox2-ft_lm" (or "b2" for it), "redimnet2_b2-vox2-lm"; a checkpoint file; or
+        the folder or Hub id of an exported model.
     folder : path
         To be written.
     source : path, optional
@@ -52,7 +50,7 @@ def convert_release(
         on them and rotated to its principal axes, so that its first coordinates are embeddings
         too. None: the weights stay as they are, of one size.
     mrl_dims : sequence of int
-        Sizes of the rotated model, ascending, the last one that of the release (192).
+        Sizes of the rotated model, ascending, the last one that of the model (192 of a release).
     report : path, optional
         A report.json of ``verify.py`` for the converted model; with it, it can be published.
     trials : str
@@ -66,33 +64,45 @@ def convert_release(
     Raises
     ------
     ValueError, FileNotFoundError, ConnectionError
-        As ``load_released``, ``find_clips`` and ``export_model``.
+        As ``load_released``, ``load_published``, ``find_clips`` and ``export_model``.
     """
-    model_name, dataset, train_type = parse_release(release)
-    model = load_released(model_name, train_type, dataset, source)
-    family, corpora = type(model).__name__, dataset.removesuffix("_v0").split("+")
-    own_name = release.removeprefix(PREFIX2)
+    check_replaceable(folder)
+    found = None if report is None else read_json(report)
+    network, provenance, name = _load(model, source)
     what = "in another container and otherwise unchanged."
     if recordings is not None:
-        rotated = ReDimNetMRL.from_redimnet(model, model.embed_dim, mrl_dims)
+        rotated = ReDimNetMRL.from_redimnet(network, network.embed_dim, mrl_dims)
         clips = find_clips(recordings)
         with tqdm(total=len(clips), unit="clip", desc="Embedding", disable=None) as bar:
-            embeddings = embed_clips({"model": model}, clips, progress=bar)["model"]
+            embeddings = embed_clips({"model": network}, clips, progress=bar)["model"]
         rotation = matryoshka_rotation(embeddings, mrl_dims)
         rotated.rotate_head(rotation.matrix, rotation.mean)
-        model = rotated
-        what = f"centred on {len(clips)} recordings and rotated to their principal axes."
-    provenance = Provenance(
-        title=f"{family} {own_name}",
-        license=str(releases_of(model_name)[dataset]["license"]),
-        training_data=", ".join(CORPORA[name] for name in corpora)
-        + f". The weights are those of `{own_name}.pt`, released by the authors of {family}, {what}",
-        datasets=["voxceleb"] if "vox2" in corpora else (),
-        trials=trials,
-    )
-    plot = found = None
-    if report is not None:
-        plot = Path(report).with_name("eer_by_dim.png")
-        found = json.loads(Path(report).read_text(encoding="utf-8"))
+        network = rotated
+        what = f"centred on {len(clips)} recordings and rotated to their principal components."
+    training_data = f"{provenance.training_data} The weights are those of `{name}`, {what}"
+    provenance = dataclasses.replace(provenance, training_data=training_data, trials=trials)
+    plot = None if report is None else Path(report).with_name("eer_by_dim.png")
     plot = plot if plot is not None and plot.is_file() else None
-    return export_model(model, folder, provenance, report=found, plot=plot)
+    return export_model(network, folder, provenance, report=found, plot=plot)
+
+
+def _load(model: str, source: str | os.PathLike[str] | None) -> tuple[ReDimNet, Provenance, str]:
+    """The network, what is known of its weights, and their name, without the folder that they are in."""
+    if source is None and os.path.isfile(model):
+        network, file = load_checkpoint(model), Path(model)
+        return network, Provenance(f"{type(network).__name__} {file.stem}"), file.name
+    if source is None and (os.path.isdir(model) or HUB_ID.fullmatch(model)):
+        name = Path(model).name if os.path.isdir(model) else model
+        return load_published(model), read_provenance(model), name
+    model_name, dataset, train_type = parse_release(model)
+    network, corpora = load_released(model_name, train_type, dataset, source), dataset.split("+")
+    family = type(network).__name__
+    name = f"{model_name.removeprefix(PREFIX2)}-{dataset}-{train_type}"
+    provenance = Provenance(
+        title=f"{family} {name}",
+        license=str(releases_of(model_name)[dataset]["license"]),
+        training_data=", ".join(CORPORA[corpus.removesuffix("_v0")] for corpus in corpora)
+        + f". Released by the authors of {family}.",
+        datasets=["voxceleb"] if any(corpus.startswith("vox2") for corpus in corpora) else (),
+    )
+    return network, provenance, f"{name}.pt"

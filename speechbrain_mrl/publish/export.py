@@ -105,9 +105,7 @@ def export_model(
     >>> loaded.encode_batch(torch.zeros(1, 16000)).shape
     torch.Size([1, 1, 32])
     """
-    folder, provenance = Path(folder), provenance or Provenance()
-    if folder.exists() and (foreign := foreign_files(folder)):
-        raise ValueError(f"{folder} holds {foreign}, which no export wrote; choose another folder")
+    folder, provenance = check_replaceable(folder), provenance or Provenance()
     if dtype not in (torch.float32, torch.float16):
         raise ValueError(f"dtype must be torch.float32 or torch.float16, got {dtype}")
     if not isinstance(model, ReDimNet):
@@ -170,6 +168,14 @@ def probe_wavs() -> torch.Tensor:
     phases = [6.2831853 * hertz * times * (1 + 0.05 * times) for hertz in (140, 470, 1130, 2650)]
     wav: Any = sum(phase.sin() for phase in phases) / 10
     return wav.float().unsqueeze(0)
+
+
+def check_replaceable(folder: str | os.PathLike[str]) -> Path:
+    """The folder's path, unless it holds what no export wrote."""
+    folder = Path(folder)
+    if folder.exists() and (foreign := foreign_files(folder)):
+        raise ValueError(f"{folder} holds {foreign}, which no export wrote; choose another folder")
+    return folder
 
 
 def foreign_files(folder: Path) -> list[str]:

@@ -21,7 +21,7 @@ import torch
 from speechbrain_mrl.evaluation.calibration import check_calibration
 from speechbrain_mrl.publish.card import card_for, card_problems
 from speechbrain_mrl.publish.export import FILES, foreign_files, probe_wavs
-from speechbrain_mrl.utils import replacing
+from speechbrain_mrl.utils import read_json, replacing
 
 # What space.py imports, besides Gradio
 SPACE_PACKAGES = ("speechbrain", "torch", "torchaudio", "av", "matplotlib", "scikit-learn")
@@ -142,7 +142,7 @@ def _asking(state: str) -> Iterator[None]:
     """What the Hub or the network answers, as one sentence that ends with how things are now."""
     try:
         yield
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, ImportError):
         raise
     except Exception as error:  # of huggingface_hub, and of the HTTP client that its version uses
         reason = " ".join(str(error).split())
@@ -206,8 +206,14 @@ def push_space(
         If the Space is not private enough.
     PackageNotFoundError
         If what the page needs (the extra ``space``) is not installed here: its versions are pinned.
+    ConnectionError
+        If the Hub refuses or cannot be reached.
     """
-    api = huggingface_hub.HfApi(token=token)
+    with _asking(f"{repo_id} does not show {model}"):
+        return _push_space(repo_id, model, huggingface_hub.HfApi(token=token), private, revision)
+
+
+def _push_space(repo_id: str, model: str, api: Any, private: bool, revision: str | None) -> str:
     commit = api.model_info(model, revision=revision).sha
     pinned = [f"{name}=={version(name).split('+')[0]}" for name in SPACE_PACKAGES]
     contents = {
@@ -245,7 +251,7 @@ def add_calibration(folder: str | os.PathLike[str], calibration: str | os.PathLi
     ValueError
         If a size lacks a calibration, or the scores were not plain cosines.
     """
-    report = json.loads(Path(folder, "report.json").read_text(encoding="utf-8"))
+    report = read_json(Path(folder, "report.json"))
     check_calibration(calibration, [int(size) for size in report["dims"]])
     with replacing(Path(folder, "calibration.json")) as part:
         shutil.copyfile(calibration, part)
@@ -286,7 +292,7 @@ def check_folder(folder: str | os.PathLike[str]) -> None:
             check_calibration(calibration, [int(size) for size in found["embeddings"]])
         except ValueError as error:
             problems.append(str(error))
-    check = json.loads((folder / "check.json").read_text(encoding="utf-8"))
+    check = read_json(folder / "check.json")
     expected = torch.tensor(check["embedding"])
     for size, embedding in found["embeddings"].items():
         own = expected[: int(size)]

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import snapshot_download
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
@@ -19,7 +20,7 @@ from torch import Tensor
 from speechbrain_mrl.models.pretrained import ReDimNetMRL, load_strictly
 from speechbrain_mrl.models.redimnet import read_tensors
 from speechbrain_mrl.publish.card import Provenance
-from speechbrain_mrl.publish.export import FILES
+from speechbrain_mrl.publish.export import FILES, export_model
 from speechbrain_mrl.utils import read_json
 
 
@@ -114,6 +115,27 @@ def read_speakers(source: str | os.PathLike[str]) -> dict[str, Tensor]:
         if len(weight):
             labels.load(folder / "label_encoder.ckpt")
         return {labels.ind2lab[i]: row.float() for i, row in enumerate(weight)}
+
+
+def export_again(
+    source: str | os.PathLike[str],
+    folder: str | os.PathLike[str],
+    target_dim: int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Path:
+    """``export_model`` of a published model, with all that its folder says of it."""
+    published = find_published(source)
+    plot = published / "eer_by_dim.png"
+    return export_model(
+        load_published(published),
+        folder,
+        read_provenance(published),
+        report=read_report(published),
+        plot=plot if plot.is_file() else None,
+        speakers=read_speakers(published),
+        target_dim=target_dim,
+        dtype=dtype,
+    )
 
 
 def model_info(source: str | os.PathLike[str]) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from speechbrain_mrl.training.projection import (
     start_from,
 )
 from speechbrain_mrl.training.teachers import LiveTeachers
-from speechbrain_mrl.utils import choose_device, only_run
+from speechbrain_mrl.utils import check_device, only_run
 
 
 def train_student(
@@ -200,7 +200,7 @@ def train_distilled_mrl(
     ReDimNetMRL
         In eval mode.
     """
-    device = choose_device(device)
+    device = check_device(device)
     sizes = {key: student_config.get(key, DEFAULTS[key]) for key in ("embed_dim", "mrl_dims")}
     backbone = student_config.get("backbone", DEFAULTS["backbone"])
     if unknown := sorted(set(student_config) - {*sizes, "backbone", "pretrained"}):

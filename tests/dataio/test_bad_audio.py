@@ -1,6 +1,8 @@
 """Bad recordings among good ones: refused with their path and reason, or left out by an option."""
 
 import csv
+import os
+import shutil
 
 import numpy as np
 import pytest
@@ -94,6 +96,26 @@ def test_preparation_lists_each_bad_file_with_its_reason(prepare, mixed, tmp_pat
     names = {i.rsplit("/", 1)[1] for i in ids if "/odd/" in i}
     assert names <= set(GOOD)
     assert prepare is prepare_voxceleb or names == set(GOOD)  # all are in some list
+
+
+@pytest.mark.parametrize("prepare", [prepare_voxceleb, prepare_folder])
+def test_a_name_that_is_not_utf8_stops_or_is_listed_escaped(prepare, small_corpus, tmp_path):
+    shutil.copytree(small_corpus, tmp_path / "data", symlinks=False)
+    path = next((tmp_path / "data").rglob("*.wav"))
+    os.rename(path, os.path.join(os.fsencode(path.parent), b"caf\xe9.wav"))
+    options = {"test_speakers": 2} if prepare is prepare_voxceleb else {}
+    arguments = {"data_folder": str(tmp_path / "data"), "save_folder": str(tmp_path / "l")}
+    with pytest.raises(ValueError, match=r"caf.udce9.wav' is not UTF-8, as lists are"):
+        prepare(**arguments, **options)
+    lists = prepare(**arguments, **options, skip_bad_files=True)
+    (line,) = (tmp_path / "l" / "bad_files.txt").read_text(encoding="utf-8").splitlines()
+    assert r"caf\udce9.wav' is not UTF-8" in line
+    n_clips = sum(1 for _ in small_corpus.rglob("*.wav"))
+    found = [i for path in (lists.train_csv, lists.valid_csv) for i in _ids(path)]
+    if prepare is prepare_folder:
+        assert len(found) == n_clips - 1
+    else:
+        assert lists.counts["left_out"]["bad"] == 1
 
 
 @pytest.mark.parametrize("name", [name for name in BAD if name != "short.wav"])

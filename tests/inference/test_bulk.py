@@ -73,6 +73,15 @@ def test_a_killed_call_goes_on_at_its_shard(small_corpus, small_shards, tmp_path
     assert len(as_dict(tmp_path)) == again.clips + 32
 
 
+def test_other_ids_than_were_embedded_are_refused(small_corpus, tmp_path):
+    embed_folder(Sums(), small_corpus, tmp_path)
+    clips = tmp_path / "clips.csv"
+    lines = clips.read_text().splitlines()
+    clips.write_text("\n".join([lines[0], lines[2], lines[1], *lines[3:]]) + "\n")
+    with pytest.raises(ValueError, match=f"{tmp_path}/embeddings/.*is of other clips"):
+        as_dict(tmp_path)
+
+
 def test_embeddings_of_another_encoder_are_not_mixed_in(small_corpus, tmp_path):
     embed_folder(Sums(), small_corpus, tmp_path)
     with pytest.raises(ValueError, match="filled with other teacher"):

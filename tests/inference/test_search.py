@@ -266,7 +266,28 @@ def test_a_file_that_is_cut_or_no_index_is_refused(tmp_path):
     with pytest.raises(ValueError, match=rf"{file} is damaged; save the index again"):
         MatryoshkaIndex.load(tmp_path)
     file.write_bytes(bytes(len(whole)))
-    with pytest.raises(ValueError, match=rf"{file} is damaged .*; save the index again"):
+    with pytest.raises(ValueError, match=rf"{file} is damaged; save the index again"):
+        MatryoshkaIndex.load(tmp_path)
+
+
+def test_a_flipped_bit_anywhere_is_found_before_a_search_is_answered(tmp_path):
+    filled(50).save(tmp_path)
+    (file,) = tmp_path.glob("*.faiss")
+    whole = file.read_bytes()
+    for place in np.linspace(0, len(whole) - 1, 40).astype(int):
+        flipped = bytearray(whole)
+        flipped[place] ^= 64
+        file.write_bytes(flipped)
+        with pytest.raises(ValueError, match=rf"{file} is damaged; save the index again"):
+            MatryoshkaIndex.load(tmp_path)
+    file.write_bytes(whole)
+    assert len(MatryoshkaIndex.load(tmp_path)) == 50
+
+
+def test_other_ids_than_were_saved_are_refused(tmp_path):
+    filled(5).save(tmp_path)
+    changed(tmp_path / "index.json", ids=["somebody else", *names(4)])
+    with pytest.raises(ValueError, match="index.json has other ids than were saved"):
         MatryoshkaIndex.load(tmp_path)
 
 

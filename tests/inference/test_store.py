@@ -2,7 +2,8 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from speechbrain_mrl import export_model
@@ -125,6 +126,53 @@ def test_a_store_of_other_weights_clips_or_lengths_is_refused(
         TeacherStore(tmp_path).fill(changed, clips, max_seconds=max_seconds)
     after = load_file(tmp_path / "a" / "00000.safetensors")["embeddings"]
     torch.testing.assert_close(before, after)
+
+
+HARM = {
+    "NaN": (lambda rows: rows.index_fill(0, torch.tensor([2]), torch.nan), "NaN or infinity"),
+    "a surplus row": (lambda rows: torch.cat([rows, rows[:1]]), r"holds \(9, 2\) for 8 clips"),
+    "a missing row": (lambda rows: rows[1:], r"holds \(7, 2\) for 8 clips"),
+    "one number a clip": (lambda rows: rows[:, 0].contiguous(), r"holds \(8,\) for 8 clips"),
+}
+
+
+@pytest.mark.parametrize("harm", HARM)
+def test_a_damaged_shard_is_refused_by_name(tmp_path, small_clips, small_shards, harm):
+    TeacherStore(tmp_path).fill({"a": Counting()}, small_clips)
+    path = tmp_path / "a" / "00001.safetensors"
+    damage, reason = HARM[harm]
+    with safe_open(path, "pt") as file:
+        rows, made_of = file.get_tensor("embeddings"), file.metadata()
+    save_file({"embeddings": damage(rows)}, path, made_of)
+    with pytest.raises(ValueError, match=f"{path} cannot be used .*{reason}.*delete it"):
+        TeacherStore(tmp_path).fill({"a": Counting()}, small_clips)
+
+
+@pytest.mark.parametrize("content", [b"", b"no tensors", bytes(64)])
+def test_a_shard_that_is_none_is_refused_by_name(tmp_path, small_clips, small_shards, content):
+    TeacherStore(tmp_path).fill({"a": Counting()}, small_clips)
+    path = tmp_path / "a" / "00001.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{path} cannot be used"):
+        TeacherStore(tmp_path).fill({"a": Counting()}, small_clips)
+
+
+def test_shards_that_changed_places_are_refused(tmp_path, small_clips, small_shards):
+    TeacherStore(tmp_path).fill({"a": Counting()}, small_clips)
+    paths = [tmp_path / "a" / f"0000{number}.safetensors" for number in range(2)]
+    first, second = (path.read_bytes() for path in paths)
+    paths[0].write_bytes(second)
+    paths[1].write_bytes(first)
+    with pytest.raises(ValueError, match=f"{paths[0]} cannot be used .it is of other clips"):
+        TeacherStore(tmp_path).fill({"a": Counting()}, small_clips)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", '"', "{}"])
+def test_a_damaged_manifest_of_a_store_is_refused_by_name(tmp_path, small_clips, text):
+    TeacherStore(tmp_path).fill({"a": Counting()}, small_clips[:2])
+    (tmp_path / "a" / "manifest.json").write_text(text)
+    with pytest.raises(ValueError, match=f"{tmp_path}/a"):
+        TeacherStore(tmp_path).fill({"a": Counting()}, small_clips[:2])
 
 
 def test_a_file_of_another_size_makes_the_store_stale(tmp_path, small_clips):

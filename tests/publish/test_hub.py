@@ -261,7 +261,7 @@ def test_two_models_in_one_process_keep_their_code_and_weights(
     published, tiny_config, random_model, voices, tmp_path, monkeypatch
 ):
     source = Path(redimnet.__file__).read_text()
-    twice = source.replace("target_dim).unsqueeze(1)", "target_dim).unsqueeze(1) * 2")
+    twice = source.replace("(embeddings * is_sound)", "(embeddings * is_sound * 2)")
     assert twice != source
     (tmp_path / "redimnet.py").write_text(twice)
     monkeypatch.setattr(redimnet, "__file__", str(tmp_path / "redimnet.py"))
@@ -333,6 +333,20 @@ def test_the_widget_survives_any_recording(loaded, wavs):
 def test_a_scrap_gets_no_embedding(loaded, wavs):
     with pytest.raises(RuntimeError, match="too short for an embedding"):
         loaded.encode_batch(wavs)
+
+
+def test_silence_scores_zero_with_silence_and_changes_no_other_clip(published, voices):
+    model = SpeakerRecognition.from_hparams(source=published)
+    silence, voice = torch.zeros(1, 16000), voices(5, 1.0).unsqueeze(0)
+    for other in (silence, voice):
+        score, same = model.verify_batch(silence, other)
+        assert score.item() == 0.0 and not same.item()
+    batch, lens = torch.cat([silence, voice]), torch.ones(2)
+    for normalize in (False, True):
+        both = model.encode_batch(batch, lens, normalize=normalize)
+        alone = model.encode_batch(voice, normalize=normalize)
+        assert not both[0].any()
+        torch.testing.assert_close(both[1], alone[0])
 
 
 # Exporting

@@ -11,6 +11,8 @@ import pytest
 import train
 import verify
 
+from speechbrain_mrl.utils import TRACEBACK
+
 MISTAKES = {
     "a YAML that is not there": (train, ["hparams/mrl_distil.yaml"], "mrl_distil.yaml"),
     "a wrong key": (train, ["hparams/mrl_distill.yaml", "--chunk_secs=2"], "chunk_seconds"),
@@ -22,7 +24,7 @@ MISTAKES = {
     "a YAML without its keys": (train, ["{half}"], "the YAML lacks"),
     "a value of another type": (train, ["hparams/mrl_distill.yaml", "--lr=abc"], "lr must be"),
     "no such folder": (train, ["hparams/mrl_distill.yaml", "--data_folder=/gone"], "data_folder"),
-    "no such device": (train, ["hparams/mrl_distill.yaml", "--device=gpu"], "--device=gpu"),
+    "no such device": (train, ["hparams/mrl_distill.yaml", "--device=gpu"], "device 'gpu'"),
     "no model to verify": (verify, ["hparams/verify.yaml"], "source"),
     "a list that is not there": (
         verify,
@@ -54,11 +56,20 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(
 def test_a_script_prints_no_traceback_unless_it_is_asked_for():
     call = [sys.executable, "recipes/voxceleb/train.py", "hparams/mrl_distill.yaml", "--epochs=1"]
     for traceback, code in (("", 2), ("1", 1)):
-        environment = {**os.environ, command.TRACEBACK: traceback}
+        environment = {**os.environ, TRACEBACK: traceback}
         done = subprocess.run(call, capture_output=True, text=True, env=environment)
         assert done.returncode == code
         assert ("Traceback" in done.stderr) == bool(traceback)
         assert "epochs" in done.stderr
+
+
+def test_an_interrupted_script_says_so_without_a_traceback(capsys):
+    def main(argv):
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as exit_:
+        command.run_command(main, [])
+    assert exit_.value.code == 2 and capsys.readouterr().err == "error: interrupted\n"
 
 
 def test_a_fault_of_the_program_keeps_its_traceback():
