@@ -141,10 +141,16 @@ class MatryoshkaDistillationLoss(nn.Module):
         """Whether the targets exist: after ``fit``, or once a fitted state was loaded."""
         return all(ensemble.fitted for ensemble in self.ensembles)
 
-    def fit(self, teachers: Mapping[str, Tensor]) -> "MatryoshkaDistillationLoss":
-        """Means and rotations from the same N unlabelled clips of each teacher, {name: (N, D_t)}."""
+    def fit(
+        self, teachers: Mapping[str, Tensor], labels: Tensor | None = None
+    ) -> "MatryoshkaDistillationLoss":
+        """Means and rotations from the same N clips of each teacher, {name: (N, D_t)}.
+
+        The rotation is PCA, or with the clips' speakers, ``labels`` (N,), LDA. ``gram`` keeps the
+        teachers' own cosines, so that it does not go with LDA.
+        """
         for ensemble in self.ensembles:
-            ensemble.fit(teachers)
+            ensemble.fit(teachers, labels)
         return self
 
     def align(self, teachers: Mapping[str, Tensor], prefix: Tensor) -> "MatryoshkaDistillationLoss":

@@ -92,7 +92,7 @@ def matryoshka_rotation(
     if labels is None:
         axes = principal_axes((x - mean).T @ (x - mean) / n_clips)
     else:
-        axes = _lda_axes(x - mean, torch.as_tensor(labels).cpu())
+        axes = lda_axes(x - mean, torch.as_tensor(labels).cpu())
     return Rotation(mean.float(), axes[: mrl_dims[-1]].float()).to(embeddings.device)
 
 
@@ -146,7 +146,7 @@ def _with_fixed_signs(rows: Tensor) -> Tensor:
     return rows * largest.sign()
 
 
-def _lda_axes(centred: Tensor, labels: Tensor) -> Tensor:
+def lda_axes(centred: Tensor, labels: Tensor) -> Tensor:
     """All D directions as rows, those that separate the classes best first."""
     if labels.shape != centred.shape[:1]:
         raise ValueError(f"labels must be ({len(centred)},), got {tuple(labels.shape)}")

@@ -1,4 +1,4 @@
-"""The nested target of several teachers: centred, L2-normalised, concatenated, rotated by PCA."""
+"""The nested target of several teachers: centred, L2-normalised, concatenated, rotated by PCA or LDA."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from speechbrain_mrl.rotation import check_clips, principal_axes
+from speechbrain_mrl.rotation import check_clips, lda_axes, principal_axes
 
 ALIGN_RIDGE = 0.01  # of the mean variance of a target's dimension
 
@@ -18,7 +18,8 @@ class EnsembleRotation(nn.Module):
     Each teacher is centred by its fitted mean, L2-normalised, weighted, and concatenated with the
     others. The union's dot products are then the weighted mean
     of the teachers' cosines, and its principal axes (not centred again) keep those dot
-    products as well as any d dimensions can.
+    products as well as any d dimensions can. With labelled utterances the axes are those of LDA
+    instead, which separate speakers rather than keep what varies.
 
     Arguments
     ---------
@@ -58,8 +59,13 @@ class EnsembleRotation(nn.Module):
         """Whether ``fit`` was called or a fitted state was loaded."""
         return self.matrix.numel() > 0
 
-    def fit(self, teachers: Mapping[str, Tensor]) -> "EnsembleRotation":
-        """Means and axes from the same N clips of every teacher, {name: (N, D_t)}."""
+    def fit(
+        self, teachers: Mapping[str, Tensor], labels: Tensor | None = None
+    ) -> "EnsembleRotation":
+        """Means and axes from the same N clips of every teacher, {name: (N, D_t)}.
+
+        With the clips' speakers, ``labels`` (N,), the axes are those of LDA.
+        """
         names = self._select(teachers, self.names or sorted(teachers))
         for name in names:
             check_clips(teachers[name], f"teacher {name!r}")
@@ -71,9 +77,13 @@ class EnsembleRotation(nn.Module):
         teachers = {name: teachers[name].detach().to(self.matrix.device) for name in names}
         means = {name: teachers[name].mean(dim=0, dtype=torch.float64) for name in names}
         self._set_buffers({f"mean_{name}": mean for name, mean in means.items()})
-        union = self.concatenate(teachers).cpu()
-        moment: Any = sum(part.double().T @ part.double() for part in union.split(65536))
-        self.matrix = principal_axes(moment / len(union))[: self.dim].to(self.matrix)
+        union = self.concatenate(teachers).cpu().double()
+        if labels is None:
+            axes = principal_axes(union.T @ union / len(union))
+        else:
+            axes = lda_axes(union - union.mean(dim=0), labels.cpu())
+            axes /= (union @ axes.T).square().sum(dim=1).mean().sqrt()  # a target's usual length
+        self.matrix = axes[: self.dim].to(self.matrix)
         return self
 
     def align(self, teachers: Mapping[str, Tensor], prefix: Tensor) -> "EnsembleRotation":

@@ -154,6 +154,21 @@ def test_ensembles_prefix_keeps_cosines_no_worse_than_scikit_learns_pca(embeddin
     assert ours <= theirs + 1e-9
 
 
+def test_with_labels_the_ensemble_is_the_lda_of_the_concatenated_teachers(embeddings, labels):
+    teachers = {"one": embeddings, "two": embeddings[:, :7].roll(1, 0)}
+    ensemble = EnsembleRotation(dim=19).fit(teachers, labels)
+    union = [F.normalize(x - x.mean(dim=0), dim=1) for x in teachers.values()]
+    union = torch.cat(union, dim=1) / 2**0.5
+    between, within = covariances(union, labels)
+    _, axes = eigh(between, within)
+    expected = axes.T[::-1][: N_SPEAKERS - 1]
+    found = ensemble.matrix[: N_SPEAKERS - 1].numpy()
+    scale = np.linalg.norm(found[0]) / np.linalg.norm(expected[0])
+    np.testing.assert_allclose(np.abs(found), scale * np.abs(expected), atol=2e-3 * scale)
+    length = ensemble(teachers).square().sum(dim=1).mean()
+    torch.testing.assert_close(length, torch.tensor(1.0), atol=1e-4, rtol=0)
+
+
 def test_ensemble_of_few_coordinates_is_filled_up_with_zeros(embeddings):
     ensemble = EnsembleRotation(dim=16).fit({"b0": embeddings})
     target = ensemble({"b0": embeddings})

@@ -114,7 +114,6 @@ def go_on(previous, previous_objective, hparams, corpus, objective, stores, **em
         return student
     grown = resize_model(previous, hparams["mrl_dims"])
     if stores:
-        fit_objective(objective, stores[sb.Stage.TRAIN])
         clips = spread(read_clips(corpus.train_csv))
         start_new_dimensions(
             grown.to(embed_options["device"]),
@@ -159,6 +158,10 @@ def train_stage(previous, hparams, corpus, run_opts, teachers, **embed_options):
         label_encoder.expect_len(n_classes)
     seed_draws(0)  # whatever a killed run had already done
     objective = hparams["objective"](n_classes=n_classes)
+    trials = None if corpus.valid_trials is None else read_trials(corpus.valid_trials)
+    if stores and hparams["checkpointer"].find_checkpoint() is None:
+        labelled = (stores[sb.Stage.VALID], trials) if hparams["labels"] else ()
+        fit_objective(objective, stores[sb.Stage.TRAIN], *labelled)
     make = start_student if previous is None else partial(go_on, *previous)
     student = make(hparams, corpus, objective, stores, **embed_options)
     start = starting_point(student, hparams["checkpointer"])
@@ -175,7 +178,7 @@ def train_stage(previous, hparams, corpus, run_opts, teachers, **embed_options):
         hparams,
         run_opts,
         stores,
-        None if corpus.valid_trials is None else read_trials(corpus.valid_trials),
+        trials,
     )
     return (student, objective), stores, start
 
@@ -251,13 +254,9 @@ def run(document, stages, run_opts):
         held_out, trials = (), None
         if corpus.valid_trials is not None:
             held_out, trials = read_clips(corpus.valid_csv), read_trials(corpus.valid_trials)
-        clips, labels = read_clips(corpus.train_csv), None
-        if hparams["labels"]:
-            clips = spread_speakers(clips)
-            labels = [speaker_of(clip.id) for clip in clips]
-        else:
-            clips = spread(clips)
-        finish_head(student, clips, held_out, trials, labels, **embed_options)
+        choose = spread_speakers if hparams["labels"] else spread
+        clips = choose(read_clips(corpus.train_csv))
+        finish_head(student, clips, held_out, trials, hparams["labels"], **embed_options)
         if corpus.test_trials is not None:
             report = report_on(
                 student,

@@ -50,16 +50,17 @@ def evaluate_student(
     n_bootstrap : int
         Draws of speakers for the 95 % intervals; 0: none.
     fit_speakers : sequence of str, optional
-        The speakers of the training utterances, (M,), for ``lda_truncation``.
+        The speakers of the training utterances, (M,), for LDA beside PCA.
 
     Returns
     -------
     dict
         ``baselines`` has ``teachers``, each at its full size ``dim``; ``teacher``, the name of the
-        one with the lowest EER; of that one ``naive_truncation``, ``pca_truncation`` and, with
-        ``fit_speakers``, ``lda_truncation``; ``ensemble``, the principal components of all teachers
-        together; and ``start``. ``gain`` is the student's EER minus that of each but the first on
-        the same draws of speakers; a size that one of these lacks is compared with its largest.
+        one with the lowest EER; of that one ``naive_truncation`` and ``pca_truncation``;
+        ``ensemble``, the principal components of all teachers together; and ``start``. With
+        ``fit_speakers`` there are ``lda_truncation`` and ``ensemble_lda`` too. ``gain`` is the
+        student's EER minus that of each row but ``naive_truncation`` on the same draws of speakers;
+        a size that a row lacks is compared with its largest.
 
     Example
     -------
@@ -78,14 +79,18 @@ def evaluate_student(
         ((size, result),) = evaluate_scores(scores, trials, n_bootstrap).items()
         baselines["teachers"][name] = {"dim": int(size), **result}
     rows: dict[str, Scores] = {}
+    if start is not None:
+        rows["start"] = _prefix_scores(start, trials, mrl_dims)
+    labels = _numbers(fit_speakers)
     if teachers:
         best = min(teachers, key=lambda name: baselines["teachers"][name]["eer"])
         baselines["teacher"] = best
-        rows |= _truncations(teachers[best], fit_embeddings[best], trials, mrl_dims, fit_speakers)
-        rotation = EnsembleRotation(max(mrl_dims)).fit(_numbered(fit_embeddings))
-        rows["ensemble"] = score_trials(rotation(_numbered(teachers)), trials, mrl_dims)
-    if start is not None:
-        rows["start"] = _prefix_scores(start, trials, mrl_dims)
+        rows |= _truncations(teachers[best], fit_embeddings[best], trials, mrl_dims, labels)
+        numbered, fit = _numbered(teachers), _numbered(fit_embeddings)
+        fits = {"ensemble": None} if labels is None else {"ensemble": None, "ensemble_lda": labels}
+        for name, of_each in fits.items():
+            ensemble = EnsembleRotation(max(mrl_dims)).fit(fit, of_each)
+            rows[name] = score_trials(ensemble(numbered), trials, mrl_dims)
     for name, scores in rows.items():
         baselines[name] = evaluate_scores(scores, trials, n_bootstrap) if scores else {}
     return {
@@ -93,8 +98,8 @@ def evaluate_student(
         "baselines": baselines,
         "gain": {
             name: _gain(dims, rows[name], trials, n_bootstrap)
-            for name in ("start", "pca_truncation", "lda_truncation", "ensemble")
-            if rows.get(name)
+            for name in rows
+            if rows[name] and name != "naive_truncation"
         },
     }
 
@@ -119,23 +124,27 @@ def _gain(student: Scores, other: Scores, trials: Trials, n_bootstrap: int) -> d
     }
 
 
+def _numbers(speakers: Sequence[str] | None) -> Tensor | None:
+    """Speakers as numbers, (M,)."""
+    if speakers is None:
+        return None
+    return torch.from_numpy(np.unique(speakers, return_inverse=True)[1])
+
+
 def _truncations(
     teacher: Tensor,
     fit_embeddings: Tensor,
     trials: Trials,
     mrl_dims: Sequence[int],
-    fit_speakers: Sequence[str] | None,
+    labels: Tensor | None,
 ) -> dict[str, Scores]:
-    rows = {"naive_truncation": _prefix_scores(teacher, trials, mrl_dims)}
-    fits = {"pca_truncation": None}
-    if fit_speakers is not None:
-        fits["lda_truncation"] = torch.from_numpy(np.unique(fit_speakers, return_inverse=True)[1])
-    sizes = list(rows["naive_truncation"])
-    for name, labels in fits.items():
-        rows[name] = {}
-        if sizes:
-            rotation = matryoshka_rotation(fit_embeddings, sizes, labels)
-            rows[name] = score_trials(rotation(teacher.detach()), trials, sizes)
+    rows = {"naive_truncation": _prefix_scores(teacher, trials, mrl_dims), "pca_truncation": {}}
+    if labels is not None:
+        rows["lda_truncation"] = {}
+    if sizes := list(rows["naive_truncation"]):
+        for name, of_each in zip(list(rows)[1:], (None, labels)):
+            rotated = matryoshka_rotation(fit_embeddings, sizes, of_each)(teacher.detach())
+            rows[name] = score_trials(rotated, trials, sizes)
     return rows
 
 
@@ -174,7 +183,9 @@ def truncation_baselines(
     >>> cuts["naive_truncation"]["1"]["eer"], cuts["pca_truncation"]["1"]["eer"]
     (0.5, 0.0)
     """
-    rows = _truncations(teacher_embeddings, fit_embeddings, trials, mrl_dims, fit_speakers)
+    rows = _truncations(
+        teacher_embeddings, fit_embeddings, trials, mrl_dims, _numbers(fit_speakers)
+    )
     return {
         name: evaluate_scores(scores, trials, n_bootstrap) if scores else {}
         for name, scores in rows.items()

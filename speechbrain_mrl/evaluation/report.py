@@ -100,6 +100,7 @@ def make_report(
         "pca_truncation": {},
         "lda_truncation": {},
         "ensemble": {},
+        "ensemble_lda": {},
         "start": {},
     }
     versions = {}
@@ -165,6 +166,7 @@ def row_names(report: Mapping[str, Any]) -> dict[str, str]:
     teacher = report["baselines"]["teacher"]
     return {
         "start": "student at the start",
+        "ensemble_lda": "all teachers, LDA",
         "ensemble": "all teachers, PCA",
         "pca_truncation": f"{teacher}, PCA",
         "lda_truncation": f"{teacher}, LDA",

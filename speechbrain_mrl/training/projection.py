@@ -19,7 +19,6 @@ from speechbrain_mrl.models.pretrained import ReDimNetMRL
 from speechbrain_mrl.models.redimnet import MatryoshkaReDimNet, ReDimNet
 from speechbrain_mrl.models.resize import resize_model
 from speechbrain_mrl.rotation import aligning_rotation, matryoshka_rotation
-from speechbrain_mrl.training.teachers import LiveTeachers
 
 logger = logging.getLogger(__name__)
 
@@ -28,15 +27,55 @@ HEAD_CLIPS = 10_000  # training clips that a head is fitted on, at most
 SPEAKER_CLIPS = 10  # of these from one speaker, where the fit is to labels
 
 
-def fit_objective(objective: Any, store: TeacherStore | LiveTeachers) -> None:
+def fit_objective(
+    objective: Any,
+    store: Any,
+    valid_store: TeacherStore | None = None,
+    trials: Trials | None = None,
+) -> None:
     """Fit an objective's rotations on the teachers' embeddings of at most 50,000 clips.
 
-    Those of rank 0 count, so that all processes distil to one target.
+    With trials of validation speakers, the target is rotated by PCA or by LDA of the training
+    speakers, whichever has the lower mean EER over sizes. Those of rank 0 count, so that all
+    processes distil to one target.
+
+    Arguments
+    ---------
+    objective : torch.nn.Module
+        Called as ``MatryoshkaDistillationLoss``.
+    store : TeacherStore, SegmentTeachers or LiveTeachers
+        Of the training clips; with ``trials``, not the last, and ids name the speakers.
+    valid_store : TeacherStore, optional
+        Of the trials' clips.
+    trials : Trials, optional
+        Of validation speakers.
     """
-    embeddings = store.embeddings
-    step = -(-len(next(iter(embeddings.values()))) // FIT_CLIPS)
-    objective.fit({name: found[::step] for name, found in embeddings.items()})
+    found = store.embeddings
+    step = -(-len(next(iter(found.values()))) // FIT_CLIPS)
+    found = {name: embeddings[::step] for name, embeddings in found.items()}
+    objective.fit(found)
+    if valid_store is not None and trials is not None and "gram" not in objective.terms:
+        labels = speaker_labels(list(store.rows)[::step])
+        held_out = valid_store.lookup(trials.clip_ids)
+        pca = _mean_eer(objective.targets(held_out), trials)
+        lda = _mean_eer(objective.fit(found, labels).targets(held_out), trials)
+        if lda >= pca:
+            objective.fit(found)
+        message = "Target of the validation trials: mean EER %.2f %% by PCA, %.2f %% by LDA"
+        logger.info(message, 100 * pca, 100 * lda)
     _same_on_all_ranks(objective)
+
+
+def _mean_eer(prefixes: Mapping[int, Tensor], trials: Trials) -> float:
+    """Over sizes d, of embeddings (N, d) of the trials' clips."""
+    eers = [evaluate(x, trials, [d])[str(d)]["eer"] for d, x in prefixes.items()]
+    return float(np.mean(eers))
+
+
+def speaker_labels(clip_ids: Sequence[str]) -> Tensor:
+    """The clips' speakers as numbers, (N,)."""
+    speakers = [speaker_of(clip_id) for clip_id in clip_ids]
+    return torch.from_numpy(np.unique(speakers, return_inverse=True)[1])
 
 
 def start_from(
@@ -76,7 +115,7 @@ def align_head(
 ) -> None:
     """Rotate a pretrained student's first dimensions towards the teachers' target.
 
-    A rotation: no cosine of these dimensions changes. The objective is fitted first.
+    A rotation: no cosine of these dimensions changes. The objective is fitted if it is not yet.
 
     Arguments
     ---------
@@ -93,7 +132,8 @@ def align_head(
     **embed_options
         As for ``finish_head``.
     """
-    fit_objective(objective, store)
+    if not objective.fitted:
+        fit_objective(objective, store)
     targets = objective.targets(store.lookup([clip.id for clip in clips]))
     target = targets[max(targets)][:, :n_dims]
     target = nn.functional.pad(target, (0, n_dims - target.shape[1]))
@@ -106,14 +146,14 @@ def finish_head(
     clips: Sequence[Clip],
     held_out: Sequence[Clip] = (),
     trials: Trials | None = None,
-    speakers: Sequence[str] | None = None,
+    labelled: bool = False,
     **embed_options: Any,
 ) -> None:
     """Centre a trained student's embeddings and choose their axes, inside its linear layer.
 
     Centred embeddings have mean zero, so that cosines compare what separates utterances, not what
     all speech shares. The axes are those with the lowest mean EER over sizes on held-out trials: as
-    trained, principal components, or with ``speakers`` those of LDA. Without trials they are
+    trained, principal components, or if ``labelled`` those of LDA. Without trials they are
     principal components, which change no cosine of the whole embedding.
 
     Arguments
@@ -126,8 +166,8 @@ def finish_head(
         Those of the trials.
     trials : Trials, optional
         Of validation speakers.
-    speakers : sequence of str, optional
-        The speaker of each of ``clips``, several clips each.
+    labelled : bool
+        Whether the ids of ``clips`` name their speakers, who have several each.
     **embed_options
         ``device``, ``batch_seconds``, ``max_seconds`` and ``num_workers`` of ``embed_clips``.
     """
@@ -137,18 +177,18 @@ def finish_head(
     candidates = {"principal components": principal.matrix}
     if trials is not None:
         candidates = {"axes as trained": torch.eye(student.embed_dim)} | candidates
-        if speakers is not None:
-            labels = torch.from_numpy(np.unique(speakers, return_inverse=True)[1])
+        if labelled:
+            labels = speaker_labels([clip.id for clip in clips])
             candidates["LDA"] = matryoshka_rotation(embeddings, whole, labels).matrix
     student.rotate_head(torch.eye(student.embed_dim), principal.mean)
     chosen = "principal components"
     if trials is not None:
         found = embed_clips({"student": student}, held_out, **embed_options)["student"]
         centred = trials.stack(dict(zip((clip.id for clip in held_out), found, strict=True)))
-        eers = {
-            name: np.mean([one["eer"] for one in evaluate(x, trials, student.mrl_dims).values()])
-            for name, x in ((name, centred @ axes.T) for name, axes in candidates.items())
-        }
+        eers = {}
+        for name, axes in candidates.items():
+            rotated = centred @ axes.T
+            eers[name] = _mean_eer({d: rotated[:, :d] for d in student.mrl_dims}, trials)
         chosen = min(candidates, key=eers.__getitem__)
     student.rotate_head(candidates[chosen])
     logger.info("Output layer: centred, %s, fitted on %d clips", chosen, len(clips))

@@ -26,9 +26,10 @@ from speechbrain_mrl.dataio.clips import find_clips, read_clips, speaker_of, wri
 from speechbrain_mrl.dataio.dataset import train_dataset, valid_dataset
 from speechbrain_mrl.evaluation.verification import Trials
 from speechbrain_mrl.inference.extract import embed_clips
+from speechbrain_mrl.inference.store import TeacherStore
 from speechbrain_mrl.rotation import matryoshka_rotation
 from speechbrain_mrl.training import distill as training
-from speechbrain_mrl.training.distill import MRLBrain, finish_head
+from speechbrain_mrl.training.distill import MRLBrain, finish_head, fit_objective
 from speechbrain_mrl.training.teachers import SegmentTeachers
 
 
@@ -249,6 +250,34 @@ def test_a_pretrained_student_starts_near_the_target_of_its_teachers(
     )
 
 
+@pytest.mark.parametrize("channel", [0.01, 3.0])
+def test_targets_are_rotated_by_lda_where_validation_trials_gain(channel, tmp_path, caplog):
+    """A channel that varies more than voices is what PCA puts first; without one, PCA is as good."""
+    generator = torch.Generator().manual_seed(0)
+
+    def store(n_speakers):
+        voices = torch.randn(n_speakers, 6, generator=generator).repeat_interleave(8, dim=0)
+        noise = channel * torch.randn(len(voices), 6, generator=generator)
+        ids = [f"{i // 8}/s/{i % 8}" for i in range(len(voices))]
+        stub = TeacherStore(tmp_path)
+        stub.rows = {clip_id: row for row, clip_id in enumerate(ids)}
+        stub.embeddings = {"one": torch.cat([0.5 * voices, noise], dim=1)}
+        return stub
+
+    train, valid = store(40), store(12)
+    ids = list(valid.rows)
+    pairs = itertools.combinations(ids, 2)
+    trials = Trials.parse([f"{int(speaker_of(a) == speaker_of(b))} {a} {b}" for a, b in pairs])
+    objective = MatryoshkaDistillationLoss([3, 12], "all", terms={"cosine": 1.0})
+    with caplog.at_level("INFO"):
+        fit_objective(objective, train, valid, trials)
+    speakers = torch.arange(40).repeat_interleave(8)
+    fitted = MatryoshkaDistillationLoss([3, 12], "all", terms={"cosine": 1.0})
+    fitted.fit(train.embeddings, None if channel < 1 else speakers)
+    torch.testing.assert_close(objective.state_dict(), fitted.state_dict())
+    assert "by PCA" in caplog.text
+
+
 @pytest.mark.parametrize("winner", ["centred", "principal", "LDA"])
 def test_a_finished_head_has_the_axes_with_the_lowest_eer_on_held_out_trials(
     winner, small_corpus, random_model, tiny_config
@@ -272,7 +301,7 @@ def test_a_finished_head_has_the_axes_with_the_lowest_eer_on_held_out_trials(
     cosines = np.array([float(x[a] @ x[b]) for a, b in pairs])
     labels = (cosines > np.median(cosines)).astype(int)
     lines = [f"{label} {ids[a]} {ids[b]}" for label, (a, b) in zip(labels, pairs)]
-    finish_head(model, fit, held_out, Trials.parse(lines), speakers)
+    finish_head(model, fit, held_out, Trials.parse(lines), labelled=True)
     after = embed_clips({"model": model}, clips)["model"]
     signs = torch.sign((after * expected[winner]).sum(dim=0))  # an axis may point either way
     torch.testing.assert_close(after * signs, expected[winner], atol=2e-3, rtol=2e-3)
