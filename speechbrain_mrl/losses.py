@@ -101,6 +101,7 @@ class MatryoshkaDistillationLoss(nn.Module):
         self.mrl_dims = check_mrl_dims(mrl_dims)
         self.mrl_weights = check_weights(mrl_weights, self.mrl_dims)
         self.terms = {term: weight for term, weight in terms.items() if weight}
+        self.values_as_tensors = False
         unknown = sorted(set(terms) - set(TERMS))
         if unknown or not self.terms:
             raise ValueError(f"terms must be some of {TERMS}, got {dict(terms)}")
@@ -178,7 +179,8 @@ class MatryoshkaDistillationLoss(nn.Module):
     ) -> tuple[Tensor, dict[str, float]]:
         """Student (B, D), teachers {name: (B, D_t)} and, for ``aam``, speakers (B,) to the loss.
 
-        Returns the scalar to minimise and each term's unweighted value, {"gram/64": float, ...}.
+        Returns the scalar to minimise and each term's unweighted value, {"gram/64": float, ...};
+        with ``values_as_tensors`` these stay on their device, and a GPU need not be waited for.
         In eval mode without labels, ``aam`` is left out: held-out speakers are no classes.
         """
         self._check_batch(student_embeddings, teacher_embeddings, labels)
@@ -201,7 +203,9 @@ class MatryoshkaDistillationLoss(nn.Module):
             )
         names = [f"{term}/{dim}" for term in losses for dim in self.mrl_dims]
         values = torch.stack([value for term in losses.values() for value in term.values()])
-        return loss, dict(zip(names, values.tolist()))
+        return loss, dict(
+            zip(names, values.detach() if self.values_as_tensors else values.tolist())
+        )
 
     def _check_batch(
         self, student: Tensor, teachers: Mapping[str, Tensor], labels: Tensor | None

@@ -66,7 +66,8 @@ class MRLBrain(SteppingBrain):
     """
 
     epoch: Any
-    sums: dict[str, float]
+    sums: dict[str, Any]
+    n_batches: Any
     embeddings: dict[str, Tensor]
 
     def __init__(
@@ -84,6 +85,7 @@ class MRLBrain(SteppingBrain):
         self.stores, self.valid_trials, self.lr_schedule = stores, valid_trials, lr_schedule
         self.margin_steps, self.frozen, self.part_lrs = margin_steps, frozen, part_lrs or {}
         self.unwrapped = brain_arguments["modules"]  # neither compiled nor distributed
+        self.unwrapped["objective"].values_as_tensors = True
 
     def fit(
         self,
@@ -139,10 +141,10 @@ class MRLBrain(SteppingBrain):
         if self.hparams.labels and stage == sb.Stage.TRAIN:  # the others' speakers are no classes
             labels = batch.label.repeat(copies)
         loss, values = self._parts(stage)["objective"](embeddings, targets, labels)
-        if loss.isfinite():
-            for name, value in values.items():
-                self.sums[name] = self.sums.get(name, 0.0) + value
-            self.n_batches += 1
+        finite = loss.detach().isfinite()  # read at the stage's end, so that no step waits for it
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + torch.where(finite, value, 0.0)
+        self.n_batches = self.n_batches + finite.long()
         self.n_clips += len(batch.id)
         return loss
 
@@ -186,6 +188,7 @@ class MRLBrain(SteppingBrain):
 
     def on_stage_end(self, stage: sb.Stage, stage_loss: float, epoch: int | None = None) -> None:
         """Logs the stage; after validation, keeps the checkpoint if it is the best."""
+        self._read_sums()
         if stage != sb.Stage.TRAIN and dist.is_initialized():
             stage_loss = self._gather_ranks(stage_loss)
         stats = {"loss": stage_loss}
@@ -228,6 +231,7 @@ class MRLBrain(SteppingBrain):
     @mark_as_saver
     def _save(self, path: str | os.PathLike[str]) -> None:
         super()._save(path)
+        self._read_sums()
         with open(path, "a", encoding="utf-8") as file:
             yaml.safe_dump({"sums": self.sums, "n_batches": self.n_batches}, file)
 
@@ -238,6 +242,11 @@ class MRLBrain(SteppingBrain):
             saved = yaml.safe_load(file)
         self.sums, self.n_batches = saved.get("sums", {}), saved.get("n_batches", 0)
         self.embeddings = {}
+
+    def _read_sums(self) -> None:
+        """From the device to the host."""
+        self.sums = {name: float(value) for name, value in self.sums.items()}
+        self.n_batches = int(self.n_batches)
 
     def _gather_ranks(self, loss: float) -> float:
         """Every rank's validation clips on every rank; returns the mean loss of all batches."""

@@ -23,6 +23,7 @@ def batch_statistics(modules: nn.Module) -> list[torch.Tensor]:
 class SteppingBrain(sb.Brain):
     """A Brain whose steps are taken if all of their batches are finite, and change nothing if not.
 
+    A GPU is waited for only after backward: what is finite stays there until the step needs it.
     A batch whose loss or gradients are not finite is reported, and the step that it would be part of
     is not taken; more than ``nonfinite_patience`` of them in an epoch (a run option) stop the
     training. Gradients of all parameter groups are clipped together.
@@ -77,13 +78,13 @@ class SteppingBrain(sb.Brain):
 
     def check_loss_isfinite(self, loss: Tensor) -> None:
         """Remembers it for ``fit_batch``; all processes of a distributed run go on to backward."""
-        self.finite = bool(loss.isfinite())
+        self.finite: Any = loss.detach().isfinite()
 
     def on_fit_batch_end(self, batch: Any, outputs: Any, loss: Tensor, should_step: bool) -> None:
         """Where no step follows at once, looks for the batch whose gradients are not finite."""
         if not should_step and not self.spoiled and not self.scaler.is_enabled():
             grads = [p.grad for p in self.modules.parameters() if p.grad is not None]
-            self.finite &= bool(torch.stack(torch._foreach_norm(grads)).isfinite().all())
+            self.finite = self.finite & torch.stack(torch._foreach_norm(grads)).isfinite().all()
 
     def optimizers_step(self) -> None:
         """Clips the gradients of all groups by their common norm, and steps if it is finite.
@@ -96,7 +97,9 @@ class SteppingBrain(sb.Brain):
         max_norm = self.max_grad_norm if self.max_grad_norm > 0 else math.inf
         norm = nn.utils.clip_grad_norm_(parameters, max_norm)
         if not self.scaler.is_enabled() and not norm.isfinite():  # on all processes alike
-            self.finite = self.finite and self.spoiled  # an earlier batch is to blame, if one is
+            self.finite = (
+                bool(self.finite) and self.spoiled
+            )  # an earlier batch is to blame, if one is
             return self.zero_grad(set_to_none=True)
         scale = self.scaler.get_scale()
         self.scaler.step(self.optimizer)

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from speechbrain.dataio.batch import PaddedBatch
 
-from speechbrain_mrl import ReDimNetMRL, train_distilled_mrl
+from speechbrain_mrl import MatryoshkaDistillationLoss, ReDimNetMRL, train_distilled_mrl
+from speechbrain_mrl.models import redimnet
 from speechbrain_mrl.models.redimnet import LengthNorm, PrefixSpeakerClassifier, _mean
 from speechbrain_mrl.training.distill import MRLBrain
 
@@ -64,6 +65,36 @@ def _state(brain):
         for key, value in of_one.items()
     }
     return copy.deepcopy(state)
+
+
+def test_no_value_is_read_between_a_batch_and_the_end_of_its_backward(tiny_config, monkeypatch):
+    """On a GPU each read waits for all that is queued, and leaves it idle until more is."""
+    terms = {"cosine": 1.0, "gram": 1.0, "contrastive": 0.1, "aam": 0.1}
+    objective = MatryoshkaDistillationLoss((8, 16), "all", terms=terms, n_classes=4)
+    teacher = {"one": torch.randn(8, 12)}
+    brain = _brain(tiny_config, objective.fit(teacher))
+    brain.stores = {
+        sb.Stage.TRAIN: SimpleNamespace(targets=lambda batch: {"one": teacher["one"][:4]})
+    }
+    brain.hparams.labels = True
+    batch = _batch()
+    batch.label = torch.arange(4)
+    # Lengths are checked on a CPU only, where they are the host's own.
+    monkeypatch.setattr(redimnet, "sample_counts", lambda *arguments, **options: None)
+    reads, after = [], []
+    for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__"):
+        method = getattr(torch.Tensor, name)
+
+        def read(tensor, *arguments, method=method, name=name, **options):
+            reads.append(name)
+            return method(tensor, *arguments, **options)
+
+        monkeypatch.setattr(torch.Tensor, name, read)
+    brain.optimizer.register_step_pre_hook(lambda *_: after.append(len(reads)))
+    brain.fit_batch(batch)
+    assert after == [1]  # whether the gradients' norm is finite
+    monkeypatch.undo()
+    assert brain.n_batches == 1 and len(brain.sums) == 8
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])
