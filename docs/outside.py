@@ -1,18 +1,27 @@
-"""Brings into the site what lies outside docs/: the notebook as a page, and the examples."""
+"""Brings into the site what lies outside docs/: the notebook, READMEs, and the examples."""
 
+import re
 from pathlib import Path
 
 from mkdocs.structure.files import File
 from nbconvert import MarkdownExporter
 
 ROOT = Path(__file__).parents[1]
+PAGES = {  # of the repository, by their place in the site
+    "benchmarks/README.md": "benchmarks.md",
+    "recipes/voxceleb/README.md": "recipe.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+}
+TO_DOCS = re.compile(r"\]\((?:\.\./)*docs/")
 
 
 def on_files(files, config):
-    """Add the notebook, with the results that are stored in it, and the scripts."""
+    """Add the notebook as a page, the READMEs, and the scripts."""
     text, resources = MarkdownExporter().from_filename(ROOT / "notebooks" / "matryoshka.ipynb")
-    text = text.replace("](../docs/", "](")
-    files.append(File.generated(config, "notebook.md", content=text))
+    pages = {place: (ROOT / path).read_text(encoding="utf-8") for path, place in PAGES.items()}
+    for place, content in {"notebook.md": text, **pages}.items():
+        files.append(File.generated(config, place, content=TO_DOCS.sub("](", content)))
     for name, content in resources["outputs"].items():
         files.append(File.generated(config, name, content=content))
     for path in sorted((ROOT / "examples").glob("*.py")):
@@ -22,5 +31,7 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, **_):
-    """A page's links to examples lead to the site's copies."""
+    """A page's links to what lies outside lead to the site's copies."""
+    for path, place in PAGES.items():
+        markdown = re.sub(rf"\]\((?:\.\./)*{re.escape(path)}", f"]({place}", markdown)
     return markdown.replace("](../examples/", "](examples/")

@@ -36,7 +36,8 @@ PAGES = [
 ]
 RECIPE_YAML = ROOT / "hparams" / "mrl_distill.yaml"
 SIZES = (64, 128, 192, 256)
-MODEL = "results/mrl_distill/1986/model"
+DEMO = "results/mrl_distill/1986"  # what the demo leaves, by the names that it gives
+MODEL = f"{DEMO}/model"
 # What stands in a page, and what the test puts in its place.
 PLACES = {"org/redimnet-mrl": MODEL, "ORG/NAME": "org/tiny", "results/voxceleb/model": MODEL}
 PROGRAMS = (
@@ -89,8 +90,19 @@ def workplace(tmp_path_factory, tiny_config, random_model, small_corpus, voices)
     report = {"dims": dims, "trials": trials, "corpus": "demo", "baselines": {}}
     provenance = Provenance("Tiny", "cc-by-4.0", "Nothing.", trials="a list")
     export_model(student, place / MODEL, provenance, report=report)
-    for name in ("first", "second", "one", "two"):
-        soundfile.write(place / f"{name}.wav", voices(1, 1.0).numpy(), 16000)
+    demo_clips = {
+        f"{voice}/{clip}": (number, take)
+        for number, voice in enumerate(("demo0000", "demo0006"))
+        for take, clip in enumerate(("s00/00000.wav", "s01/00002.wav", "s03/00006.wav"))
+    }
+    for clip, (number, take) in demo_clips.items():
+        path = place / DEMO / "voices/wav" / clip
+        path.parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(path, voices(number, 1.0, take).numpy(), 16000)
+    (place / DEMO / "lists").mkdir()
+    first, second, _, _, _, other = demo_clips
+    demo_trials = f"1 {first} {second}\n0 {first} {other}\n"
+    (place / DEMO / "lists/test_trials.txt").write_text(demo_trials)
     meeting = torch.cat([voices(speaker, 6.0) for speaker in (1, 2, 1)])
     soundfile.write(place / "meeting.wav", meeting.numpy(), 16000)
     shutil.copytree(small_corpus / "wav", place / "data" / "recordings")
@@ -161,6 +173,8 @@ def test_a_command_has_the_options_that_it_uses(words, at_work):
     if line.startswith(PROGRAMS):
         return None
     script = next((i for i, word in enumerate(words) if word.endswith(".py")), None)
+    if words[0] == "speechbrain-mrl":
+        return check_own_command(words[1:])
     if words[:3] == ["python", "-m", "speechbrain_mrl"]:
         return check_own_command(words[3:])
     assert words[0] in ("python", "torchrun") and script is not None, f"unknown program: {line}"

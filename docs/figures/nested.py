@@ -1,4 +1,4 @@
-"""Draws the picture of README and docs: one vector, four cuts. python docs/figures/nested.py"""
+"""Draws the picture of README and docs: one embedding, four prefixes. python docs/figures/nested.py"""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
-CUTS = {64: "first 64: search millions", 128: "first 128", 192: "first 192", 256: "all 256: decide"}
+PREFIXES = {64: "first 64: search millions", 128: "first 128", 192: "first 192", 256: "all 256: decide"}
 SHADES = ("#08306b", "#2171b5", "#6baed6", "#c6dbef")  # dark to light: readable without colour
 TEXT = "#222222"
 LEFT, WIDTH = 5.4, 6.4  # of the vector
@@ -36,8 +36,8 @@ def draw():
     for shade, low in zip(SHADES, range(0, 256, 64)):
         x = LEFT + WIDTH * low / 256
         axes.add_patch(Rectangle((x, 3.75), WIDTH / 4, 0.7, fc=shade, ec="white", lw=1.5))
-    axes.text(LEFT, 4.62, "one embedding, 256 coordinates", color=TEXT, weight="bold")
-    for row, (size, label) in enumerate(CUTS.items()):
+    axes.text(LEFT, 4.62, "one embedding, 256 dimensions", color=TEXT, weight="bold")
+    for row, (size, label) in enumerate(PREFIXES.items()):
         y, width = 2.75 - 0.72 * row, WIDTH * size / 256
         for shade, low in zip(SHADES, range(0, size, 64)):
             x = LEFT + WIDTH * low / 256
