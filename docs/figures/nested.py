@@ -9,7 +9,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
-PREFIXES = {64: "first 64: search millions", 128: "first 128", 192: "first 192", 256: "all 256: decide"}
+PREFIXES = {
+    64: "first 64: search millions",
+    128: "first 128",
+    192: "first 192",
+    256: "all 256: decide",
+}
 SHADES = ("#08306b", "#2171b5", "#6baed6", "#c6dbef")  # dark to light: readable without colour
 TEXT = "#222222"
 LEFT, WIDTH = 5.4, 6.4  # of the vector
