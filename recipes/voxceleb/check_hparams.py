@@ -64,7 +64,7 @@ TRAINING = [  # of one stage of hparams/mrl_*.yaml
     (Text, "output_folder model_title license training_data"),
     (Name, "stage"),
     (Any, "data_folder"),
-    (bool, "speaker_folders skip_bad_files labels"),
+    (bool, "speaker_folders skip_bad_files prepare_only labels"),
     (File | None, "trials"),
     (Text | None, "shards"),
     (Above0, "chunk_seconds max_seconds batch_seconds"),

@@ -127,28 +127,30 @@ def go_on(previous, previous_objective, hparams, corpus, objective, stores, **em
     return student
 
 
-def train_stage(previous, hparams, corpus, run_opts, teachers, **embed_options):
+def fill_stores(hparams, corpus, teachers, **embed_options):
+    """The teachers' embeddings of training, validation and test utterances; empty without teachers."""
+    stores = {}
+    lists = dict(zip(sb.Stage, (corpus.train_csv, corpus.valid_csv, corpus.test_csv)))
+    for split, path in lists.items():
+        if path is None or not teachers:
+            continue
+        # by the list's name: what --debug keeps of a few clips is apart from that of all
+        stores[split] = TeacherStore(Path(hparams["teacher_store"]) / Path(path).stem)
+        options = embed_options
+        if split == sb.Stage.TEST:  # an EER is that of whole utterances
+            options = {**embed_options, "max_seconds": None}
+        stores[split].fill(teachers, read_clips(path), **options)
+    return stores
+
+
+def train_stage(previous, hparams, corpus, run_opts, teachers, stores, **embed_options):
     """Train one stage, from the (student, objective) of the stage before if there is one.
 
-    Returns its own, the teachers' embeddings of training, validation and test clips, and the
-    student before the first step.
+    Returns its own, and the student before the first step.
     """
-    stores = {}
-    if teachers:
-        lists = dict(zip(sb.Stage, (corpus.train_csv, corpus.valid_csv, corpus.test_csv)))
-        for split, path in lists.items():
-            if path is None:
-                continue
-            # by the list's name: what --debug keeps of a few clips is apart from that of all
-            stores[split] = TeacherStore(Path(hparams["teacher_store"]) / Path(path).stem)
-            options = embed_options
-            if split == sb.Stage.TEST:  # an EER is that of whole utterances
-                options = {**embed_options, "max_seconds": None}
-            stores[split].fill(teachers, read_clips(path), **options)
-        if hparams["teacher_augment"] is not None:
-            train_store = stores[sb.Stage.TRAIN]
-            device = embed_options["device"]
-            stores[sb.Stage.TRAIN] = SegmentTeachers(teachers, train_store, device)
+    if teachers and hparams["teacher_augment"] is not None:
+        segments = SegmentTeachers(teachers, stores[sb.Stage.TRAIN], embed_options["device"])
+        stores = stores | {sb.Stage.TRAIN: segments}
     label_encoder, n_classes = None, None
     if hparams["labels"]:
         label_encoder = CategoricalEncoder()
@@ -180,7 +182,7 @@ def train_stage(previous, hparams, corpus, run_opts, teachers, **embed_options):
         stores,
         trials,
     )
-    return (student, objective), stores, start
+    return (student, objective), start
 
 
 def main(argv):
@@ -234,8 +236,11 @@ def run(document, stages, run_opts):
                 stage["teacher_dataset"],
                 embed_options["device"],
             )
-        trained, stores, start = train_stage(
-            trained, stage, corpus, run_opts, taught, **embed_options
+        stores = fill_stores(stage, corpus, taught, **embed_options)
+        if stage["prepare_only"]:
+            continue
+        trained, start = train_stage(
+            trained, stage, corpus, run_opts, taught, stores, **embed_options
         )
         starts.append(start)
         teachers |= taught
@@ -248,6 +253,11 @@ def run(document, stages, run_opts):
         if taught and corpus.test_csv is not None:
             clip_ids = [clip.id for clip in read_clips(corpus.test_csv)]
             test_embeddings |= stores[sb.Stage.TEST].lookup(clip_ids)
+    if hparams["prepare_only"]:
+        print(
+            "Lists and teachers' embeddings are ready: start again without prepare_only to train."
+        )
+        return None
     student, _ = trained
     if if_main_process():
         report, speakers = None, {}

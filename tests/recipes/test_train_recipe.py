@@ -101,7 +101,21 @@ def test_training_is_recorded_as_a_table_and_as_curves(run):
     assert list((folder / "tensorboard").glob("events*"))
 
 
-def test_teachers_may_hear_augmented_segments(run):
+def test_lists_and_teachers_embeddings_may_be_made_before_the_training(run, monkeypatch, capsys):
+    """So that no other process waits for them; the training then computes none anew."""
+    student, folder = run(prepare_only=True)
+    assert student is None and "start again without prepare_only" in capsys.readouterr().out
+    assert not list(folder.rglob("CKPT*")) and not (folder / "report.json").exists()
+    shards = {
+        path: path.stat().st_mtime_ns for path in (folder / "teachers").rglob("*.safetensors")
+    }
+    assert len({path.parent for path in shards}) == 6  # two teachers, three lists
+    run(number_of_epochs=1)
+    assert shards == {path: path.stat().st_mtime_ns for path in shards}
+    assert (folder / "report.json").exists()
+
+
+def test_teachers_may_embed_augmented_segments(run):
     speed = "augmentations: [!new:speechbrain_mrl.training.augment.Speed {}], max_augmentations: 1"
     augment = f"!new:speechbrain_mrl.training.augment.UtteranceAugmenter {{{speed}}}"
     _, folder = run(number_of_epochs=1, teacher_augment=augment)
