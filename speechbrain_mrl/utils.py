@@ -31,6 +31,7 @@ MISTAKES = (
     ImportError,
     yaml.YAMLError,
     ruamel.yaml.error.YAMLError,
+    torch.OutOfMemoryError,
     KeyboardInterrupt,
 )
 
@@ -238,6 +239,11 @@ def attempt(run: Callable[[], Any], exit_code: int) -> int:
 def _sentence(error: Any) -> str:
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
+    if isinstance(error, torch.OutOfMemoryError):
+        return (
+            "the GPU's memory is full; lower batch_size (and raise grad_accumulation_factor as much) "
+            "or batch_seconds, or give --precision=bf16"
+        )
     if isinstance(error, OSError) and error.filename is not None:
         return f"cannot open {error.filename}: {error.strerror}"
     if getattr(error, "problem_mark", None) is not None:  # of a YAML

@@ -8,6 +8,7 @@ import command
 import embed
 import publish
 import pytest
+import torch
 import train
 import verify
 
@@ -70,6 +71,18 @@ def test_an_interrupted_script_says_so_without_a_traceback(capsys):
     with pytest.raises(SystemExit) as exit_:
         command.run_command(main, [])
     assert exit_.value.code == 2 and capsys.readouterr().err == "error: interrupted\n"
+
+
+def test_a_full_gpu_is_a_sentence_that_says_what_to_lower(capsys):
+    def main(argv):
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB\nGPU 0 has ..."
+        )
+
+    with pytest.raises(SystemExit):
+        command.run_command(main, [])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "batch_size" in line and "--precision=bf16" in line
 
 
 def test_a_fault_of_the_program_keeps_its_traceback():
