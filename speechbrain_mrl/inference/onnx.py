@@ -3,6 +3,7 @@
 Needs the extra ``onnx`` or ``openvino``.
 """
 
+import contextlib
 import copy
 import functools
 import hashlib
@@ -10,17 +11,20 @@ import json
 import os
 import queue
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import numpy as np
 import torch
+from speechbrain.lobes.models import ECAPA_TDNN
 from torch import Tensor, nn
 from torchaudio.transforms import MelSpectrogram
 
 from speechbrain_mrl.inference.optimize import packaged, prepare
+from speechbrain_mrl.models.matryoshka import EncoderModel, MatryoshkaEncoder
 from speechbrain_mrl.models.redimnet import (
     MIN_SAMPLES,
     N_FFT,
@@ -39,18 +43,18 @@ GROUP_WIDTH = 16  # channels per group for which the engines have fast kernels o
 _Run = Callable[[np.ndarray], np.ndarray]  # waveforms (B, T) to embeddings (B, embed_dim)
 
 
-def export_onnx(model: ReDimNet, path: str | os.PathLike[str]) -> None:
+def export_onnx(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write ``model`` as an ONNX file that holds its features, network and embedding.
 
     Input ``wavs`` (B, T), float32 at 16 kHz, any B, and any T that the model takes; outputs ``embeddings``
-    (B, embed_dim) and ``feats`` (B, F, frames). Clips of a batch have equal lengths. The sizes are
-    in the file's metadata, as JSON under ``speechbrain_mrl``.
+    (B, embed_dim) and ``feats``, (B, F, frames) or as the encoder's ``compute_features`` gives them.
+    Clips of a batch have equal lengths. The sizes are in the file's metadata, as JSON under
+    ``speechbrain_mrl``.
 
     Arguments
     ---------
-    model : ReDimNet
-        Or a subclass, or the ``mods.embedding_model`` of a published model. Exported in eval
-        mode, unchanged.
+    model : ReDimNet or MatryoshkaEncoder
+        Or the ``mods.embedding_model`` of a published model. Exported in eval mode, unchanged.
     path : path
         The file to write.
 
@@ -59,28 +63,30 @@ def export_onnx(model: ReDimNet, path: str | os.PathLike[str]) -> None:
     ImportError
         If the extra ``onnx`` is not installed.
     TypeError
-        If ``model`` is not a ReDimNet, or is a copy by ``optimize_for_inference``.
+        If ``model`` is neither, or is a copy by ``optimize_for_inference``.
     """
     onnx = require("onnx", "export_onnx")
     require("onnxscript", "export_onnx")  # torch.onnx uses it
-    model = packaged(model)
-    graph = _Graph(copy.deepcopy(model).float().cpu()).eval()
-    samples = torch.export.Dim("samples", max=2**31 - 1)  # torch 2.8 trips over a bound of its own
-    shapes = {"wavs": {0: torch.export.Dim("batch"), 1: samples}}
-    with torch.no_grad():
+    of_folder = type(model).__name__ == EncoderModel.__name__  # by a published folder's own code
+    if of_folder or isinstance(model, MatryoshkaEncoder):
+        graph: nn.Module = _EncoderGraph(copy.deepcopy(model).float().cpu()).eval()
+    else:
+        model = packaged(model)
+        graph = _Graph(copy.deepcopy(model).float().cpu()).eval()
+    with torch.no_grad(), _whole_clips():
         program: Any = torch.onnx.export(
             graph,
             (torch.randn(2, SAMPLE_RATE),),
             input_names=["wavs"],
             output_names=["embeddings", "feats"],
-            dynamic_shapes=shapes,
+            dynamic_shapes={"wavs": {0: "batch", 1: "samples"}},
             dynamo=True,
             verbose=False,
         )
     exported = program.model_proto
-    mrl_dims = getattr(model, "mrl_dims", (model.embed_dim,))
-    facts = {"embed_dim": model.embed_dim, "mrl_dims": mrl_dims, "sample_rate": SAMPLE_RATE}
-    facts["min_samples"] = model.min_samples
+    facts = {name: getattr(model, name) for name in ("embed_dim", "min_samples")}
+    facts["mrl_dims"] = getattr(model, "mrl_dims", (model.embed_dim,))
+    facts["sample_rate"] = SAMPLE_RATE
     onnx.helper.set_model_props(exported, {METADATA_KEY: json.dumps(facts)})
     onnx.save(exported, os.fspath(path))
 
@@ -146,6 +152,35 @@ class _Graph(nn.Module):
         pooled = model.pool(model.backbone(feats.unsqueeze(1)), None)
         embeddings = model.linear(model.bn(pooled))
         return embeddings if model.bn2 is None else model.bn2(embeddings), feats
+
+
+class _EncoderGraph(nn.Module):
+    """Any encoder with its head. Whole clips have no lengths to tell its parts."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model: Any = model
+
+    def forward(self, wavs: Tensor) -> tuple[Tensor, Tensor]:
+        model = self.model
+        feats = wavs if model.compute_features is None else model.compute_features(wavs)
+        normed = feats if model.mean_var_norm is None else model.mean_var_norm(feats)
+        own = model.embedding_model(normed)
+        return model.linear(own.squeeze(1) if own.ndim == 3 else own), feats
+
+
+@contextlib.contextmanager
+def _whole_clips() -> Iterator[None]:
+    """SpeechBrain's ECAPA-TDNN with a mask of whole clips, whose number the graph leaves open.
+
+    Its own mask makes the number of clips in the example the only one of the graph.
+    """
+
+    def whole(lengths: Tensor, max_len: int, device: Any = None) -> Tensor:
+        return torch.ones_like(lengths).unsqueeze(1).expand(-1, max_len)
+
+    with patch.object(ECAPA_TDNN, "length_to_mask", whole):
+        yield
 
 
 def check_engine(engine: str, precision: str) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .redimnet import (
     SAMPLE_RATE,
     MatryoshkaHead,
+    OfOneSize,
     check_mrl_dims,
     check_wavs,
     resized_rows,
@@ -322,6 +323,33 @@ class MatryoshkaEncoder(MatryoshkaHead):
         return found.shape[1]
 
 
+class EncoderModel(OfOneSize, MatryoshkaEncoder):  # type: ignore[misc]
+    """``embedding_model`` of a published model: waveforms to embeddings of one size.
+
+    Arguments
+    ---------
+    embedding_model, compute_features, mean_var_norm
+        As of ``MatryoshkaEncoder``.
+    mrl_dims : sequence of int
+        Sizes that the model was trained for, ascending.
+    target_dim : int, optional
+        One of ``mrl_dims``: dimensions to return. None: all.
+    """
+
+    def __init__(
+        self,
+        embedding_model: nn.Module,
+        mrl_dims: Iterable[int],
+        target_dim: int | None = None,
+        compute_features: nn.Module | None = None,
+        mean_var_norm: nn.Module | None = None,
+    ) -> None:
+        dims = tuple(mrl_dims)
+        super().__init__(embedding_model, dims[-1], dims, compute_features, mean_var_norm)
+        self.check_target_dim(target_dim)
+        self.target_dim = target_dim
+
+
 def _takes_lengths(module: nn.Module) -> bool:
     """Whether its ``forward`` has a second argument by position."""
     kinds = [one.kind for one in inspect.signature(module.forward).parameters.values()]
@@ -348,8 +376,8 @@ def _published_folder(source: str | os.PathLike[str]) -> Path:
     return folder
 
 
-def architecture_of(text: str, key: str) -> str:
-    r"""HyperPyYAML of an encoder's parts alone, from the mapping or object ``key`` of a larger one.
+def architecture_of(text: str, key: str | None = None) -> str:
+    r"""HyperPyYAML of an encoder's parts alone, from the whole text or the object ``key`` in it.
 
     Example
     -------
@@ -360,7 +388,14 @@ def architecture_of(text: str, key: str) -> str:
     from hyperpyyaml import resolve_references
     from ruamel.yaml import YAML
 
-    yaml, found = YAML(), io.StringIO()
-    parent = yaml.load(resolve_references(text).getvalue())[key]
-    yaml.dump({name: parent[name] for name in PARTS if parent.get(name) is not None}, found)
-    return found.getvalue()
+    found = YAML().load(resolve_references(text).getvalue())
+    return parts_of(found if key is None else found[key])
+
+
+def parts_of(mapping: Any) -> str:
+    """The HyperPyYAML of an encoder's parts, from a mapping that ruamel.yaml has read."""
+    from ruamel.yaml import YAML
+
+    yaml, text = YAML(), io.StringIO()
+    yaml.dump({name: mapping[name] for name in PARTS if mapping.get(name) is not None}, text)
+    return text.getvalue()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from speechbrain_mrl.models.redimnet import (
     MatryoshkaReDimNet,
@@ -247,7 +248,7 @@ def read_checkpoint(path: str | os.PathLike[str], sha256: str | None = None) -> 
 
 
 def load_strictly(
-    model: ReDimNet, state_dict: dict[str, Any], where: str | os.PathLike[str]
+    model: nn.Module, state_dict: dict[str, Any], where: str | os.PathLike[str]
 ) -> None:
     """Load a checkpoint's tensors, all of them and no others; subnormal numbers become zero.
 

@@ -1690,7 +1690,24 @@ class SilentPadding(nn.Module):
         return wavs.masked_fill(padding, 0.0)
 
 
-class EmbeddingModel(StrictlyLoaded, MatryoshkaReDimNet):
+class OfOneSize(StrictlyLoaded, MatryoshkaHead):
+    """A network that gives embeddings of the size ``target_dim``, as SpeechBrain calls it."""
+
+    target_dim: int | None
+
+    def forward(self, wavs: Tensor, wav_lens: Tensor | None = None) -> Tensor:
+        """Embeddings (B, 1, target_dim). A ``wav_lens`` of one element holds for every clip.
+
+        A clip of zeros, nobody's voice, has an embedding of zeros, which scores 0 with any other.
+        """
+        if wav_lens is not None:
+            wav_lens = wav_lens.expand(len(wavs))
+        embeddings = super().forward(wavs, wav_lens, self.target_dim)
+        is_sound = wavs.reshape(len(embeddings), -1).any(dim=1, keepdim=True)
+        return (embeddings * is_sound).unsqueeze(1)
+
+
+class EmbeddingModel(OfOneSize, MatryoshkaReDimNet):  # type: ignore[misc]
     """``embedding_model``: waveforms to embeddings of one size, (B, 1, target_dim).
 
     Arguments
@@ -1715,19 +1732,6 @@ class EmbeddingModel(StrictlyLoaded, MatryoshkaReDimNet):
         super().__init__(model_config["embed_dim"], mrl_dims, model_config)
         self.check_target_dim(target_dim)
         self.target_dim = target_dim
-
-    def forward(  # type: ignore[override]  # of one size, as SpeechBrain calls it
-        self, wavs: Tensor, wav_lens: Tensor | None = None
-    ) -> Tensor:
-        """As ``MatryoshkaReDimNet``. A ``wav_lens`` of one element holds for every clip.
-
-        A clip of zeros, nobody's voice, has an embedding of zeros, which scores 0 with any other.
-        """
-        if wav_lens is not None:
-            wav_lens = wav_lens.expand(len(wavs))
-        embeddings = super().forward(wavs, wav_lens, self.target_dim)
-        is_sound = wavs.reshape(len(embeddings), -1).any(dim=1, keepdim=True)
-        return (embeddings * is_sound).unsqueeze(1)
 
 
 class PrefixSpeakerClassifier(StrictlyLoaded, nn.Module):

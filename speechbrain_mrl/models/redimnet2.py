@@ -542,5 +542,5 @@ class MatryoshkaReDimNet2(MatryoshkaReDimNet, ReDimNet2):
     """
 
 
-class EmbeddingModel2(EmbeddingModel, MatryoshkaReDimNet2):
+class EmbeddingModel2(EmbeddingModel, MatryoshkaReDimNet2):  # type: ignore[misc]
     """``EmbeddingModel`` of a ReDimNet2; arguments are the same."""

@@ -79,6 +79,8 @@ def write_card(
     has_plot: bool,
     n_speakers: int,
     widget: Sequence[Mapping[str, Any]],
+    encoder: str = "ReDimNet",
+    padding_cosine: float = 1.0,
 ) -> str:
     """The text of README.md; the repo's name is left open until the upload (``card_for``).
 
@@ -98,7 +100,7 @@ def write_card(
         license_name=provenance.license if provenance.license in OWN_LICENSES else None,
         pipeline_tag="audio-classification" if n_speakers else None,
         tags=["speechbrain", "speaker-verification", "speaker-recognition", "embeddings"]
-        + ["redimnet", "matryoshka", "pytorch"],
+        + [encoder.lower(), "matryoshka", "pytorch"],
         datasets=list(provenance.datasets) or None,
         model_name=provenance.title,
         eval_results=None if report is None else _eval_results(sizes, provenance, report),
@@ -116,6 +118,8 @@ def write_card(
         front,
         template_path=str(Path(__file__).with_name("card.md")),
         title=provenance.title,
+        encoder=encoder,
+        padding=_about_padding(padding_cosine),
         sizes=about_sizes,
         results="None: no trial list was scored."
         if report is None
@@ -134,6 +138,13 @@ def write_card(
         else "",
     )
     return str(card)
+
+
+def _about_padding(cosine: float) -> str:
+    measured = f"(cosine {cosine:.6f} with its embedding alone, measured at export)"
+    if cosine >= 0.9999:
+        return f"does not depend on the clips that it is padded with {measured}"
+    return f"changes with the clips that it is padded with {measured}; embed it alone"
 
 
 def _check_report(report: Mapping[str, Any], sizes: Sequence[int], provenance: Provenance) -> None:

@@ -10,6 +10,7 @@ import textwrap
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import huggingface_hub
@@ -20,14 +21,20 @@ from torch import Tensor
 
 from speechbrain_mrl.dataio.audio import read_audio
 from speechbrain_mrl.evaluation.calibration import check_calibration
-from speechbrain_mrl.models import redimnet, redimnet2
+from speechbrain_mrl.models import kaldi, matryoshka, redimnet, redimnet2
+from speechbrain_mrl.models.kaldi import KaldiFbank
+from speechbrain_mrl.models.matryoshka import EncoderModel, MatryoshkaEncoder
 from speechbrain_mrl.models.redimnet import (
     EmbeddingModel,
+    MatryoshkaHead,
     MatryoshkaReDimNet,
     PrefixSpeakerClassifier,
     ReDimNet,
+    check_state_dict,
 )
 from speechbrain_mrl.models.redimnet2 import EmbeddingModel2, MatryoshkaReDimNet2, ReDimNet2
+from speechbrain_mrl.models.resize import resize_model
+from speechbrain_mrl.publish.architecture import build_parts, plain_architecture, travelling
 from speechbrain_mrl.publish.card import Provenance, corpus_name, write_card
 from speechbrain_mrl.utils import exchange, writing
 
@@ -40,7 +47,7 @@ FILES = (
 
 @torch.no_grad()
 def export_model(
-    model: ReDimNet,
+    model: ReDimNet | MatryoshkaEncoder,
     folder: str | os.PathLike[str],
     provenance: Provenance | None = None,
     *,
@@ -52,6 +59,7 @@ def export_model(
     examples: Mapping[str, str | os.PathLike[str]] | None = None,
     target_dim: int | None = None,
     dtype: torch.dtype = torch.float32,
+    architecture: str | None = None,
 ) -> Path:
     """Write a folder that SpeechBrain loads without this package, and that can be published.
 
@@ -59,7 +67,7 @@ def export_model(
 
     Arguments
     ---------
-    model : ReDimNet
+    model : ReDimNet or MatryoshkaEncoder
         A student, a rotated pretrained model, or a plain ReDimNet of one size. Stays as it is.
     folder : path
         To be written.
@@ -84,6 +92,9 @@ def export_model(
         Largest of the sizes to publish; the coordinates past it are dropped. None: all.
     dtype : torch.dtype
         Of the stored parameters, torch.float32 or torch.float16. They are loaded as float32.
+    architecture : str, optional
+        Of a MatryoshkaEncoder that has none: HyperPyYAML with the keys ``compute_features``,
+        ``mean_var_norm`` and ``embedding_model``, which names layers only.
 
     Returns
     -------
@@ -93,7 +104,8 @@ def export_model(
     Raises
     ------
     ValueError
-        If the arguments do not belong together, or ``folder`` holds something else.
+        If the arguments do not belong together, ``architecture`` makes another model, or ``folder``
+        holds something else.
 
     Example
     -------
@@ -108,12 +120,20 @@ def export_model(
     folder, provenance = check_replaceable(folder), provenance or Provenance()
     if dtype not in (torch.float32, torch.float16):
         raise ValueError(f"dtype must be torch.float32 or torch.float16, got {dtype}")
-    if not isinstance(model, ReDimNet):
-        raise TypeError(f"model must be a ReDimNet or ReDimNetMRL, got {type(model).__name__}")
+    if not isinstance(model, (ReDimNet, MatryoshkaEncoder)):
+        raise TypeError(
+            "model must be a ReDimNet, ReDimNetMRL or MatryoshkaEncoder, got "
+            f"{type(model).__name__}; MatryoshkaEncoder takes any SpeechBrain encoder"
+        )
+    if architecture is not None and isinstance(model, ReDimNet):
+        raise ValueError("architecture is for a MatryoshkaEncoder; a ReDimNet brings its own")
     if examples and not speakers:
         raise ValueError("examples show which speaker is recognised; give speakers too")
     model = copy.deepcopy(model).cpu().float().eval()
-    network = _published_network(model, target_dim)
+    network = _published_network(model, target_dim, architecture)
+    expected = model(probe_wavs()).flatten()[: network.embed_dim]
+    _check_embedding(network, expected)
+    padding_cosine = _padding_cosine(network)
     if calibration is not None:
         check_calibration(calibration, network.mrl_dims)
     classifier = _classifier(speakers or {}, model.embed_dim, network.embed_dim, scale)
@@ -140,15 +160,21 @@ def export_model(
             shutil.copyfile(calibration, new / "calibration.json")
         if report is not None:
             _write_json(new / "report.json", {**report, "corpus": corpus_name(report)})
-        expected = model(probe_wavs()).flatten()[: network.embed_dim].tolist()
         tolerance = 1e-4 if dtype == torch.float32 else 1e-2
-        _write_json(new / "check.json", {"embedding": expected, "tolerance": tolerance})
-        config = {"speechbrain_interface": "EncoderClassifier", "provenance": asdict(provenance)}
-        _write_json(new / "config.json", config)
+        _write_json(new / "check.json", {"embedding": expected.tolist(), "tolerance": tolerance})
+        config = {"speechbrain_interface": "EncoderClassifier", "padding_cosine": padding_cosine}
+        _write_json(new / "config.json", {**config, "provenance": asdict(provenance)})
         widget = _widget(examples or {}, new / "examples", network, classifier, labels.ind2lab)
         texts = {
             "README.md": write_card(
-                network.mrl_dims, provenance, report, plot is not None, len(labels), widget
+                network.mrl_dims,
+                provenance,
+                report,
+                plot is not None,
+                len(labels),
+                widget,
+                encoder=_encoder_name(network),
+                padding_cosine=padding_cosine,
             ),
             "hyperparams.yaml": _hyperparams(network, classifier, provenance.title, report),
             "custom.py": CUSTOM,
@@ -191,10 +217,12 @@ def foreign_files(folder: Path) -> list[str]:
     )
 
 
-def _published_network(model: ReDimNet, target_dim: int | None) -> EmbeddingModel:
-    """``model`` as the class that travels, cut after ``target_dim``."""
+def _published_network(
+    model: ReDimNet | MatryoshkaEncoder, target_dim: int | None, architecture: str | None
+) -> EmbeddingModel | EncoderModel:
+    """``model`` as the class that travels, truncated to ``target_dim``."""
     of_two = isinstance(model, ReDimNet2)
-    if not isinstance(model, MatryoshkaReDimNet):
+    if not isinstance(model, MatryoshkaHead):
         size = model.embed_dim
         student = MatryoshkaReDimNet2 if of_two else MatryoshkaReDimNet
         model = student.from_redimnet(model, size, (size,))
@@ -202,12 +230,60 @@ def _published_network(model: ReDimNet, target_dim: int | None) -> EmbeddingMode
     if size not in model.mrl_dims:
         raise ValueError(f"target_dim must be one of {list(model.mrl_dims)}, got {target_dim!r}")
     sizes = tuple(d for d in model.mrl_dims if d <= size)
-    travels = EmbeddingModel2 if of_two else EmbeddingModel
-    network = travels({**model.model_config, "embed_dim": size}, sizes)
-    state_dict = model.state_dict()
-    state_dict |= {key: state_dict[key][:size] for key in ("linear.weight", "linear.bias")}
+    state_dict = (model if size == model.embed_dim else resize_model(model, sizes)).state_dict()
+    network: EmbeddingModel | EncoderModel
+    if isinstance(model, MatryoshkaEncoder):
+        network = _published_encoder(sizes, architecture or model.architecture)
+        if problems := check_state_dict(network, state_dict):
+            raise ValueError(f"architecture makes another model than this one: {problems}")
+    else:
+        travels = EmbeddingModel2 if of_two else EmbeddingModel
+        network = travels({**model.model_config, "embed_dim": size}, sizes)
     network.load_state_dict(state_dict)
     return network.eval()
+
+
+def _published_encoder(sizes: tuple[int, ...], architecture: str | None) -> EncoderModel:
+    if architecture is None:
+        raise ValueError(
+            "a MatryoshkaEncoder is published with the HyperPyYAML that makes its parts, and this "
+            "one has none; give architecture=, a text with the keys compute_features, "
+            "mean_var_norm and embedding_model as in a SpeechBrain recipe"
+        )
+    text = plain_architecture(architecture)
+    parts = build_parts(text)
+    try:
+        network = EncoderModel(mrl_dims=sizes, **parts)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"architecture makes no model that can be published: {error}") from error
+    network.architecture = text
+    return network
+
+
+def _check_embedding(network: EmbeddingModel | EncoderModel, expected: Tensor) -> None:
+    """What state dicts do not hold (activations, features) may differ, and is heard."""
+    difference = (network(probe_wavs()).flatten() - expected).norm() / expected.norm()
+    if not difference < 1e-4:
+        raise ValueError(
+            "architecture makes another model than this one: its embedding differs by "
+            f"{difference:.2g} of its length; give the YAML that the model was made from"
+        )
+
+
+def _padding_cosine(network: EmbeddingModel | EncoderModel) -> float:
+    """Of an utterance's embedding alone with that in a batch where it is padded."""
+    wavs = probe_wavs()
+    n = wavs.shape[1] * 3 // 5
+    batch, lens = wavs.repeat(2, 1), torch.tensor([1.0, n / wavs.shape[1]])
+    batch[1, n:] = 0
+    alone, padded = network(wavs[:, :n]), network(batch, lens)[1:]
+    return round(F.cosine_similarity(alone, padded, dim=-1).item(), 6)
+
+
+def _encoder_name(network: EmbeddingModel | EncoderModel) -> str:
+    if isinstance(network, EncoderModel):
+        return type(network.embedding_model).__name__
+    return "ReDimNet2" if isinstance(network, EmbeddingModel2) else "ReDimNet"
 
 
 def _classifier(
@@ -246,16 +322,16 @@ class CustomInterface(EncoderClassifier):
 
 
 def _hyperparams(
-    network: EmbeddingModel,
+    network: EmbeddingModel | EncoderModel,
     classifier: PrefixSpeakerClassifier,
     title: str,
     report: Mapping[str, Any] | None,
 ) -> str:
-    two = isinstance(network, EmbeddingModel2)
-    paths = [Path(redimnet.__file__), Path(redimnet2.__file__)][: 1 + two]
+    modules, name, arguments = _definition(network)
+    paths = [Path(str(module.__file__)) for module in modules]
     files = {path.name: path.read_text(encoding="utf-8") for path in paths}
     digest = hashlib.sha256(json.dumps(files).encode()).hexdigest()
-    config = (f"{key}: {json.dumps(value)}" for key, value in network.model_config.items())
+    package = f"{'encoder' if isinstance(network, EncoderModel) else 'redimnet'}_{digest[:16]}"
     thresholds = {}
     if report is not None:
         for d in map(str, network.mrl_dims):
@@ -268,19 +344,32 @@ def _hyperparams(
         sizes=list(network.mrl_dims),
         min_samples=network.min_samples,
         thresholds=json.dumps(thresholds),
-        package=f"redimnet_{digest[:16]}",
-        network="redimnet2.EmbeddingModel2" if two else "redimnet.EmbeddingModel",
+        package=package,
+        network=name,
         files="".join(f"        {n}: |\n{textwrap.indent(t, ' ' * 10)}" for n, t in files.items()),
-        model_config=textwrap.indent("\n".join(config), " " * 8),
+        arguments=textwrap.indent(travelling(arguments, package).rstrip(), " " * 4),
         n_classes=len(classifier.weight),
         scale=float(classifier.scale),
     )
 
 
+def _definition(network: EmbeddingModel | EncoderModel) -> tuple[list[ModuleType], str, str]:
+    """The Python files that define a network, its class in them, and its arguments as YAML."""
+    if isinstance(network, EncoderModel):
+        with_kaldi = any(isinstance(module, KaldiFbank) for module in network.modules())
+        modules = [redimnet, matryoshka, *([kaldi] if with_kaldi else [])]
+        return modules, "matryoshka.EncoderModel", str(network.architecture)
+    config = [f"    {key}: {json.dumps(value)}" for key, value in network.model_config.items()]
+    arguments = "\n".join(["model_config:", *config])
+    if isinstance(network, EmbeddingModel2):
+        return [redimnet, redimnet2], "redimnet2.EmbeddingModel2", arguments
+    return [redimnet], "redimnet.EmbeddingModel", arguments
+
+
 def _widget(
     examples: Mapping[str, str | os.PathLike[str]],
     folder: Path,
-    network: EmbeddingModel,
+    network: EmbeddingModel | EncoderModel,
     classifier: PrefixSpeakerClassifier,
     labels: Mapping[int, str],
 ) -> list[dict[str, Any]]:

@@ -17,8 +17,10 @@ from ruamel.yaml.tokens import AliasToken
 from speechbrain.dataio.encoder import CategoricalEncoder
 from torch import Tensor
 
+from speechbrain_mrl.models.matryoshka import MatryoshkaEncoder, parts_of
 from speechbrain_mrl.models.pretrained import ReDimNetMRL, load_strictly
 from speechbrain_mrl.models.redimnet import read_tensors
+from speechbrain_mrl.publish.architecture import build_parts, of_package
 from speechbrain_mrl.publish.card import Provenance
 from speechbrain_mrl.publish.export import FILES, export_model
 from speechbrain_mrl.utils import read_json
@@ -68,10 +70,11 @@ def read_report(source: str | os.PathLike[str]) -> dict[str, Any] | None:
     return report
 
 
-def load_published(source: str | os.PathLike[str]) -> ReDimNetMRL:
-    """A published model as a ``ReDimNetMRL`` in eval mode, to export again, grow or train further.
+def load_published(source: str | os.PathLike[str]) -> Any:
+    """A published model as a ``ReDimNetMRL`` or ``MatryoshkaEncoder`` in eval mode.
 
-    No code of the folder is run: architecture and sizes are read, tensors are loaded strictly.
+    It can be exported again, grown or trained further. No code of the folder is run: architecture
+    and sizes are read, nothing but layers is made, tensors are loaded strictly.
 
     Arguments
     ---------
@@ -81,7 +84,7 @@ def load_published(source: str | os.PathLike[str]) -> ReDimNetMRL:
     Raises
     ------
     ValueError
-        If the tensors do not fill the network.
+        If the tensors do not fill the network, or its architecture names anything but layers.
 
     Example
     -------
@@ -94,14 +97,26 @@ def load_published(source: str | os.PathLike[str]) -> ReDimNetMRL:
     True
     """
     folder = find_published(source)
-    network = _hyperparams(folder)["embedding_model"]
+    hyperparams = _hyperparams(folder)
     path = folder / "embedding_model.ckpt"
     state_dict = read_tensors(path)
     with _as_written(folder / "hyperparams.yaml"):
-        config = _plain(network["model_config"])
-        model = ReDimNetMRL(config["embed_dim"], _hyperparams(folder)["mrl_dims"], config)
+        model = _network(hyperparams["embedding_model"], _plain(hyperparams["mrl_dims"]))
     load_strictly(model, state_dict, path)
     return model.eval()
+
+
+def _network(node: Any, mrl_dims: list[int]) -> ReDimNetMRL | MatryoshkaEncoder:
+    """What the YAML's ``embedding_model`` stands for, with random weights, of this package's code."""
+    if "model_config" in node:
+        config = _plain(node["model_config"])
+        return ReDimNetMRL(config["embed_dim"], mrl_dims, config)
+    package = str(node.tag.value).removeprefix("!new:").partition(".")[0]
+    architecture = of_package(parts_of(node), package)
+    parts = build_parts(architecture)
+    model = MatryoshkaEncoder(embed_dim=mrl_dims[-1], mrl_dims=mrl_dims, **parts)
+    model.architecture = architecture
+    return model
 
 
 def read_speakers(source: str | os.PathLike[str]) -> dict[str, Tensor]:

@@ -15,10 +15,10 @@ import torch
 from speechbrain.inference.speaker import SpeakerRecognition
 
 from speechbrain_mrl import ReDimNetMRL, export_model
-from speechbrain_mrl.models import redimnet, redimnet2
+from speechbrain_mrl.models import kaldi, matryoshka, redimnet, redimnet2
 from speechbrain_mrl.publish.load import load_published
 
-TRAVELLERS = [Path(redimnet.__file__), Path(redimnet2.__file__)]
+TRAVELLERS = [Path(m.__file__) for m in (redimnet, redimnet2, matryoshka, kaldi)]
 
 
 @pytest.fixture(scope="module")
