@@ -13,7 +13,7 @@ import torch
 from timing import arguments, interleaved, start, write
 
 from speechbrain_mrl import MatryoshkaDistillationLoss, ReDimNet, ReDimNetMRL
-from speechbrain_mrl.inference.store import TeacherStore
+from speechbrain_mrl.inference.store import SHARD_SIZE, TeacherStore
 from speechbrain_mrl.models.redimnet import PRESETS
 
 N_STORED = 100_000
@@ -23,7 +23,9 @@ def make_store(teachers):
     """A full store of random embeddings."""
     store = TeacherStore("unused")
     store.rows = {f"id/{number}": number for number in range(N_STORED)}
-    store.embeddings = {name: torch.randn(N_STORED, t.embed_dim) for name, t in teachers.items()}
+    store.parts = {
+        n: torch.randn(N_STORED, t.embed_dim).split(SHARD_SIZE) for n, t in teachers.items()
+    }
     return store
 
 
@@ -61,7 +63,7 @@ def main():
         optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5)
         terms = {"cosine": 1.0, "contrastive": 0.1}
         objective = MatryoshkaDistillationLoss(student.mrl_dims, "all", terms)
-        objective.fit({teacher: found[:2000] for teacher, found in store.embeddings.items()})
+        objective.fit(store.sample(2000)[1])
         ways = {"live": live, "store": partial(store.lookup, ids), "none": None}
         row = interleaved(
             {

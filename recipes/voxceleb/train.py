@@ -245,11 +245,10 @@ def run(document, stages, run_opts):
         starts.append(start)
         teachers |= taught
         if taught:
-            found, rows = stores[sb.Stage.TRAIN].embeddings, stores[sb.Stage.TRAIN].rows
-            step = -(-len(rows) // FIT_CLIPS)
-            fit_embeddings |= {name: x[::step] for name, x in found.items()}
+            clip_ids, found = stores[sb.Stage.TRAIN].sample(FIT_CLIPS)
+            fit_embeddings |= found
             if stage["labels"]:
-                fit_speakers = [speaker_of(clip_id) for clip_id in list(rows)[::step]]
+                fit_speakers = [speaker_of(clip_id) for clip_id in clip_ids]
         if taught and corpus.test_csv is not None:
             clip_ids = [clip.id for clip in read_clips(corpus.test_csv)]
             test_embeddings |= stores[sb.Stage.TEST].lookup(clip_ids)

@@ -40,7 +40,7 @@ class TeacherStore:
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
         self.rows: dict[str, int] = {}
-        self.embeddings: dict[str, Tensor] = {}
+        self.parts: dict[str, Sequence[Tensor]] = {}  # teacher -> shards, mapped from disk
 
     def fill(
         self,
@@ -51,16 +51,24 @@ class TeacherStore:
         max_seconds: float | None = 30.0,
         num_workers: int = 0,
     ) -> None:
-        """Compute what is missing, then hold all embeddings in memory (4 bytes a dimension).
+        """Compute what is missing, then map all embeddings from disk, once for all processes.
 
         Arguments and errors are those of ``compute``.
         """
         clips = self.compute(teachers, clips, device, batch_seconds, max_seconds, num_workers)
         ids = [clip.id for clip in clips]
         self.rows = {clip_id: row for row, clip_id in enumerate(ids)}
-        self.embeddings = {
-            name: torch.cat([found for _, found in self.shards(name, ids)]) for name in teachers
-        }
+        self.parts = {name: [found for _, found in self.shards(name, ids)] for name in teachers}
+
+    @property
+    def embeddings(self) -> dict[str, Tensor]:
+        """All embeddings in the order of ``rows``, {teacher: (N, D)}, as a copy in memory."""
+        return {name: torch.cat(list(parts)) for name, parts in self.parts.items()}
+
+    def sample(self, n_clips: int) -> tuple[list[str], dict[str, Tensor]]:
+        """Ids and embeddings of at most ``n_clips`` clips, evenly over the rows."""
+        ids = list(self.rows)[:: -(-len(self.rows) // n_clips)]
+        return ids, self.lookup(ids)
 
     def compute(
         self,
@@ -169,8 +177,11 @@ class TeacherStore:
 
     def lookup(self, ids: Sequence[str]) -> dict[str, Tensor]:
         """Embeddings of the clips of these ids, {teacher: (B, D)}."""
-        rows = torch.tensor([self.rows[clip_id] for clip_id in ids])
-        return {name: embeddings[rows] for name, embeddings in self.embeddings.items()}
+        places = [divmod(self.rows[clip_id], SHARD_SIZE) for clip_id in ids]
+        return {
+            name: torch.stack([parts[shard][row] for shard, row in places])
+            for name, parts in self.parts.items()
+        }
 
     def targets(self, batch: Any) -> dict[str, Tensor]:
         """Embeddings of a SpeechBrain batch's clips, by its ``id``."""

@@ -50,12 +50,10 @@ def fit_objective(
     trials : Trials, optional
         Of validation speakers.
     """
-    found = store.embeddings
-    step = -(-len(next(iter(found.values()))) // FIT_CLIPS)
-    found = {name: embeddings[::step] for name, embeddings in found.items()}
+    clip_ids, found = store.sample(FIT_CLIPS)
     objective.fit(found)
     if valid_store is not None and trials is not None and "gram" not in objective.terms:
-        labels = speaker_labels(list(store.rows)[::step])
+        labels = speaker_labels(clip_ids)
         held_out = valid_store.lookup(trials.clip_ids)
         pca = _mean_eer(objective.targets(held_out), trials)
         lda = _mean_eer(objective.fit(found, labels).targets(held_out), trials)

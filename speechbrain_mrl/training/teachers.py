@@ -38,6 +38,11 @@ class LiveTeachers:
         found = [self.targets(batch.to(device)) for batch in islice(loader, fit_batches)]
         self.embeddings = {name: torch.cat([one[name].cpu() for one in found]) for name in teachers}
 
+    def sample(self, n_clips: int) -> tuple[list[str], dict[str, Tensor]]:
+        """No ids, and at most ``n_clips`` of ``embeddings``."""
+        step = -(-len(next(iter(self.embeddings.values()))) // n_clips)
+        return [], {name: found[::step] for name, found in self.embeddings.items()}
+
     @torch.no_grad()
     def targets(self, batch: Any) -> dict[str, Tensor]:
         """Embeddings of a SpeechBrain batch's signals, ``sig``; in float32 beside any autocast."""
@@ -62,8 +67,11 @@ class SegmentTeachers(LiveTeachers):
         self, teachers: Mapping[str, nn.Module], store: TeacherStore, device: str = "cpu"
     ) -> None:
         self.teachers, self.store = arrange(teachers, device), store
-        self.embeddings, self.rows = store.embeddings, store.rows
 
     def lookup(self, ids: Sequence[str]) -> dict[str, Tensor]:
         """Embeddings of whole utterances, as the store's."""
         return self.store.lookup(ids)
+
+    def sample(self, n_clips: int) -> tuple[list[str], dict[str, Tensor]]:
+        """Ids and embeddings of whole utterances, as the store's."""
+        return self.store.sample(n_clips)

@@ -179,7 +179,7 @@ def test_augmentation_runs_in_float32_where_the_network_is_in_bfloat16():
         stores={},
         valid_trials=None,
         lr_schedule=None,
-        modules={"student": PassThrough()},
+        modules={"student": PassThrough(), "objective": torch.nn.Identity()},
         hparams={"wav_augment": mixed, "labels": False},
         run_opts={"device": "cpu", "precision": "bf16"},
     )
@@ -261,7 +261,7 @@ def test_targets_are_rotated_by_lda_where_validation_trials_gain(channel, tmp_pa
         ids = [f"{i // 8}/s/{i % 8}" for i in range(len(voices))]
         stub = TeacherStore(tmp_path)
         stub.rows = {clip_id: row for row, clip_id in enumerate(ids)}
-        stub.embeddings = {"one": torch.cat([0.5 * voices, noise], dim=1)}
+        stub.parts = {"one": [torch.cat([0.5 * voices, noise], dim=1)]}
         return stub
 
     train, valid = store(40), store(12)

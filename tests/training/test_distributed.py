@@ -23,7 +23,8 @@ def make_brain(config, world_size, **run_opts):
     torch.manual_seed(0)
     teachers = {"a": torch.randn(N_CLIPS, 40), "b": torch.randn(N_CLIPS, 48)}
     store = TeacherStore("unused")
-    store.rows, store.embeddings = {str(i): i for i in range(N_CLIPS)}, teachers
+    store.rows = {str(i): i for i in range(N_CLIPS)}
+    store.parts = {name: [found] for name, found in teachers.items()}
     terms = {"cosine": 1.0, "gram": 1.0, "contrastive": 0.1, "mse": 0.1, "aam": 0.1}
     objective = MatryoshkaDistillationLoss([16, 32], {16: "a", 32: "b"}, terms, n_classes=3)
     return MRLBrain(
@@ -126,7 +127,7 @@ def test_each_process_validates_its_share_and_knows_all(runs):
 def fit_apart(rank, folder):
     """Rotations fitted by each rank on embeddings of its own, as ``LiveTeachers`` of its share."""
     join(rank, 2, folder)
-    store = SimpleNamespace(embeddings=own_embeddings(rank))
+    store = SimpleNamespace(sample=lambda n_clips: ([], own_embeddings(rank)))
     objective = MatryoshkaDistillationLoss([4, 8], "all")
     fit_objective(objective, store)
     torch.save(objective.state_dict(), f"{folder}/objective-{rank}.pt")
