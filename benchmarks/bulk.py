@@ -4,8 +4,8 @@ python benchmarks/bulk.py --models b0 b2 --files=48
 python benchmarks/bulk.py --models --memory_files=100000
 
 Recordings are noise of 2 to 12 s (``--lengths``), others in each round, since engines prepare
-themselves for lengths that they meet first. Engines: PyTorch as ``for_inference`` arranges
-a model, and the others with a clip on each thread. With ``--memory_files`` the folder is a list of
+themselves for lengths that they meet first. Engines: PyTorch as ``for_inference`` arranges a model,
+and the others with an utterance on each thread. With ``--memory_files`` the folder is a list of
 that many short segments, the encoder costs nothing, and this process' memory is printed on the way.
 """
 
@@ -41,7 +41,7 @@ def make_recordings(folder, count, seed=0, lengths=(2.0, 12.0)):
 
 
 class Memory:
-    """An encoder that costs nothing and prints the memory after each tenth of the clips."""
+    """An encoder that costs nothing and prints the memory after each tenth of the utterances."""
 
     fingerprint = "memory"
 
@@ -52,7 +52,7 @@ class Memory:
         before, self.clips = self.clips, self.clips + len(wavs)
         if before // self.step < self.clips // self.step:
             self.megabytes.append(resident())
-            print(f"{self.clips:9} clips{self.megabytes[-1]:9.0f} MB", flush=True)
+            print(f"{self.clips:9} utterances{self.megabytes[-1]:9.0f} MB", flush=True)
         return wavs[:, :192]
 
 

@@ -2,7 +2,7 @@
 
 python benchmarks/families.py --sizes b0 b1 b2
 
-Weights are random. Every model of a size embeds the same clip in turns, as it is and as
+Weights are random. Every model of a size embeds the same utterance in turns, as it is and as
 ``optimize_for_inference`` arranges it; medians over the rounds.
 """
 

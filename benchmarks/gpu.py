@@ -3,8 +3,8 @@
 python benchmarks/gpu.py                       # at most eight minutes on one GPU
 python benchmarks/gpu.py --device=cpu --toy    # the same steps on a CPU, in a minute
 
-Weights and audio are random, chunks have 3 s. The card's peaks are measured, not read from a table: a
-product of two bfloat16 matrices and a copy. A part that would end past ``--minutes`` is left out.
+Weights and audio are random, chunks have 3 s. The card's peaks are measured, not read from a table:
+a product of two bfloat16 matrices and a copy. A part that would end past ``--minutes`` is left out.
 """
 
 import argparse

@@ -2,12 +2,12 @@
 
 python benchmarks/inference.py --output=results/inference
 
-Weights are random. In each round every engine embeds the same clip, so that all meet the same
-machine; a ratio is the median over rounds of the plain forward's time in a round by the engine's. Two
-calls that are not counted go before, for threads of the engine before spin a while. Exported files
-are kept in the output folder; ``--export_only`` writes them and stops. "fixed" engines are prepared
-for the clip's shape; "not recorded" is the copy whose layers Python calls one by one. The column
-``new`` is the first call at a length that the engine never met.
+Weights are random. In each round every engine embeds the same utterance, so that all meet the same
+machine; a ratio is the median over rounds of the plain forward's time in a round by the engine's.
+Two calls that are not counted go before, for threads of the engine before spin a while. Exported
+files are kept in the output folder; ``--export_only`` writes them and stops. "fixed" engines are
+prepared for the utterance's shape; "not recorded" is the copy whose layers Python calls one by one.
+The column ``new`` is the first call at a length that the engine never met.
 """
 
 import argparse
@@ -93,7 +93,7 @@ def _timed(function):
     return time.perf_counter() - started, value
 
 
-def cut_seconds(model, rounds=500):
+def truncation_seconds(model, rounds=500):
     """Seconds that all sizes take more than one, from the shortest signal, where noise is least."""
     wavs, spent = 0.1 * torch.randn(1, 257), {False: [], True: []}
     with torch.no_grad():
@@ -151,10 +151,11 @@ def compare(backbone, folder, seconds, rounds, exported):
         }
     plain, gflops = outputs["plain"], count_gflops(model, wavs)
     base = statistics.median(times["plain"])
-    cut = cut_seconds(model)
+    truncation = truncation_seconds(model)
     copies.append(copy_rate())
     print(
-        f"{backbone:6}cutting to four sizes: {1e6 * cut:.0f} µs, {100 * cut / base:.3f} %; "
+        f"{backbone:6}truncating to four sizes: {1e6 * truncation:.0f} µs, "
+        f"{100 * truncation / base:.3f} %; "
         f"copies at {copies[0]:.0f} GB/s before, {copies[1]:.0f} after"
     )
     return [
@@ -170,7 +171,7 @@ def compare(backbone, folder, seconds, rounds, exported):
             "ms_new_length": 1e3 * new[name] if name in new else None,
             "page_faults": faults[name],  # of one call, the last
             "gflops_per_second": gflops / spent,
-            "cut_share": cut / base,
+            "truncation_share": truncation / base,
             "copies_gb_per_second": copies,
         }
         for name in engines

@@ -1,9 +1,9 @@
-"""Memory and time of the training list at VoxCeleb's scale: 1.2 million clips.
+"""Memory and time of the training list at VoxCeleb's scale: 1.2 million utterances.
 
 python benchmarks/lists.py --clips=1200000
 
-A synthetic CSV, read as a dataset here and by SpeechBrain, and as clips for the teacher store. Each
-in a fresh process: seconds to read, MB by which memory grows, and microseconds per random row.
+A synthetic CSV, read as a dataset here and by SpeechBrain, and as utterances for the teacher store.
+Each in a fresh process: seconds to read, MB by which memory grows, and microseconds per random row.
 """
 
 import multiprocessing
@@ -56,7 +56,7 @@ def main():
     args = parser.parse_args()
     context = multiprocessing.get_context("spawn")
     rows = {}
-    print(f"{args.clips} clips{'read':>24}{'memory':>12}{'a row':>12}")
+    print(f"{args.clips} utterances{'read':>24}{'memory':>12}{'a row':>12}")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "train.csv")
         make_list(path, args.clips)

@@ -69,7 +69,7 @@ def main():
         {key: make(*given) for key, (make, *given) in cases.items()}, args.repeats
     )
     found = []
-    print(f"{args.speakers} speakers, {args.batch_size} clips, {args.threads} threads")
+    print(f"{args.speakers} speakers, {args.batch_size} utterances, {args.threads} threads")
     print(f"{'':28}{'largest':>11}{'all sizes':>12}{'ratio':>8}{'largest':>12}{'all sizes':>12}")
     for term, way, _ in rows:
         row = {"term": term, "way": way}

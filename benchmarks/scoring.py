@@ -28,7 +28,7 @@ N_CLIPS, N_SPEAKERS, N_TRIALS = 145_160, 1251, 579_818
 
 
 def make_list(path, rng):
-    """Half target trials, half impostor trials, among random clips."""
+    """Half target trials, half impostor trials, among random utterances."""
     speaker = np.sort(rng.integers(0, N_SPEAKERS, N_CLIPS))
     first = np.searchsorted(speaker, np.arange(N_SPEAKERS + 1))
     enrol = rng.integers(0, N_CLIPS, N_TRIALS)
@@ -42,7 +42,7 @@ def make_list(path, rng):
 
 
 def make_embeddings(clip_ids, rng):
-    """Unequal variances, and speakers as far apart as their clips."""
+    """Unequal variances, and speakers as far apart as their utterances."""
     spread = torch.linspace(1.5, 0.5, SIZES[-1])
     centres = torch.from_numpy(rng.normal(size=(N_SPEAKERS, SIZES[-1]))).float()
     speaker = torch.tensor([int(clip_id[2:7]) for clip_id in clip_ids])
@@ -81,7 +81,9 @@ def main():
         print(f"{name:52}{seconds:9.2f} s{peak:8.2f} GB", flush=True)
         return value
 
-    print(f"{N_TRIALS} trials, {N_CLIPS} clips, sizes {SIZES}, {torch.get_num_threads()} threads")
+    print(
+        f"{N_TRIALS} trials, {N_CLIPS} utterances, sizes {SIZES}, {torch.get_num_threads()} threads"
+    )
     print(f"{'':52}{'time':>11}{'peak so far':>14}")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "trials.txt")

@@ -1,7 +1,7 @@
 """Speed, recall and memory of prefix search against exact and HNSW search, side by side.
 
 Speakers are drawn around real embeddings (--embeddings), else from a Gaussian whose variance falls
-with the coordinate, as PCA finds it in real ones. Each method is timed right after exact search
+with the dimension, as PCA finds it in real ones. Each method is timed right after exact search
 over the full embeddings, so that a busy machine slows both; the ratio is that of the two.
 
     python benchmarks/search.py --n_speakers 1000000 --output search.json
@@ -219,7 +219,7 @@ def main():
     parser.add_argument("--embeddings", type=Path, help=".npy or .safetensors, (N, dim)")
     parser.add_argument("--rotate", action="store_true", help="PCA the embeddings first")
     parser.add_argument(
-        "--decay", type=float, default=2.0, help="synthetic variance of coordinate i: (i + 10)^-x"
+        "--decay", type=float, default=2.0, help="synthetic variance of dimension i: (i + 10)^-x"
     )
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--seed", type=int, default=1986)
@@ -237,7 +237,7 @@ def main():
     speakers = faiss.rev_swig_ptr(flat.get_xb(), size).reshape(-1, args.dim)  # a view
     own = source.rng.integers(0, args.n_speakers, args.queries)
     queries = source.queries(speakers[own], args.query_cosine)
-    about = f"a synthetic Gaussian, variance of coordinate i as (i + 10)^-{args.decay:g}"
+    about = f"a synthetic Gaussian, variance of dimension i as (i + 10)^-{args.decay:g}"
     if real is not None:
         about = f"{len(real)} real embeddings{', rotated by PCA' if args.rotate else ''}"
     print(f"{args.n_speakers} speakers of size {args.dim} around {about}")

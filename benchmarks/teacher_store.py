@@ -1,4 +1,4 @@
-"""Filling the teacher store: one clip at a time, a store per teacher, and all teachers at once.
+"""Filling the teacher store: an utterance at a time, a store per teacher, all teachers at once.
 
 python benchmarks/teacher_store.py --teachers b0 b1 b2 --files=48
 
@@ -47,7 +47,7 @@ def main():
 
         seconds = interleaved(
             {
-                "one clip at a time": one_at_a_time,
+                "one utterance at a time": one_at_a_time,
                 "store, teacher after teacher": lambda: fill(
                     *({name: teacher} for name, teacher in teachers.items())
                 ),
@@ -67,7 +67,7 @@ def main():
             args.repeats,
         )
     shares = {name: parts[name, "mel"] / parts[name, "whole"] for name in teachers}
-    print(f"{args.files} clips, teachers {args.teachers}, {args.threads} threads")
+    print(f"{args.files} utterances, teachers {args.teachers}, {args.threads} threads")
     for way, found in seconds.items():
         print(f"{way:32}{found:8.2f} s{seconds['one clip at a time'] / found:8.2f} x")
     for name, share in shares.items():

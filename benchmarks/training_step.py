@@ -1,10 +1,10 @@
-"""A training step with the teacher store, with teachers that hear every batch, and without teachers.
+"""A training step with the teacher store, with teachers that embed each batch, without teachers.
 
 python benchmarks/training_step.py --students b0 b2 --teachers b0 b1 b2 b6
 
-Random weights, random audio; the store holds 100,000 clips. One step is the student's forward and
-backward, the objective (cosine and contrastive) and AdamW. The step without teachers has the mean
-square of the embeddings as its loss, the cheapest there is.
+Random weights, random audio; the store holds 100,000 utterances. One step is the student's forward
+and backward, the objective (cosine and contrastive) and AdamW. The step without teachers has the
+mean square of the embeddings as its loss, the cheapest there is.
 """
 
 from functools import partial

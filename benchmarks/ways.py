@@ -157,14 +157,14 @@ def scores_of(way, seed, common, corpus, steps, hparams, device, trials, folder)
 
 
 def embed(model, corpus, trials, hparams, device):
-    """Embeddings of the trials' clips, in the order of the trials."""
+    """Embeddings of the trials' utterances, in the order of the trials."""
     clips = read_clips(corpus.test_csv)
     found = embed_clips({"model": model}, clips, device, max_seconds=None)["model"]
     return trials.stack(dict(zip((clip.id for clip in clips), found)))
 
 
 def baselines(teachers, corpus, trials, hparams, device, n_bootstrap, folder):
-    """Each teacher whole, and cut as it is, after PCA and after LDA of the training clips."""
+    """Each teacher whole, and truncated as it is, after PCA and after LDA."""
     stores = {}
     for split in ("train", "test"):
         stores[split] = TeacherStore(folder / "teachers" / split)
@@ -182,12 +182,12 @@ def baselines(teachers, corpus, trials, hparams, device, n_bootstrap, folder):
     for name, fit in stores["train"].embeddings.items():
         test = test_embeddings[name]
         sizes = [dim for dim in hparams["mrl_dims"] if dim <= fit.shape[1]]
-        cuts = truncation_baselines(test, fit, trials, sizes, n_bootstrap, speakers)
+        truncated = truncation_baselines(test, fit, trials, sizes, n_bootstrap, speakers)
         results[name] = {
             "whole": evaluate(test, trials, [test.shape[1]], n_bootstrap),
-            "naive cut": cuts["naive_truncation"],
-            "PCA cut": cuts["pca_truncation"],
-            "LDA cut": cuts["lda_truncation"],
+            "truncated": truncated["naive_truncation"],
+            "PCA truncated": truncated["pca_truncation"],
+            "LDA truncated": truncated["lda_truncation"],
         }
     return results
 
@@ -210,8 +210,8 @@ def table(rows, sizes, metric, scale):
 def write_tables(results, path):
     """The JSON's figures as Markdown."""
     rows = dict(results["ways"])
-    for teacher, cuts in results["baselines"].items():
-        rows |= {f"{teacher}, {cut}": found for cut, found in cuts.items()}
+    for teacher, baselines in results["baselines"].items():
+        rows |= {f"{teacher}, {how}": found for how, found in baselines.items()}
     sizes = sorted({size for found in rows.values() for size in found}, key=int)
     settings = ", ".join(f"{key} {value}" for key, value in results["settings"].items())
     hours = ", ".join(f"{way} {found / 3600:.2f}" for way, found in results["seconds"].items())

@@ -1,14 +1,14 @@
-"""Who spoke when: SpeechBrain's spectral clustering with the first coordinates of a Matryoshka model.
+"""Who spoke when: SpeechBrain's spectral clustering with prefixes of a Matryoshka model.
 
 python examples/diarise.py --model results/mrl_distill/1986/model \\
     --data_folder results/mrl_distill/1986/voices --trials results/mrl_distill/1986/lists/test_trials.txt
 
 Mixes conversations from a folder in VoxCeleb's layout (speakers take turns, no overlap), embeds a
-window of 1.5 s every 0.75 s once, clusters the windows by each size's coordinates with SpeechBrain's
-``do_spec_clustering``, and prints per size the diarisation error rate (DER: the share of the time
-that is given to the wrong speaker; speech is taken as known) and the median time of a clustering.
-Rates are means over conversations, intervals are 95 % of a bootstrap over conversations. Needs the
-extra ``diarisation``.
+window of 1.5 s every 0.75 s once, clusters the windows by each size's prefix with
+SpeechBrain's ``do_spec_clustering``, and prints per size the diarisation error rate (DER: the share
+of the time that is given to the wrong speaker; speech is taken as known) and the median time of a
+clustering. Rates are means over conversations, intervals are 95 % of a bootstrap over
+conversations. Needs the extra ``diarisation``.
 """
 
 import argparse
@@ -74,7 +74,7 @@ def embed(encoder, wav, spans, batch_size=64):
 
 
 def diarise(embeddings, spans, size, n_speakers=None):
-    """Who speaks when by the first ``size`` coordinates, and the seconds that clustering took.
+    """Who speaks when by the first ``size`` dimensions, and the seconds that clustering took.
 
     ``n_speakers`` None: estimated from the eigenvalues, 2 to 10.
     """
@@ -124,7 +124,7 @@ def main(arguments=None):
     parser.add_argument("--n_mixes", type=int, default=24, help="conversations; default 24")
     parser.add_argument("--n_speakers", type=int, default=4, help="in each; default 4")
     parser.add_argument("--n_turns", type=int, default=60, help="in each; default 60")
-    parser.add_argument("--sizes", type=int, nargs="+", help="coordinates; default: the model's")
+    parser.add_argument("--sizes", type=int, nargs="+", help="dimensions; default: the model's")
     given = parser.parse_args(arguments)
 
     encoder = EncoderClassifier.from_hparams(source=given.model)
@@ -163,7 +163,7 @@ def main(arguments=None):
         "for all sizes"
     )
     heads = [f"DER %, speakers {kind} | against {sizes[-1]}" for kind in kinds]
-    print(f"| coordinates | {' | '.join(heads)} | clustering, ms | ratio |")
+    print(f"| dimensions | {' | '.join(heads)} | clustering, ms | ratio |")
     print("| --: | --: | --: | --: | --: | --: | --: |")
     whole = np.median(clustering[sizes[-1]])
     for size in sizes:

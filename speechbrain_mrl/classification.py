@@ -59,7 +59,8 @@ class MatryoshkaLoss(nn.Module):
     mrl_dims : iterable of int
         Prefix sizes, ascending.
     mrl_weights : iterable of float, optional
-        One per size; only ratios matter, for the weighted sum is divided by their sum. Default: equal.
+        One per size; only ratios matter, for the weighted sum is divided by their sum. Default:
+        equal.
 
     Raises
     ------
@@ -102,7 +103,7 @@ class MatryoshkaLoss(nn.Module):
         for dim, prediction in predictions.items():
             if len(prediction) != len(targets):
                 raise ValueError(
-                    f"predictions at size {dim} hold {len(prediction)} clips for "
+                    f"predictions at size {dim} hold {len(prediction)} utterances for "
                     f"{len(targets)} targets"
                 )
         return {

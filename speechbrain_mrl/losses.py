@@ -27,25 +27,25 @@ AAM_SCALE = 30.0  # as in SpeechBrain's VoxCeleb recipes for ECAPA-TDNN and ResN
 
 
 class MatryoshkaDistillationLoss(nn.Module):
-    """Teaches every prefix of a student what one or several teachers know, all sizes in one pass.
+    """Distils one or several teachers into every prefix of a student, all sizes in one pass.
 
-    A teacher's own first d dimensions mean nothing, so a prefix is compared only with the teachers'
-    cosines, or with d dimensions of a fixed nested target (``EnsembleRotation``), fitted once:
+    A teacher's own first d dimensions are not an embedding. A prefix is compared only with the
+    teachers' cosines, or with d dimensions of a fixed nested target (``EnsembleRotation``):
 
     * ``cosine``: 1 - cosine between prefix and target.
     * ``mse``: mean squared difference of prefix and target, neither normalised.
     * ``contrastive``: cross-entropy between the softmax rows of scaled student-target cosines and
       those of the teachers' own cosines.
-    * ``gram``: mean squared difference of the cosines of clip pairs, student's and teachers'. A batch
-      of one clip has no pairs and costs nothing.
+    * ``gram``: mean squared difference of the cosines of utterance pairs, student's and teachers'. A
+      batch of one utterance has no pairs and costs nothing.
     * ``aam``: additive angular margin on labels.
 
     Where sizes follow different teachers, whose targets disagree on the dimensions that prefixes
     share, the first three see the prefix through a linear map per size, trained with the student
-    (give the objective's parameters to the optimizer) and of no use afterwards.
-    With several processes in training, all terms but ``aam`` see the clips of all ranks, which must be
+    (give the objective's parameters to the optimizer) and of no use afterwards. With several
+    processes in training, all terms but ``aam`` see the utterances of all ranks, which must be
     equally many; gradients averaged over ranks are then those of one process with the whole batch.
-    In eval mode each rank sees its own clips.
+    In eval mode each rank sees its own utterances.
 
     Arguments
     ---------
@@ -70,7 +70,7 @@ class MatryoshkaDistillationLoss(nn.Module):
     Raises
     ------
     ValueError
-        If arguments do not belong together, or a call lacks a teacher, labels or clips.
+        If arguments do not belong together, or a call lacks a teacher, labels or utterances.
     RuntimeError
         If a term needs the target and ``fit`` was not called.
 
@@ -155,7 +155,7 @@ class MatryoshkaDistillationLoss(nn.Module):
         return self
 
     def align(self, teachers: Mapping[str, Tensor], prefix: Tensor) -> "MatryoshkaDistillationLoss":
-        """Turn the fitted targets so that they go on from a student's prefix (N, d) of N clips."""
+        """Rotate the fitted targets so that they continue a student's prefix (N, d)."""
         for ensemble in self.ensembles:
             ensemble.align(teachers, prefix)
         return self
@@ -216,7 +216,9 @@ class MatryoshkaDistillationLoss(nn.Module):
         if labels is not None:
             sizes["labels"] = len(labels)
         if len(set(sizes.values())) > 1:
-            raise ValueError(f"student, teachers and labels must hold the same clips, got {sizes}")
+            raise ValueError(
+                f"student, teachers and labels must hold the same utterances, got {sizes}"
+            )
 
     def _distillation(
         self, student: Tensor, teachers: Mapping[str, Tensor]
@@ -294,9 +296,9 @@ def _contrastive_losses(
 
 
 def _gather(x: Tensor) -> Tensor:
-    """The clips of all ranks, (ranks * B, D), for a loss that every rank computes alike.
+    """The utterances of all ranks, (ranks * B, D), for a loss that every rank computes the same.
 
-    A rank's own clips get the gradient of all ranks' losses together, which DDP then averages.
+    A rank's own utterances get the gradient of all ranks' losses together, which DDP then averages.
     """
     sent = x.detach().contiguous()
     parts = [torch.empty_like(sent) for _ in range(dist.get_world_size())]

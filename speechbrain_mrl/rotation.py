@@ -13,7 +13,7 @@ LDA_SHRINKAGE = 0.5
 
 
 class Rotation(nn.Module):
-    """Moves embeddings to coordinates sorted by importance, so that every prefix is useful.
+    """Centres and rotates embeddings, the most important directions first: every prefix is useful.
 
     Arguments
     ---------
@@ -38,7 +38,7 @@ class Rotation(nn.Module):
         self.register_buffer("matrix", matrix)
 
     def forward(self, embeddings: Tensor) -> Tensor:
-        """Embeddings (..., D) in the new coordinates (..., d)."""
+        """Embeddings (..., D) to rotated ones (..., d)."""
         return (embeddings.to(self.matrix.dtype) - self.mean) @ self.matrix.T
 
 
@@ -51,17 +51,17 @@ def matryoshka_rotation(
     With labels it is LDA: variance within a speaker is whitened, as far as a covariance shrunk half
     way to its mean variance knows it; the directions that separate speakers come first, and those
     that do not (all past C - 1) follow by their variance. The result does not depend on the order of
-    the clips.
+    the utterances.
 
     Arguments
     ---------
     embeddings : torch.Tensor
-        Clips to learn from, (N, D), N >= 2. With fewer than d + 1 clips the PCA tail has no
+        Of utterances to fit on, (N, D), N >= 2. With fewer than d + 1 utterances the PCA tail has no
         variance and is any orthonormal completion.
     mrl_dims : iterable of int
         Prefix sizes, ascending; the last one is d <= D.
     labels : torch.Tensor, optional
-        Speaker of each clip, (N,), at least two speakers and one of them with two clips.
+        Speaker of each utterance, (N,), at least two speakers and one of them with two utterances.
 
     Returns
     -------
@@ -84,7 +84,7 @@ def matryoshka_rotation(
     n_clips, embed_dim = embeddings.shape
     if mrl_dims[-1] > embed_dim:
         raise ValueError(
-            f"mrl_dims {mrl_dims} ends past the embeddings' {embed_dim} coordinates; "
+            f"mrl_dims {mrl_dims} ends past the embeddings' {embed_dim} dimensions; "
             "a rotation cannot add any"
         )
     x = embeddings.detach().cpu().double()
@@ -102,7 +102,7 @@ def aligning_rotation(embeddings: Tensor, targets: Tensor) -> Tensor:
     Arguments
     ---------
     embeddings, targets : torch.Tensor
-        Of the same clips, (N, k).
+        Of the same utterances, (N, k).
 
     Returns
     -------
@@ -131,7 +131,9 @@ def aligning_rotation(embeddings: Tensor, targets: Tensor) -> Tensor:
 
 def check_clips(embeddings: Tensor, name: str) -> None:
     if embeddings.ndim != 2 or len(embeddings) < 2:
-        raise ValueError(f"{name} must be (N, D) with N >= 2 clips, got {tuple(embeddings.shape)}")
+        raise ValueError(
+            f"{name} must be (N, D) with N >= 2 utterances, got {tuple(embeddings.shape)}"
+        )
     if not embeddings.isfinite().all():
         raise ValueError(f"{name} must be finite, but some values are infinite or not a number")
 
@@ -154,7 +156,7 @@ def lda_axes(centred: Tensor, labels: Tensor) -> Tensor:
     if not 2 <= len(counts) < len(labels):
         raise ValueError(
             f"labels must name at least two speakers, one of them twice, got {len(counts)} "
-            f"speakers in {len(labels)} clips; leave labels out for PCA"
+            f"speakers in {len(labels)} utterances; leave labels out for PCA"
         )
     sums = centred.new_zeros(len(counts), centred.shape[1]).index_add_(0, classes, centred)
     means = sums / counts[:, None]  # (C, D)

@@ -73,7 +73,7 @@ class EnsembleRotation(nn.Module):
                 raise ValueError(f"a teacher's name may not hold a dot, got {name!r}")
         clips = {name: len(teachers[name]) for name in names}
         if len(set(clips.values())) > 1:
-            raise ValueError(f"all teachers must embed the same clips, got {clips} clips")
+            raise ValueError(f"all teachers must embed the same utterances, got {clips} utterances")
         teachers = {name: teachers[name].detach().to(self.matrix.device) for name in names}
         means = {name: teachers[name].mean(dim=0, dtype=torch.float64) for name in names}
         self._set_buffers({f"mean_{name}": mean for name, mean in means.items()})
@@ -87,18 +87,18 @@ class EnsembleRotation(nn.Module):
         return self
 
     def align(self, teachers: Mapping[str, Tensor], prefix: Tensor) -> "EnsembleRotation":
-        """Turn the target so that it goes on from what a student already has.
+        """Rotate the target so that it continues what a student already has.
 
         Its first dimensions become those directions of the target that the student's regress on,
-        made orthonormal, the others the principal axes of what these leave. The whole target's
+        made orthonormal, the others the principal components of what these leave. The whole target's
         cosines do not change.
 
         Arguments
         ---------
         teachers : mapping of str to torch.Tensor
-            Of N clips, {name: (N, D_t)}.
+            Of N utterances, {name: (N, D_t)}.
         prefix : torch.Tensor
-            The student's dimensions of these clips, (N, d).
+            The student's dimensions of these utterances, (N, d).
         """
         target = self(teachers).double()  # (N, dim)
         prefix = prefix[:, : self.dim].to(target)
@@ -142,7 +142,7 @@ class EnsembleRotation(nn.Module):
         if not self.fitted:
             raise RuntimeError(
                 "the teachers' rotation is not fitted; call fit({name: (N, D_t)}) with their "
-                "embeddings of training clips, or load a fitted state"
+                "embeddings of training utterances, or load a fitted state"
             )
         rotated = union @ self.matrix.T.to(union.dtype)
         return F.pad(rotated, (0, self.dim - rotated.shape[-1]))

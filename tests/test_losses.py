@@ -341,16 +341,16 @@ def test_a_call_without_teacher_labels_or_clips_is_refused():
     student, teachers = random(3, 7), make_teachers(3)
     with pytest.raises(ValueError, match=r"\['large'\] are missing; given: \['small'\]"):
         objective(student, {"small": teachers["small"]})
-    with pytest.raises(ValueError, match="same clips, got.*'student': 2"):
+    with pytest.raises(ValueError, match="same utterances, got.*'student': 2"):
         objective(student[:2], teachers)
-    with pytest.raises(ValueError, match="same clips, got.*'labels': 2"):
+    with pytest.raises(ValueError, match="same utterances, got.*'labels': 2"):
         objective(student, teachers, torch.tensor([0, 1]))
     objective = MatryoshkaDistillationLoss(DIMS, "all", terms={"aam": 1.0}, n_classes=3)
     with pytest.raises(ValueError, match=r"^the aam term needs labels, \(B,\)"):
         objective(student, {})
     loss, values = objective.eval()(student, {})  # held-out speakers are no classes
     assert loss == 0 and values == {}
-    with pytest.raises(ValueError, match="predictions at size 2 hold 3 clips for 2 targets"):
+    with pytest.raises(ValueError, match="predictions at size 2 hold 3 utterances for 2 targets"):
         MatryoshkaLoss(CROSS_ENTROPY, [2])({2: torch.ones(3, 4)}, torch.tensor([0, 1]))
     with pytest.raises(ValueError, match="predictions must map sizes to entries, got a Tensor"):
         MatryoshkaLoss(CROSS_ENTROPY, [2])(torch.ones(3, 4), torch.tensor([0, 1, 1]))

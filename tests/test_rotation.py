@@ -116,8 +116,8 @@ def test_lda_finds_the_speakers_where_pca_finds_the_noise():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((torch.randn(9, 4), [2, 5]), "ends past the embeddings' 4 coordinates"),
-        ((torch.randn(1, 4), [2]), r"N >= 2 clips, got \(1, 4\)"),
+        ((torch.randn(9, 4), [2, 5]), "ends past the embeddings' 4 dimensions"),
+        ((torch.randn(1, 4), [2]), r"N >= 2 utterances, got \(1, 4\)"),
         ((torch.randn(4), [2]), r"must be \(N, D\)"),
         ((torch.full((3, 4), torch.nan), [2]), "must be finite"),
         ((torch.randn(9, 4), [2], torch.zeros(8)), r"labels must be \(9,\), got \(8,\)"),
@@ -180,7 +180,7 @@ def test_ensemble_refuses_clips_that_do_not_belong_together(embeddings):
     ensemble = EnsembleRotation(dim=4, names=["b0", "b6"])
     with pytest.raises(ValueError, match=r"\['b6'\] are missing; given: \['b0', 'b1'\]"):
         ensemble.fit({"b0": embeddings, "b1": embeddings})
-    with pytest.raises(ValueError, match="same clips"):
+    with pytest.raises(ValueError, match="same utterances"):
         ensemble.fit({"b0": embeddings, "b6": embeddings[:-1]})
     with pytest.raises(ValueError, match="not hold a dot"):
         EnsembleRotation(dim=4).fit({"b0.pt": embeddings})

@@ -68,7 +68,7 @@ def _files(folder):
 
 
 class Encoder(torch.nn.Module):
-    """Counts the clips that it hears."""
+    """Counts the utterances that it embeds."""
 
     def __init__(self, size=4, seconds=0.0):
         super().__init__()

@@ -54,7 +54,7 @@ def refuse_shared_speakers(corpus):
 
 
 def shrink(corpus, n_clips):
-    """The first training clips and a few trials of a corpus, for ``--debug``."""
+    """The first training utterances and a few trials of a corpus, for ``--debug``."""
     paths = {"train_csv": _copy_rows(corpus.train_csv, lambda row: True, n_clips)}
     if corpus.valid_trials is None:
         paths["valid_csv"] = _copy_rows(corpus.valid_csv, lambda row: True, n_clips)

@@ -22,7 +22,7 @@ from speechbrain_mrl.inference.optimize import (
 from speechbrain_mrl.utils import check_device
 
 BATCH_SECONDS = 60.0  # of an encoder that is no ReDimNet, or on a GPU
-SECONDS_PER_STREAM = 30.0  # clips of a batch run side by side
+SECONDS_PER_STREAM = 30.0  # utterances of a batch run side by side
 
 
 def check_options(engine, precision, device):
@@ -75,7 +75,9 @@ def main(argv=None):
         type=float,
         help="of audio, padding too; default 60, and for a ReDimNet on a CPU what its maps allow",
     )
-    parser.add_argument("--max_seconds", type=float, default=30.0, help="of a clip's beginning")
+    parser.add_argument(
+        "--max_seconds", type=float, default=30.0, help="of an utterance's beginning"
+    )
     parser.add_argument("--num_workers", type=int, default=2, help="processes that decode")
     parser.add_argument(
         "--engine",

@@ -31,7 +31,7 @@ def prepare_folder(
     skip_bad_files: bool = False,
     skip_prep: bool = False,
 ) -> PreparedCorpus:
-    """Writes the CSV files that training reads; there are validation clips, but no such trials.
+    """Writes the CSV files that training reads; validation has utterances and no trials.
 
     Headers of files that have not changed since the last call are not read again.
 
@@ -43,14 +43,15 @@ def prepare_folder(
     save_folder : str
         Where the lists go.
     trials : str | None
-        Test trials, ``1 a b`` a line. Their clips, not their speakers, are kept out of training.
+        Test trials, ``1 a b`` a line. Their utterances, not their speakers, are kept out of
+        training.
     test_folder : str | None
-        Folder or CSV of the trials' clips; None: ``data_folder``. A clip is named by its path
-        below the folder, or below its ``wav/``; its suffix need not be the file's.
+        Folder or CSV of the trials' utterances; None: ``data_folder``. An utterance is named by its
+        path below the folder, or below its ``wav/``; its suffix need not be the file's.
     min_seconds : float
-        Shorter clips are left out.
+        Shorter utterances are left out.
     seed : int
-        Decides which clips, one in 20 and at most 500, are for validation.
+        Decides which utterances, one in 20 and at most 500, are for validation.
     skip_bad_files : bool
         Decode every file of a folder to its end, leave out what ``check_audio`` refuses and list
         it in ``bad_files.txt``, instead of stopping.
@@ -65,7 +66,8 @@ def prepare_folder(
     Raises
     ------
     ValueError
-        If a file cannot be read, a clip of the trials is missing, or fewer than 3 clips are there.
+        If a file cannot be read, an utterance of the trials is missing, or fewer than 3 utterances
+        are there.
 
     Example
     -------
@@ -93,7 +95,7 @@ def prepare_folder(
         ]
         if len(clips) < 3:
             raise ValueError(
-                f"{data_folder} has {len(clips)} clips of {min_seconds} s or more that are not in "
+                f"{data_folder} has {len(clips)} utterances of {min_seconds} s or more outside the "
                 "trials; 3 are needed at least"
             )
         n_valid = min(MAX_VALID_CLIPS, max(2, round(VALID_SHARE * len(clips))))
@@ -114,7 +116,7 @@ def prepare_folder(
 
 
 def _clips(source, save_folder, skip_bad_files, bad) -> list[Clip]:
-    """The clips of a CSV, or of a folder in the order of their paths; ``bad`` gets the reasons."""
+    """Utterances of a CSV, or of a folder in the order of paths; ``bad`` gets the reasons."""
     if os.path.isfile(source):
         return read_clips(source)
     root = Path(source, "wav") if Path(source, "wav").is_dir() else Path(source)
@@ -135,7 +137,7 @@ def _clips(source, save_folder, skip_bad_files, bad) -> list[Clip]:
 
 
 def _test_clips(trials, clips) -> list[Clip]:
-    """The clips of the trials, under the trials' names."""
+    """The utterances of the trials, under the trials' names."""
     found = find_listed(trials.clip_ids, clips)
     trials.check_clips({clip.id for clip in found})
     return found

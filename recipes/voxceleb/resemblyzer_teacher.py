@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class ResemblyzerTeacher(nn.Module):
-    """The GE2E encoder of PyPI's ``resemblyzer`` (256 coordinates, Apache-2.0, weights included).
+    """The GE2E encoder of PyPI's ``resemblyzer`` (256 dimensions, Apache-2.0, weights included).
 
     Reference
     ---------

@@ -20,14 +20,14 @@ from speechbrain_mrl.dataio.dataset import ClipDataset
 from speechbrain_mrl.utils import only_run, replacing, require
 
 THREADS = 16  # that wait for the disk
-READ_AHEAD = 64  # clips in memory
+READ_AHEAD = 64  # utterances in memory
 
 
 def write_shards(csv_path, folder, n_shards=512):
     """Tar files ``<number>.tar`` that ``shard_loader`` reads; those that are there are kept.
 
-    Which clips a shard holds is drawn once, so that neighbours are strangers. A recording is copied
-    as it is; a segment of one is written as 24-bit FLAC at 16 kHz.
+    Which utterances a shard holds is drawn once, so that neighbours are of different speakers. A
+    recording is copied as it is; a segment of one is written as 24-bit FLAC at 16 kHz.
 
     Arguments
     ---------
@@ -46,13 +46,13 @@ def write_shards(csv_path, folder, n_shards=512):
     Raises
     ------
     ValueError
-        If there are fewer clips than shards, a recording cannot be read, or ``folder`` holds
+        If there are fewer utterances than shards, a recording cannot be read, or ``folder`` holds
         shards of another list or number.
     """
     webdataset = require("webdataset", "writing shards")
     rows, folder = ClipDataset(csv_path).data, Path(folder).absolute()
     if not 1 <= n_shards <= len(rows):
-        raise ValueError(f"n_shards must be from 1 to the {len(rows)} clips, got {n_shards}")
+        raise ValueError(f"n_shards must be from 1 to the {len(rows)} utterances, got {n_shards}")
     order = np.random.default_rng(0).permutation(len(rows))
     names = [f"{number:0{len(str(n_shards - 1))}d}" for number in range(n_shards)]
     with only_run(folder), tqdm(total=len(rows), unit="clip", disable=None) as bar:
@@ -93,7 +93,7 @@ def _claim(path, csv_path, n_shards):
 
 
 def _sample(number, row):
-    """What is stored of a clip."""
+    """What is stored of an utterance."""
     start, stop = int(row["start"]), int(row["stop"])
     try:
         if start == 0 and stop >= audio_info(row["wav"]).num_frames:

@@ -1,4 +1,4 @@
-"""Lists VoxCeleb's clips for training, validation and test, no speaker in two of them.
+"""Lists VoxCeleb's utterances for training, validation and test, no speaker in two of them.
 
 Any corpus laid out as ``wav/<speaker>/<session>/<utterance>.<wav|flac|m4a|...>`` will do.
 """
@@ -52,8 +52,8 @@ class PreparedCorpus(NamedTuple):
     valid_trials, test_trials : str
         Trials in VoxCeleb's format, ``1 a b`` for the same speaker, of IDs in the CSV.
     counts : dict
-        ``train``, ``valid`` and ``test``: speakers, clips and hours, and the latter two their
-        target and impostor trials. ``left_out``: clips that were bad or short, and test
+        ``train``, ``valid`` and ``test``: speakers, utterances and hours, and the latter two their
+        target and impostor trials. ``left_out``: utterances that were bad or short, and test
         speakers kept out of training and validation.
     """
 
@@ -113,15 +113,15 @@ def prepare_voxceleb(
         folder: a tenth of the training speakers, or of few two fifths and at most 4.
     test_speakers : int
         Speakers to hold out for the test where no trials are given: at most this many, and
-        at most a third of those that have two or more clips if train_speakers is None.
+        at most a third of those that have two or more utterances if train_speakers is None.
     min_seconds : float
-        Shorter clips are left out, except in given trials.
+        Shorter utterances are left out, except in given trials.
     seed : int
         Decides who is held out and which trials are made.
     skip_bad_files : bool
         Decode every file to its end, leave out what ``check_audio`` refuses and list it in
         ``bad_files.txt``, instead of stopping at a bad header now and at bad samples when
-        they are read. A given trial's clip is never left out.
+        they are read. A given trial's utterance is never left out.
     skip_prep : bool
         Trust what ``save_folder`` holds, for ranks that wait while another prepares.
 
@@ -133,7 +133,7 @@ def prepare_voxceleb(
     Raises
     ------
     ValueError
-        If a folder has no audio in the expected layout, files cannot be read, a clip of
+        If a folder has no audio in the expected layout, files cannot be read, an utterance of
         the trials is missing, or too few speakers remain.
 
     Example
@@ -190,7 +190,7 @@ def prepare_voxceleb(
         for s in needed - set(bad)
         if frames[s] < min_seconds * SAMPLE_RATE
     }
-    usable = defaultdict(list)  # speaker -> clips
+    usable = defaultdict(list)  # speaker -> utterances
     for stem in sorted(needed - set(bad) - set(short)):
         ID = stem + os.path.splitext(paths[stem])[1]
         usable[stem.split("/")[0]].append(_Clip(ID, paths[stem], frames[stem]))
@@ -233,7 +233,7 @@ def prepare_voxceleb(
             "test_speakers": len(overlap),
         },
     }
-    logger.info("left out: %d bad clips, %d under %s s", len(bad), len(short), min_seconds)
+    logger.info("left out: %d bad utterances, %d under %s s", len(bad), len(short), min_seconds)
 
     (save_folder / "prepare.json").unlink(missing_ok=True)
     for name, clips in (("train", train), ("valid", valid), ("test", test)):
@@ -289,7 +289,7 @@ def find_recordings(folders: list[str], unfit: list[str] | None = None) -> dict[
                     found[stem] = path
         if len(found) == before:
             raise ValueError(
-                f"data_folder {folder} adds no clip; expected "
+                f"data_folder {folder} adds no utterance; expected "
                 f"{folder}/wav/<speaker>/<session>/<utterance>.<wav|flac|m4a|...>"
             )
     return found
@@ -334,14 +334,14 @@ def _train_speakers(path: str | None, paths: dict[str, str]) -> set[str]:
     wanted = set(" ".join(read_lines(path)).split())
     if missing := sorted(wanted - present):
         raise ValueError(
-            f"{len(missing)} of {len(wanted)} speakers in {path} have no clip in data_folder, "
+            f"{len(missing)} of {len(wanted)} speakers in {path} have no utterance in data_folder, "
             f"such as {', '.join(missing[:5])}"
         )
     return wanted
 
 
 def _given_trials(path: str | None, paths: dict[str, str]) -> tuple[list, dict[str, str]]:
-    """Labels of the trials, and the stem of each of their clips in the order of their names."""
+    """Labels of the trials, and the stems of their utterances in the order of their names."""
     if path is None:
         return [], {}
     trials = read_trials(path)
@@ -353,7 +353,7 @@ def _given_trials(path: str | None, paths: dict[str, str]) -> tuple[list, dict[s
 def read_headers(
     paths: dict[str, str], save_folder: Path | None = None, decode: bool = False
 ) -> dict[str, int | str]:
-    """Length of each clip in samples at 16 kHz, or the reason why it cannot be used.
+    """Length of each utterance in samples at 16 kHz, or the reason why it cannot be used.
 
     With ``decode`` the samples are looked at too, as ``check_audio`` does. Good files are kept in a
     journal in ``save_folder``: the call after a killed one reads the others, and those whose size
@@ -418,7 +418,7 @@ def _read_header(read, path: str) -> tuple[int | str, int, int]:
 def _refuse_bad_files(bad: dict[str, str], total: int, test_stems: set[str], skip: bool):
     in_trials = sorted(bad.keys() & test_stems)
     if in_trials:
-        raise ValueError(f"{len(in_trials)} clips of the trials are bad: {bad[in_trials[0]]}")
+        raise ValueError(f"{len(in_trials)} utterances of the trials are bad: {bad[in_trials[0]]}")
     if bad and not skip:
         first = "\n".join(reason for _, reason in sorted(bad.items())[:5])
         raise ValueError(
@@ -433,11 +433,11 @@ def _eligible(pool: dict[str, list]) -> list[str]:
 
 
 def _hold_out(pool: dict[str, list], wanted: int, key: str, rng, most: int) -> list[_Clip]:
-    """Some clips each of random speakers that have two or more, ``wanted`` and at most ``most``."""
+    """Some utterances of random speakers with two or more: ``wanted``, at most ``most``."""
     eligible, count = _eligible(pool), max(2, min(wanted, most))
     if len(eligible) < count:
         raise ValueError(
-            f"{key} needs {count} speakers with two or more clips, and {len(eligible)} of "
+            f"{key} needs {count} speakers with two or more utterances, and {len(eligible)} of "
             f"{len(pool)} have them; give a data_folder of more speakers, or set {key} lower"
         )
     if count < wanted:

@@ -58,7 +58,7 @@ def read_audio(
     """One recording, or a segment of it, as mono at ``sample_rate``.
 
     Channels are averaged; of channels in opposite phase, which would cancel, the first is taken.
-    A segment is the same, to rounding, whether it is read alone or cut from the whole recording,
+    A segment is the same, to rounding, whether it is read alone or taken from the whole recording,
     also where the rate changes. What PyAV reads is decoded from its beginning.
 
     Arguments
@@ -140,7 +140,7 @@ def read_sound(path: Source, start: int, stop: int, length: int) -> torch.Tensor
             return read_audio(path, max(start, min(sound, stop - length)), length)
         if len(wav) < length:  # the file ends
             break
-    raise ValueError(f"{_name(path)} holds only zeros, nobody's voice; leave it out")
+    raise ValueError(f"{_name(path)} holds only zeros; leave it out")
 
 
 def audio_info(path: str | os.PathLike[str], sample_rate: int = 16000) -> AudioInfo:

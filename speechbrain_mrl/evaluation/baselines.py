@@ -178,9 +178,9 @@ def truncation_baselines(
     -------
     >>> import torch
     >>> trials = Trials.parse(["1 a/1 a/2", "0 a/1 b/1"])
-    >>> teacher = torch.tensor([[0.1, 1.0], [0.1, 1.0], [0.1, -1.0]])  # the second tells speakers
-    >>> cuts = truncation_baselines(teacher, teacher, trials, mrl_dims=[1])
-    >>> cuts["naive_truncation"]["1"]["eer"], cuts["pca_truncation"]["1"]["eer"]
+    >>> teacher = torch.tensor([[0.1, 1.0], [0.1, 1.0], [0.1, -1.0]])  # 2 separates speakers
+    >>> found = truncation_baselines(teacher, teacher, trials, mrl_dims=[1])
+    >>> found["naive_truncation"]["1"]["eer"], found["pca_truncation"]["1"]["eer"]
     (0.5, 0.0)
     """
     rows = _truncations(

@@ -1,7 +1,7 @@
 """Makes scores comparable: normalised by a cohort, calibrated to log-likelihood ratios.
 
-``s_norm`` asks how alike each clip is to strangers; ``Calibration`` learns on one list what a score
-is worth, and applies it to another. Both work on every size's scores.
+``s_norm`` uses each utterance's scores against a cohort of impostors. ``Calibration`` is fitted on
+one trial list and applied to another. Both work on every size's scores.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ def s_norm(
     cohort: Tensor,
     top: int | None = None,
 ) -> dict[int, np.ndarray]:
-    """Symmetric score normalisation: each score against its two clips' scores with strangers.
+    """Symmetric score normalisation: each score relative to cohort scores.
 
-    The mean of (score - mean) / deviation over both clips of a trial, with mean and deviation of
-    the clip's cosines with the cohort. One pass over the dimensions serves all sizes.
+    The mean of (score - mean) / deviation over both utterances of a trial, with mean and deviation
+    of the utterance's cosines with the cohort. One pass over the dimensions serves all sizes.
 
     Arguments
     ---------
     scores : mapping of int to array
         Size -> cosines, (n_trials,), from ``score_trials``.
     embeddings : torch.Tensor
-        Of the trials' clips, (N, D).
+        Of the trials' utterances, (N, D).
     trials : Trials
     cohort : torch.Tensor
-        Embeddings of M clips, (M, D), of speakers that no trial has.
+        Embeddings of M utterances, (M, D), of speakers that no trial has.
     top : int, optional
-        Adaptive: only each clip's ``top`` highest cosines count, 2..M. None: all.
+        Adaptive: only each utterance's ``top`` highest cosines count, 2..M. None: all.
 
     Returns
     -------
@@ -60,8 +60,8 @@ def s_norm(
     Raises
     ------
     ValueError
-        If ``top`` is outside 2..M, the sizes of embeddings differ, or a clip is equally alike to
-        its whole cohort.
+        If ``top`` is outside 2..M, the sizes of embeddings differ, or an utterance has the
+        same score with its whole cohort.
 
     Reference
     ---------
@@ -85,7 +85,7 @@ def s_norm(
         )
     top = len(cohort) if top is None else top
     if not 2 <= top <= len(cohort):
-        raise ValueError(f"top must be in 2..{len(cohort)}, the clips of the cohort, got {top}")
+        raise ValueError(f"top must be in 2..{len(cohort)}, the size of the cohort, got {top}")
     sizes = list(scores)
     means = np.empty((len(sizes), len(embeddings)))
     deviations = np.empty_like(means)
@@ -98,8 +98,8 @@ def s_norm(
     flat = (deviations < 1e-6).any(axis=0)
     if flat.any():
         raise ValueError(
-            f"the cohort's scores with clip {trials.clip_ids[flat.argmax()]!r} are all the same; "
-            "a cohort needs different speakers"
+            f"utterance {trials.clip_ids[flat.argmax()]!r} has the same score with the whole "
+            "cohort; a cohort needs different speakers"
         )
     return {
         size: sum((scores[size] - mean[side]) / deviation[side] for side in _sides(trials)) / 2
@@ -112,13 +112,13 @@ def _sides(trials: Trials) -> tuple[np.ndarray, np.ndarray]:
 
 
 def log_durations(trials: Trials, seconds: Mapping[str, float]) -> np.ndarray:
-    """Quality measures of every trial: log seconds of its shorter and of its longer clip.
+    """Quality measures of every trial: log seconds of its shorter and of its longer utterance.
 
     Arguments
     ---------
     trials : Trials
     seconds : mapping of str to float
-        Length of every clip, by its id; above 0.
+        Length of every utterance, by its id; above 0.
 
     Returns
     -------

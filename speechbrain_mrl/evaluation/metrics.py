@@ -1,8 +1,8 @@
 """Error rates and detection costs of verification scores, all out of one sort.
 
 A trial is accepted when its score is at or above the threshold. Rates are fractions, 0..1.
-Arguments ``scores`` and ``labels`` are (n_trials,): higher scores mean more alike, labels are 1 or
-True for target trials and 0 or False for impostors, and both must occur. NaN is refused.
+Arguments ``scores`` and ``labels`` are (n_trials,): higher means more similar. Labels are 1 or
+True for target trials, 0 or False for impostor trials, and both must occur. NaN is refused.
 """
 
 from typing import Any

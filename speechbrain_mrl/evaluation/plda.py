@@ -24,16 +24,17 @@ def plda_scores(
 ) -> dict[int, np.ndarray]:
     """Log-likelihood ratio of every trial by a PLDA of its own at every prefix.
 
-    Prefixes are centred by the mean of the fit clips and brought to unit length. SpeechBrain fits
-    the model; its own scoring fills a matrix of all pairs of clips, so the trials are scored here.
+    Prefixes are centred by the mean of the fit utterances and brought to unit length. SpeechBrain
+    fits the model; its own scoring fills a matrix of all pairs of utterances, so the trials are
+    scored here.
 
     Arguments
     ---------
     embeddings : torch.Tensor
-        Of the trials' clips, (N, D).
+        Of the trials' utterances, (N, D).
     trials : Trials
     fit_embeddings : torch.Tensor
-        Of clips of other speakers, (M, D), more clips than the largest size.
+        Of utterances of other speakers, (M, D), more utterances than the largest size.
     fit_speakers : sequence of str
         Speaker of each, (M,); two or more.
     mrl_dims : sequence of int
@@ -49,7 +50,7 @@ def plda_scores(
     Raises
     ------
     ValueError
-        If there are too few clips or speakers to fit.
+        If there are too few utterances or speakers to fit.
 
     Reference
     ---------
@@ -71,12 +72,13 @@ def plda_scores(
     speakers, indices = np.unique(np.asarray(fit_speakers), return_inverse=True)
     if len(fit_embeddings) != len(indices) or len(speakers) < 2:
         raise ValueError(
-            "fit_speakers must name the speaker of each fit clip, two or more in all; got "
-            f"{len(speakers)} speakers in {len(indices)} names for {len(fit_embeddings)} clips"
+            "fit_speakers must name the speaker of each fit utterance, two or more in all; got "
+            f"{len(speakers)} speakers in {len(indices)} names for {len(fit_embeddings)} utterances"
         )
     if len(fit_embeddings) <= max(mrl_dims):
         raise ValueError(
-            f"PLDA of size {max(mrl_dims)} needs more clips than that, got {len(fit_embeddings)}"
+            f"PLDA of size {max(mrl_dims)} needs more utterances than that, "
+            f"got {len(fit_embeddings)}"
         )
     scores = {}
     for size in mrl_dims:
@@ -119,7 +121,7 @@ def _score(model: PLDA, vectors: np.ndarray, trials: Trials) -> np.ndarray:
     between = model.F @ model.F.T
     total = between + model.Sigma
     alone = np.linalg.inv(total)
-    given = np.linalg.inv(total - between @ alone @ between)  # of one clip, the other known
+    given = np.linalg.inv(total - between @ alone @ between)  # of one utterance, the other known
     own, cross = alone - given, alone @ between @ given
     constant = (np.linalg.slogdet(total)[1] + np.linalg.slogdet(given)[1]) / 2
     vectors = vectors - model.mean

@@ -1,4 +1,4 @@
-"""Embeds clips and long recordings with one or several encoders, reading each file once."""
+"""Embeds utterances and long recordings with one or several encoders, reading each file once."""
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,13 +14,15 @@ from speechbrain_mrl.dataio.clips import Clip
 from speechbrain_mrl.inference.optimize import arrange
 from speechbrain_mrl.models.redimnet import ASTP, SAMPLE_RATE, ReDimNet, check_wavs
 
-LONG_SECONDS = 150.0  # a longer clip goes through a network window by window; VoxCeleb has 145 s
+LONG_SECONDS = (
+    150.0  # a longer utterance goes through a network window by window; VoxCeleb has 145 s
+)
 
 Encoder = Callable[[Tensor, Tensor], Tensor]  # wavs (B, T) and wav_lens (B,) to embeddings (B, D)
 
 
 class _Batches(torch.utils.data.Dataset[Any]):
-    """Padded batches of clips, their relative lengths and their indices."""
+    """Padded batches of utterances, their relative lengths and their indices."""
 
     def __init__(
         self, clips: Sequence[Clip], batches: Sequence[list[int]], lengths: Sequence[int]
@@ -49,7 +51,7 @@ def embed_clips(
     num_workers: int = 0,
     progress: tqdm | None = None,
 ) -> dict[str, Tensor]:
-    """Embeddings of all clips by all encoders; each file is read and decoded once.
+    """Embeddings of all utterances by all encoders; each file is read and decoded once.
 
     Arguments
     ---------
@@ -58,19 +60,19 @@ def embed_clips(
         eval mode for the time of the call. On a CPU a ReDimNet runs as ``optimize_for_inference``
         arranges it.
     clips : sequence of Clip
-        N clips.
+        N utterances.
     device : str
         Where the encoders are.
     batch_seconds : float
         Seconds of audio in a batch, padding included. Clips of like length travel together.
     max_seconds : float or None
-        Only that much of a clip is read, from its beginning or, where that is silent, from its
-        first sound; None: all of it. What is longer than 150 s
-        a ReDimNet embeds by ``embed_long``, in bounded memory; any other encoder reads it whole.
+        Only that much of an utterance is read, from its beginning or, where that is silent, from
+        its first sound; None: all of it. What is longer than 150 s a ReDimNet embeds by
+        ``embed_long``, in bounded memory; any other encoder reads it whole.
     num_workers : int
         Processes that read and decode; 0: this one.
     progress : tqdm, optional
-        A bar that is moved on by the number of clips done.
+        A bar that is moved on by the number of utterances done.
 
     Returns
     -------
@@ -81,7 +83,7 @@ def embed_clips(
     ------
     ValueError
         If a file cannot be decoded or holds only zeros, or an embedding is not finite; names the
-        clip.
+        utterance.
     """
     lengths = [clip.num_frames for clip in clips]
     if max_seconds is not None:
@@ -111,7 +113,7 @@ def embed_clips(
 
 
 def _embed_windows(encoder: Any, wav: Tensor) -> Tensor:
-    """A long clip's embedding, window by window if there is a ReDimNet to do so."""
+    """A long utterance's embedding, window by window if there is a ReDimNet to do so."""
     own = getattr(encoder, "embed_long", None)
     if own is not None:
         return own(wav)
@@ -135,10 +137,10 @@ def _evaluating(encoders: Iterable[Encoder]) -> Iterator[None]:
 
 
 def _batches_by_length(lengths: Sequence[int], max_samples: float) -> list[list[int]]:
-    """Lists of indices, longest clips first, each list at most ``max_samples`` when padded.
+    """Lists of indices, longest utterances first, each list at most ``max_samples`` when padded.
 
-    No clip is padded by more than a quarter: that costs more than another batch saves. Long clips
-    are alone.
+    No utterance is padded by more than a quarter: that costs more than another batch saves. Long
+    utterances are alone.
     """
     batches: list[list[int]] = []
     longest = 0
@@ -185,8 +187,8 @@ def embed_long(
     Raises
     ------
     ValueError
-        If ``model`` trains or leaves out frames before pooling, the windows are empty, or ``wav`` is
-        more than one recording.
+        If ``model`` trains or leaves out frames before pooling, the windows are empty, or ``wav``
+        is more than one recording.
 
     Example
     -------

@@ -19,8 +19,8 @@ def fingerprint(encoder: Encoder) -> str:
 
     Configuration is what each module inside holds in plain attributes (numbers, text, lists and
     mappings of them, tensors), but for those that start with ``_`` and the device. Of a published
-    ``EncoderClassifier`` it is the numbers of its ``hparams``: the rest is paths and run options.
-    A callable that is no module must have an attribute ``fingerprint``, a string that does the same.
+    ``EncoderClassifier`` it is the numbers of its ``hparams``: the rest is paths and run options. A
+    callable that is no module must have an attribute ``fingerprint``, a string that does the same.
     """
     if not isinstance(encoder, nn.Module):
         given = getattr(encoder, "fingerprint", None)

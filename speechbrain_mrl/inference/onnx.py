@@ -261,8 +261,8 @@ class ExportedEncoder:
     ) -> Any:
         """Embeddings of waveforms, or their prefixes; not length-normalised.
 
-        Padded clips are cut to their lengths and run each by itself, which is exact. An object of
-        this class can be given to ``embed_folder``.
+        Padded utterances are truncated to their lengths and run one by one, which is exact. An
+        object of this class can be given to ``embed_folder``.
 
         Arguments
         ---------
@@ -271,7 +271,7 @@ class ExportedEncoder:
         wav_lens : sequence of float or torch.Tensor, optional
             Lengths relative to T, in (0, 1], (B,). None: no clip is padded.
         target_dim : int, optional
-            One of ``mrl_dims``: coordinates to return. None: all.
+            One of ``mrl_dims``: dimensions to return. None: all.
 
         Returns
         -------

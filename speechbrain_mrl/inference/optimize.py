@@ -22,8 +22,8 @@ def prepare_cpu() -> None:
 
     Subnormal numbers slow a CPU down. And glibc gives blocks of more than 32 MB back to the system
     when they are freed; each next one is mapped anew and cleared page by page, which a network pays
-    at every layer whose maps are as large. After this call freed blocks (up to 2 GB) are used again;
-    the process holds its peak until it ends. Other C libraries are left as they are.
+    at every layer whose maps are as large. After this call freed blocks (up to 2 GB) are used
+    again; the process holds its peak until it ends. Other C libraries are left as they are.
 
     The recipes and ``python -m speechbrain_mrl`` call it. It concerns the whole process, so
     importing the package does not.
@@ -43,10 +43,10 @@ PRECISIONS = ("float32", "bfloat16")
 def optimize_for_inference(model: ReDimNet, precision: str = "float32") -> ReDimNet:
     """A copy of ``model`` that gives the same embeddings faster; for inference only.
 
-    Differences are rounding errors, in float32 below 1e-4. The copy is called as the model is (``wav_lens``,
-    ``target_dim``, ``return_all_dims``), always under ``torch.inference_mode``, and cannot be
-    trained, saved or published: keep the model for that. On a CPU to make it takes up to a second, and
-    its first call up to half a second more.
+    Differences are rounding errors, in float32 below 1e-4. The copy is called as the model is
+    (``wav_lens``, ``target_dim``, ``return_all_dims``), always under ``torch.inference_mode``, and
+    cannot be trained, saved or published: keep the model for that. On a CPU to make it takes up to
+    a second, and its first call up to half a second more.
 
     Arguments
     ---------
@@ -137,8 +137,8 @@ def prepare(module: nn.Module, dtype: torch.dtype = torch.float32) -> None:
 def for_inference(encoder: Any, precision: str = "float32") -> Any:
     """``encoder`` as by ``optimize_for_inference`` if it is a ReDimNet; else itself.
 
-    It is ready sooner and as fast in batches; clip by clip it is slower. What holds a ReDimNet is
-    asked by its method ``for_inference(precision)``, if it has one.
+    It is ready sooner and as fast in batches; utterance by utterance it is slower. What holds a
+    ReDimNet is asked by its method ``for_inference(precision)``, if it has one.
     """
     own = getattr(encoder, "for_inference", None)
     if own is not None:
@@ -182,12 +182,13 @@ def packaged(model: nn.Module) -> ReDimNet:
 
 
 def batch_seconds_for(model: ReDimNet) -> float:
-    """Seconds of audio, over all clips of a batch, up to which batches of ``model`` pay on a CPU.
+    """Seconds of audio in a batch, all utterances together, up to which batches pay on a CPU.
 
     Beyond them the largest map passes 16 MB and leaves the processor's cache, and unless
     ``prepare_cpu`` was called, glibc's malloc asks the system for new memory at each operation,
-    whose pages are cleared every time: a clip then costs more than alone. A single longer clip is
-    right nevertheless. Of a copy in bfloat16, whose maps are half as large, twice as many.
+    whose pages are cleared every time: an utterance then costs more than alone. A single longer
+    utterance is right nevertheless. Of a copy in bfloat16, whose maps are half as large, twice as
+    many.
 
     Example
     -------
@@ -232,7 +233,7 @@ def _inference_class(base: Any) -> type[ReDimNet]:
 class _Backbone(nn.Module):
     """A backbone with its weights prepared; ``record`` lets torch run it without Python in between.
 
-    Python takes 3 to 10 ms of a clip, whatever its length. Padded clips still call it.
+    Python takes 3 to 10 ms of an utterance, whatever its length. Padded utterances still call it.
     """
 
     def __init__(self, layers: nn.Module, dtype: torch.dtype) -> None:

@@ -355,7 +355,7 @@ def check_embeddings(embeddings: Tensor, dim: int, n: int | None = None) -> np.n
 
 
 def unit_prefixes(embeddings: np.ndarray, target_dim: int | None = None) -> np.ndarray:
-    """Prefixes, cut first and normalised after, float32; all zero stays all zero."""
+    """Prefixes, truncated first and normalised after, float32; all zero stays all zero."""
     prefixes = embeddings[:, :target_dim].astype(np.float32)
     return F.normalize(torch.from_numpy(prefixes), dim=1).numpy()
 

@@ -44,10 +44,10 @@ class MultiModelEnsemble(nn.Module):
     must be verified with the same one. So a result carries its member's name, and ``score`` refuses
     results of two members. A Matryoshka model has no such limit; this is the baseline without it.
 
-    The sizes in ``routes`` are quality levels. They choose a member, they do not cut: the first
-    coordinates of a plain encoder mean nothing by themselves, so its whole embedding is returned
-    (192 coordinates of a released ReDimNet, whether 64 or 256 was asked for). Only a Matryoshka
-    member that was trained for the size, i.e. has it in its ``mrl_dims``, returns the prefix.
+    The sizes in ``routes`` are quality levels. They choose a member and do not truncate: a prefix of
+    a plain encoder is not an embedding, so its whole embedding is returned (192 dimensions of a
+    released ReDimNet, whether 64 or 256 was asked for). Only a Matryoshka member that has the size
+    in its ``mrl_dims`` returns the prefix.
 
     Members that are not given as modules load when a route first needs them, onto the device that
     the ensemble was moved to. All stay in eval mode and run without gradients.
@@ -189,13 +189,13 @@ class MultiModelEnsemble(nn.Module):
         if enrol.member != test.member:
             raise ValueError(
                 f"cannot score an embedding of {enrol.member!r} against one of {test.member!r}: "
-                "their coordinates are unrelated; embed both clips with the same size or mode"
+                "their dimensions are unrelated; embed both utterances with the same size or mode"
             )
         sizes = enrol.embeddings.shape[-1], test.embeddings.shape[-1]
         if sizes[0] != sizes[1]:
             raise ValueError(
-                f"cannot score a prefix of {sizes[0]} coordinates against one of {sizes[1]} of "
-                f"{enrol.member!r}; embed both clips with the same size or mode"
+                f"cannot score a prefix of {sizes[0]} dimensions against one of {sizes[1]} of "
+                f"{enrol.member!r}; embed both utterances with the same size or mode"
             )
         return F.cosine_similarity(enrol.embeddings, test.embeddings, dim=-1)
 

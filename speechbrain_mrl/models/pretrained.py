@@ -157,7 +157,7 @@ def load_checkpoint(
         loader = f"load_pretrained_{network.__name__.lower()}"
         raise ValueError(
             f"{path} holds a {network.__name__}, not a {expected.__name__}; load it with {loader}, "
-            "and keep the files of the two releases, whose names are alike, in separate folders"
+            "and keep the files of the two releases, whose names are similar, in separate folders"
         )
     model = network.from_config(checkpoint["model_config"])
     load_strictly(model, checkpoint["state_dict"], path)
@@ -201,7 +201,7 @@ class ReDimNetMRL(MatryoshkaReDimNet):
         """A student that starts as the pretrained model: every tensor is the checkpoint's.
 
         Its first dimensions (192 for a release) are the checkpoint's embedding; the others start
-        small and random. ``rotate_head`` puts the principal axes first.
+        small and random. ``rotate_head`` puts the principal components first.
 
         Arguments are those of ``load_released`` and of the class.
         """

@@ -266,16 +266,17 @@ def sample_counts(
     min_samples: int = MIN_SAMPLES,
     training: bool = False,
 ) -> Tensor | None:
-    """Samples of each clip before padding, (B,); None where no clip is padded.
+    """Samples of each utterance before padding, (B,); None where no utterance is padded.
 
-    To look at ``wav_lens`` makes the host wait for a GPU, so that in training they are only limited to
-    what is possible there. And whether clips are padded is not asked where processes train together,
-    for all of them must take the same way through BatchNorm: pass None for clips of equal lengths.
+    To look at ``wav_lens`` makes the host wait for a GPU, so that in training they are only limited
+    to what is possible there. And whether utterances are padded is not asked where processes train
+    together, for all of them must take the same way through BatchNorm: pass None for utterances of
+    equal lengths.
 
     Raises
     ------
     ValueError
-        If ``wav_lens`` is not (B,) in (0, 1], or leaves a clip fewer than ``min_samples``.
+        If ``wav_lens`` is not (B,) in (0, 1], or leaves an utterance fewer than ``min_samples``.
     """
     if wav_lens is None:
         return None
@@ -294,7 +295,7 @@ def sample_counts(
     if (shortest := min(counts)) < min_samples:
         raise TooShort(
             f"wavs[{counts.index(shortest)}] has {shortest} samples by its wav_lens and needs at "
-            f"least {min_samples} ({_milliseconds(min_samples)}); leave so short a clip out"
+            f"least {min_samples} ({_milliseconds(min_samples)}); leave so short an utterance out"
         )
     if shortest == total and not (training and _in_processes()):
         return None
@@ -306,7 +307,7 @@ def _in_processes() -> bool:
 
 
 def valid_samples(wavs: Tensor, counts: Tensor | None) -> Tensor | None:
-    """1 for a sample of the clip and 0 for padding, (B, 1, T); None where no clip is padded."""
+    """1 for a sample and 0 for padding, (B, 1, T); None where no utterance is padded."""
     if counts is None:
         return None
     positions = torch.arange(wavs.shape[1], device=wavs.device)
@@ -314,7 +315,7 @@ def valid_samples(wavs: Tensor, counts: Tensor | None) -> Tensor | None:
 
 
 def masked(x: Tensor, mask: Tensor | None) -> Tensor:
-    """X with the padding frames at zero: what a clip alone has past its end."""
+    """X with the padding frames at zero: what an utterance alone has past its end."""
     if mask is None:
         return x
     return x * (mask if x.ndim == 3 else mask.unsqueeze(2)).to(x.dtype)
@@ -367,7 +368,7 @@ class PreEmphasis(nn.Module):
 
 
 class LogMel(_StaysFloat, nn.Module):
-    """Log-mel spectrogram without its mean over time, of padded clips as of each clip alone.
+    """Log-mel spectrogram without its mean over time; padding does not change it.
 
     Arguments
     ---------
@@ -442,7 +443,7 @@ class LogMel(_StaysFloat, nn.Module):
         feats : torch.Tensor
             (B, F, 1 + T // hop_length), float32.
         mask : torch.Tensor or None
-            (B, 1, 1 + T // hop_length), 1 for a frame of the clip and 0 for padding.
+            (B, 1, 1 + T // hop_length), 1 for a frame of the utterance and 0 for padding.
         """
         with torch.autocast(wavs.device.type, enabled=False):
             return self._features(wavs.float(), counts)
@@ -469,7 +470,7 @@ class LogMel(_StaysFloat, nn.Module):
         if counts is None:
             wavs, mask = F.pad(wavs.unsqueeze(1), (half, half), "reflect").squeeze(1), None
         else:
-            # Each clip is reflected at its own end, not at the batch's.
+            # Each utterance is reflected at its own end, not at the batch's.
             last = counts[:, None] - 1
             positions = torch.arange(-half, total + half, device=wavs.device).abs()
             positions = (last - (last - positions).abs()).clamp_min(0)
@@ -482,7 +483,8 @@ class LogMel(_StaysFloat, nn.Module):
 
 # Layers that know which frames are padding. A map is (B, C, F, T), or (B, F·C, T) of the same numbers,
 # but its memory is (B, T, F, C): convolutions take their fast kernels there, and both shapes are free.
-# What a layer gives beyond a clip's end is anything; a layer that reads neighbouring frames clears it first.
+# A layer's output beyond an utterance's end is undefined; a layer that reads neighbouring frames
+# clears it first.
 # ``prepared`` is what a layer computes of its weights alone, and a copy for inference only once.
 
 # weight (out, in, T, F), bias, groups
@@ -606,8 +608,8 @@ class _SumOverProcesses(torch.autograd.Function):
 def batch_norm(norm: Any, x: Tensor, mask: Tensor | None = None) -> Tensor:
     """``norm(x)``; in training its statistics are those of the frames that are not padding.
 
-    A function and no layer, for ``SyncBatchNorm.convert_sync_batchnorm`` replaces layers of any class.
-    After it the statistics are those of all processes, also on a CPU, where torch refuses.
+    A function and no layer, for ``SyncBatchNorm.convert_sync_batchnorm`` replaces layers of any
+    class. After it the statistics are those of all processes, also on a CPU, where torch refuses.
 
     Arguments
     ---------
@@ -616,7 +618,7 @@ def batch_norm(norm: Any, x: Tensor, mask: Tensor | None = None) -> Tensor:
     x : torch.Tensor
         (B, C), (B, C, T) or (B, C, F, T).
     mask : torch.Tensor, optional
-        (B, 1, T), 1 for a frame of the clip and 0 for padding. None: no clip is padded.
+        (B, 1, T), 1 for a frame of the utterance and 0 for padding. None: no utterance is padded.
 
     Returns
     -------
@@ -1065,7 +1067,7 @@ class ASTP(_StaysFloat, nn.Module):
         return torch.cat([mean, variance.clamp_min(1e-7).sqrt()], dim=1)
 
     def context_bias(self, mean: Tensor, variance: Tensor) -> Tensor:
-        """What a clip's own mean and variance, (B, C, 1) each, add to each of its frames."""
+        """What an utterance's own mean and variance, (B, C, 1) each, add to each of its frames."""
         context = torch.cat([mean, (variance + 1e-7).sqrt()], dim=1)
         return F.conv1d(context, self.linear1.weight[:, mean.shape[1] :], self.linear1.bias)
 
@@ -1262,8 +1264,8 @@ _Model = TypeVar("_Model", bound="ReDimNet")
 class ReDimNet(nn.Module):
     """ReDimNet speaker encoder: waveforms to embeddings, state-dict keys as released.
 
-    A clip's embedding does not depend on the batch it travels in: with ``wav_lens``, padding changes
-    nothing (convolutions, attention, pooling and the front end all leave it out).
+    An utterance's embedding does not depend on the rest of its batch: with ``wav_lens``, padding
+    changes nothing (convolutions, attention, pooling and the front end all leave it out).
 
     Arguments
     ---------
@@ -1337,7 +1339,7 @@ class ReDimNet(nn.Module):
         wavs : torch.Tensor
             Float, 16 kHz, in [-1, 1]; (T,), (B, T) or (B, 1, T), at least 257 samples.
         wav_lens : torch.Tensor, optional
-            Lengths relative to T, in (0, 1], (B,). None: no clip is padded.
+            Lengths relative to T, in (0, 1], (B,). None: no utterance is padded.
 
         Returns
         -------
@@ -1347,7 +1349,7 @@ class ReDimNet(nn.Module):
         Raises
         ------
         ValueError
-            For another shape or type, or a clip of fewer than 257 samples.
+            For another shape or type, or an utterance of fewer than 257 samples.
         """
         wavs = check_wavs(wavs, self.min_samples)
         counts = sample_counts(wavs, wav_lens, self.min_samples, self.training)
@@ -1426,17 +1428,17 @@ class MatryoshkaHead(nn.Module):
 
     @torch.no_grad()
     def rotate_head(self, matrix: Tensor, mean: Tensor | None = None) -> None:
-        """Multiply the embedding's first k coordinates by ``matrix``, inside the linear layer.
+        """Multiply the embedding's first k dimensions by ``matrix``, inside the linear layer.
 
-        An orthogonal ``matrix`` without ``mean`` leaves every cosine of those k coordinates as it
-        was, and with the principal axes as rows it puts what matters first.
+        An orthogonal ``matrix`` without ``mean`` leaves every cosine of those k dimensions as it
+        was, and with the principal components as rows it sorts the dimensions by importance.
 
         Arguments
         ---------
         matrix : torch.Tensor
             (k, k), k at most ``embed_dim``.
         mean : torch.Tensor, optional
-            (k,), subtracted from the coordinates first.
+            (k,), subtracted from the dimensions first.
         """
         k = matrix.shape[0]
         if matrix.shape != (k, k) or k > self.embed_dim:
@@ -1452,7 +1454,7 @@ class MatryoshkaHead(nn.Module):
 
 
 class MatryoshkaReDimNet(MatryoshkaHead, ReDimNet):
-    """ReDimNet whose embedding's first d coordinates, d in ``mrl_dims``, are embeddings too.
+    """ReDimNet whose embedding's first d dimensions, d in ``mrl_dims``, are embeddings too.
 
     Arguments
     ---------
@@ -1498,7 +1500,7 @@ class MatryoshkaReDimNet(MatryoshkaHead, ReDimNet):
         embed_dim: int = 256,
         mrl_dims: Iterable[int] = (64, 128, 192, 256),
     ) -> _ReDimNetStudent:
-        """A copy of ``redimnet`` with more coordinates: its own first, new small random ones after.
+        """A copy of ``redimnet`` with more dimensions: its own first, new small random ones after.
 
         Every tensor comes from ``redimnet``; a BatchNorm behind its linear layer is folded into it.
 
@@ -1509,7 +1511,7 @@ class MatryoshkaReDimNet(MatryoshkaHead, ReDimNet):
         """
         if embed_dim < redimnet.embed_dim:
             raise ValueError(
-                f"embed_dim {embed_dim} is smaller than the {redimnet.embed_dim} coordinates of "
+                f"embed_dim {embed_dim} is smaller than the {redimnet.embed_dim} dimensions of "
                 f"the pretrained model; keep them and read a prefix: {embed_dim} may be in mrl_dims"
             )
         model = cls(embed_dim, mrl_dims, redimnet.model_config)
@@ -1542,9 +1544,9 @@ class MatryoshkaReDimNet(MatryoshkaHead, ReDimNet):
         wavs : torch.Tensor
             Float, 16 kHz, in [-1, 1]; (T,), (B, T) or (B, 1, T), at least 257 samples.
         wav_lens : torch.Tensor, optional
-            Lengths relative to T, in (0, 1], (B,). None: no clip is padded.
+            Lengths relative to T, in (0, 1], (B,). None: no utterance is padded.
         target_dim : int, optional
-            One of ``mrl_dims``: coordinates to return. None: all.
+            One of ``mrl_dims``: dimensions to return. None: all.
         return_all_dims : bool
             Return the prefix of every size instead.
 
@@ -1645,8 +1647,8 @@ class StrictlyLoaded(nn.Module):
 class WaveformInput(nn.Module):
     """``compute_features``: any recording as (B, T).
 
-    SpeechBrain does not tell this step the clips' lengths, on which every feature depends, so the
-    features themselves are computed by ``EmbeddingModel``.
+    SpeechBrain does not tell this step the utterances' lengths, on which every feature depends, so
+    the features themselves are computed by ``EmbeddingModel``.
 
     Arguments
     ---------
@@ -1675,7 +1677,7 @@ class WaveformInput(nn.Module):
 
 
 class SilentPadding(nn.Module):
-    """``mean_var_norm``: zeros after each clip's end; the network normalises its features itself.
+    """``mean_var_norm``: zeros after each utterance's end; the network normalises the features.
 
     Example
     -------
@@ -1717,7 +1719,7 @@ class EmbeddingModel(OfOneSize, MatryoshkaReDimNet):  # type: ignore[misc]
     mrl_dims : sequence of int
         Sizes that the model was trained for, ascending, the last one ``embed_dim``.
     target_dim : int, optional
-        One of ``mrl_dims``: coordinates to return. None: all.
+        One of ``mrl_dims``: dimensions to return. None: all.
 
     Example
     -------
@@ -1735,7 +1737,7 @@ class EmbeddingModel(OfOneSize, MatryoshkaReDimNet):  # type: ignore[misc]
 
 
 class PrefixSpeakerClassifier(StrictlyLoaded, nn.Module):
-    """``classifier``: log-posteriors of the speakers, from the cosines of the first coordinates.
+    """``classifier``: log-posteriors of the speakers, from the cosines of the first dimensions.
 
     Arguments
     ---------
@@ -1744,7 +1746,7 @@ class PrefixSpeakerClassifier(StrictlyLoaded, nn.Module):
     n_classes : int
         C, number of speakers. 0: a model that was published without speakers.
     target_dim : int, optional
-        Coordinates that are compared, 1..D. None: all.
+        Dimensions that are compared, 1..D. None: all.
     scale : float
         What the cosines are multiplied by before the softmax.
 

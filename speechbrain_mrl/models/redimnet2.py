@@ -279,18 +279,18 @@ class TfLogMel(LogMel):
 
 
 def _silent_beyond(wavs: Tensor, counts: Tensor | None) -> Tensor:
-    """Waveforms (B, T), zero from each clip's end on."""
+    """Waveforms (B, T), zero from each utterance's end on."""
     return masked(wavs.unsqueeze(1), valid_samples(wavs, counts)).squeeze(1)
 
 
 def _frame_mask(frames: Tensor, feats: Tensor) -> Tensor:
-    """(B, 1, T), 1 for each of a clip's first ``frames``, (B,), of ``feats``, (B, F, T)."""
+    """(B, 1, T), 1 for each of an utterance's first ``frames``, (B,), of ``feats``, (B, F, T)."""
     positions = torch.arange(feats.shape[-1], device=feats.device)
     return (positions < frames[:, None]).unsqueeze(1).to(feats.dtype)
 
 
 class _WholeStrides:
-    """A front end that gives each clip as many frames as the network's time stride divides."""
+    """A front end that gives each utterance as many frames as the network's time stride divides."""
 
     time_stride = 1  # of the network
     pad_right_samples = 0
@@ -464,7 +464,7 @@ class Backbone(nn.Module):
     def forward(self, feats: Tensor, mask: Tensor | None = None) -> Tensor:
         maps = [self.stem_gnorm(self.stem(feats, mask), mask)]
         for i, pool in enumerate(self.pools):
-            # A clip's frames are a multiple of each stride, so that no frame is half padding.
+            # An utterance's frames are a multiple of each stride, so that no frame is half padding.
             pooled = None if mask is None else mask[..., ::pool]
             stage = getattr(self, f"stage{i}", None)
             if stage is not None:
@@ -484,7 +484,7 @@ class Backbone(nn.Module):
 class ReDimNet2(ReDimNet):
     """ReDimNet2 speaker encoder: waveforms to embeddings, state-dict keys as released.
 
-    As ``ReDimNet``: a clip's embedding does not depend on the batch it travels in.
+    As ``ReDimNet``: an utterance's embedding does not depend on the rest of its batch.
 
     Arguments
     ---------

@@ -110,7 +110,7 @@ def write_card(
         about_sizes = f"An embedding has {sizes[0]} dimensions."
     else:
         about_sizes = (
-            f"Its first {_choices(sizes[:-1])} dimensions, normalised after the cut, are "
+            f"Its first {_choices(sizes[:-1])} dimensions, normalised after truncation, are "
             f"embeddings as well; all {sizes[-1]} come out of the same forward pass."
         )
     teachers = "".join(f"* {name}: {license}\n" for name, license in provenance.teachers.items())
@@ -127,11 +127,11 @@ def write_card(
         repo_id=REPO_ID,
         smallest=sizes[0],
         choices=_choices(sizes),
-        classification=f"`classify_batch` tells {n_speakers} speakers apart, with the same sizes."
+        classification=f"`classify_batch` recognises {n_speakers} speakers, at the same sizes."
         if n_speakers
-        else "It was published without a list of speakers to choose from.",
+        else "It has no list of speakers to recognise.",
         training_data=provenance.training_data,
-        teachers=teachers and f"Models that it started from or learned from:\n\n{teachers}\n",
+        teachers=teachers and f"Models that it started from or was distilled from:\n\n{teachers}\n",
         license=provenance.license,
         noncommercial=" and **not for commercial use**"
         if _is_noncommercial(provenance.license)

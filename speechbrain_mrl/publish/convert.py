@@ -46,9 +46,9 @@ def convert_release(
     source : path, optional
         The release's file, or a folder that holds it. None: the authors' release is downloaded.
     recordings : path, optional
-        A folder of some thousand recordings, of nobody knows whom. Given, the embedding is centred
-        on them and rotated to its principal axes, so that its first coordinates are embeddings
-        too. None: the weights stay as they are, of one size.
+        A folder of a few thousand unlabelled recordings. The embedding is centred on them and
+        rotated to their principal components, so that its prefixes are embeddings too.
+        None: the weights stay as they are, of one size.
     mrl_dims : sequence of int
         Sizes of the rotated model, ascending, the last one that of the model (192 of a release).
     report : path, optional

@@ -82,14 +82,14 @@ def export_model(
         A verification's ``calibration.json``, of cosines at every published size.
     speakers : mapping of str to torch.Tensor, optional
         Label -> the speaker's vector (D,), such as a trained classifier's row, or the embeddings
-        (n, D) of some recordings to enrol the speaker with. None: the model tells no speakers
-        apart by name and has no classification tag.
+        (n, D) of some recordings to enrol the speaker with. None: the model recognises no speakers
+        by name and has no classification tag.
     scale : float
         What the classifier multiplies cosines by; that of the training loss.
     examples : mapping of str to path, optional
         Title -> recording, for the model's page. Copied; needs ``speakers``.
     target_dim : int, optional
-        Largest of the sizes to publish; the coordinates past it are dropped. None: all.
+        Largest of the sizes to publish; the dimensions past it are dropped. None: all.
     dtype : torch.dtype
         Of the stored parameters, torch.float32 or torch.float16. They are loaded as float32.
     architecture : str, optional
@@ -289,7 +289,7 @@ def _encoder_name(network: EmbeddingModel | EncoderModel) -> str:
 def _classifier(
     speakers: Mapping[str, Tensor], embed_dim: int, size: int, scale: float
 ) -> PrefixSpeakerClassifier:
-    """The speakers' vectors, or centroids of their embeddings, cut to ``size`` coordinates."""
+    """The speakers' vectors, or centroids of their embeddings, truncated to ``size`` dimensions."""
     weight = torch.zeros(len(speakers), size)
     for row, (label, vectors) in zip(weight, speakers.items()):
         if not isinstance(label, str) or not label or " => " in label:

@@ -258,7 +258,7 @@ def add_calibration(folder: str | os.PathLike[str], calibration: str | os.PathLi
 
 
 def check_folder(folder: str | os.PathLike[str]) -> None:
-    """Raise unless ``folder`` is a complete export that a stranger's machine can load.
+    """Raise unless ``folder`` is a complete export that loads without this package.
 
     Loads it in a fresh process, offline and without this package, at every size, and compares its
     embeddings with the exported model's; checks labels, card, licence and report. Runs its code.
@@ -285,7 +285,7 @@ def check_folder(folder: str | os.PathLike[str]) -> None:
             f"{folder} holds {foreign}, which no export wrote (a link is none either); take them out"
         )
     print(f"Checking {folder}: it is loaded at every size, which takes a minute or two", flush=True)
-    found = _ask_stranger(folder)
+    found = _load_isolated(folder)
     problems = card_problems(folder, found["labels"], sorted(map(int, found["embeddings"])))
     if (calibration := folder / "calibration.json").is_file():
         try:
@@ -304,11 +304,11 @@ def check_folder(folder: str | os.PathLike[str]) -> None:
         raise ValueError(f"{folder} cannot be published: " + "; ".join(problems))
 
 
-def _ask_stranger(folder: Path) -> dict[str, Any]:
+def _load_isolated(folder: Path) -> dict[str, Any]:
     script = "\n".join(
         ["import json, sys", "sys.modules['speechbrain_mrl'] = None  # as if not installed"]
-        + ["import torch", inspect.getsource(probe_wavs), inspect.getsource(_report_as_stranger)]
-        + ["_report_as_stranger(sys.argv[1])"]
+        + ["import torch", inspect.getsource(probe_wavs), inspect.getsource(_report_isolated)]
+        + ["_report_isolated(sys.argv[1])"]
     )
     with tempfile.TemporaryDirectory() as elsewhere:
         done = subprocess.run(
@@ -325,8 +325,8 @@ def _ask_stranger(folder: Path) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _report_as_stranger(folder: str) -> None:
-    """What a machine without this package finds in ``folder``; runs in a process of its own."""
+def _report_isolated(folder: str) -> None:
+    """What an isolated process without this package finds in ``folder``."""
     from speechbrain.inference.classifiers import EncoderClassifier
 
     def load(**overrides: object) -> EncoderClassifier:

@@ -179,7 +179,7 @@ def _read_json(path: Path) -> Any:
 
 
 def prefix_cosines(size: int, one: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Cosines of the first ``size`` coordinates of ``one`` (D,) with ``others`` (N, D).
+    """Cosines of the first ``size`` dimensions of ``one`` (D,) with ``others`` (N, D).
 
     Example
     -------
@@ -231,7 +231,7 @@ def compare(model: Model, recordings: list[str | None], heard: dict[str, Voice])
         else:
             about = f"cosine <b>{cosine:.2f}</b>"
         cards.append(
-            f'<div class="card {str(same).lower()}"><h3>{size} coordinates</h3>'
+            f'<div class="card {str(same).lower()}"><h3>{size} dimensions</h3>'
             f"<p class=verdict>{verdict}</p><p>{about}</p>"
             f"<p>Search of {SEARCHED:,} voices:<br><b>{1000 * searches[size]:.1f} ms</b>, "
             f"{SEARCHED * size * 4 / 1e6:.0f} MB</p></div>"
@@ -240,7 +240,7 @@ def compare(model: Model, recordings: list[str | None], heard: dict[str, Voice])
         f"<div class=cards>{''.join(cards)}</div><p>{model.basis()}</p>"
         "<p>Search times were measured just now on the computer that serves this page, the best of "
         f"{RUNS}: one voice compared with each of {SEARCHED:,}, without an index, at 4 bytes per "
-        "coordinate. Ten times the voices take ten times as long.</p>"
+        "dimension. Ten times the voices take ten times as long.</p>"
     )
 
 
@@ -302,7 +302,7 @@ def find(model: Model, path: str | None, people: dict[str, list[Voice]]) -> str:
     }[same]
     return (
         f"<p class=verdict>{verdict}</p><div class=scroll><table><caption>Cosine of "
-        f"the first … coordinates</caption><tr><th></th>{heads}</tr>{rows}"
+        f"the first … dimensions</caption><tr><th></th>{heads}</tr>{rows}"
         "</table></div><p>Names are in the order of their cosines, which stand beside them; those "
         f"in bold are taken for the same person. {model.basis()}</p>"
     )
@@ -331,7 +331,7 @@ def draw_map(
         how = "t-SNE"
         places = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(points)
     groups = np.zeros(len(voices), int)
-    about = f"{len(voices)} recordings by {how} of {size} coordinates: near points sound alike."
+    about = f"{len(voices)} recordings by {how} of {size} dimensions: near points sound alike."
     if size in model.thresholds:
         clustering = AgglomerativeClustering(
             n_clusters=None,
@@ -345,7 +345,7 @@ def draw_map(
             f"linkage, cosine {model.thresholds[size]:.2f})."
         )
     figure = Figure(figsize=(6.4, 5.6), layout="constrained")
-    axes = figure.add_subplot(xticks=[], yticks=[], title=f"Voices at {size} coordinates ({how})")
+    axes = figure.add_subplot(xticks=[], yticks=[], title=f"Voices at {size} dimensions ({how})")
     for group in range(groups.max() + 1):
         x, y = places[groups == group].T
         color, marker = f"C{group % 10}", "osD^vP*X"[group % 8]
@@ -475,7 +475,7 @@ def build(model: Model) -> Any:
                     "Add a folder", file_count="directory", size="sm", elem_id="folder"
                 )
                 clear = gr.Button("Forget all", size="sm")
-            size = gr.Radio(model.sizes, value=model.sizes[0], label="Coordinates")
+            size = gr.Radio(model.sizes, value=model.sizes[0], label="Dimensions")
             note, plot = gr.HTML(elem_id="map"), gr.Plot(show_label=False)
             for source in (files, folder):
                 source.upload(on_files, [source, size, voices], [plot, note, source, voices])
@@ -492,14 +492,14 @@ def _listed(sizes: list[int]) -> str:
 
 INTRODUCTION = """
 <h1>Voices at several sizes</h1>
-<p>The model <b>{model}</b> turns a recording into a list of numbers, the <i>coordinates</i> of its
+<p>The model <b>{model}</b> turns a recording into a list of numbers, the <i>dimensions</i> of its
 voice. The first {sizes} of them can be compared on their own: fewer are searched faster, more tell
 voices apart better. Their cosine says how alike two voices are: 1 alike, 0 unrelated.</p>
 """
 
 PRIVACY = f"""
 <p class=small><b>Recordings are not kept:</b> each is deleted as soon as it has been read (at the
-latest after {KEPT_SECONDS // 60 + 1} minutes if you upload it and click nothing), and its coordinates,
+latest after {KEPT_SECONDS // 60 + 1} minutes if you upload it and click nothing), and its dimensions,
 which stay in memory, are forgotten an hour after your last click at the latest. A recording must last at least
 {MIN_SECONDS} second; of a longer one the first {MAX_SECONDS} seconds are used. Try only voices of
 people who agree to it. A verdict is no proof: voices can be imitated, and errors differ between

@@ -150,7 +150,7 @@ def _piece(path: str, length: int) -> Tensor:
 
 
 def babble(wavs: Tensor, n_voices: int = 5) -> Tensor:
-    """Noise for SpeechBrain's ``AddNoise``: other utterances of the batch, talking all at once.
+    """Noise for SpeechBrain's ``AddNoise``: other utterances of the batch, mixed (babble).
 
     Arguments
     ---------

@@ -29,7 +29,9 @@ from speechbrain_mrl.training.steps import SteppingBrain
 
 logger = logging.getLogger(__name__)
 
-AGREEMENT_CLIPS = 1_000  # validation clips whose pairs are compared with the teachers', at most
+AGREEMENT_CLIPS = (
+    1_000  # validation utterances, at most, whose pairs are compared with the teachers'
+)
 
 
 @register_checkpoint_hooks
@@ -39,19 +41,20 @@ class MRLBrain(SteppingBrain):
     A killed training that is started again ends in the weights of one that was not killed: what is
     random in a step follows from the seed, the epoch and the step.
 
-    The student before its first step is validated as epoch 0, so that the log tells what training
-    brought.
+    The student before its first step is validated as epoch 0, so that the log shows what training
+    brings.
 
     Takes from ``hparams``: ``mrl_dims``, ``labels``, ``wav_augment`` and ``teacher_augment`` (each
-    may be None), ``train_logger``, ``stage``. The checkpoint with the lowest ``valid_error`` is kept: the mean EER over sizes, or
-    without trials the objective's loss, which is the disagreement with the teachers.
+    may be None), ``train_logger``, ``stage``. The checkpoint with the lowest ``valid_error`` is
+    kept: the mean EER over sizes, or without trials the objective's loss, which is the disagreement
+    with the teachers.
 
     Arguments
     ---------
     stores : dict of Stage to TeacherStore or LiveTeachers
-        Teachers' embeddings of training and validation clips.
+        Teachers' embeddings of training and validation utterances.
     valid_trials : Trials or None
-        Of validation clips.
+        Of validation utterances.
     lr_schedule : callable, optional
         Called as ``lr_schedule(optimizer, number_of_the_step)`` before each batch; a step of the
         optimizer may take several. ``train_student`` sets it once the run options are known.
@@ -129,7 +132,7 @@ class MRLBrain(SteppingBrain):
         return self.modules if stage == sb.Stage.TRAIN else self.unwrapped
 
     def compute_objectives(self, embeddings: Tensor, batch: Any, stage: sb.Stage) -> Tensor:
-        """The objective's loss; an augmented copy learns what the clean whole clip gives."""
+        """The objective's loss; targets are the teachers' embeddings of the clean utterances."""
         if stage != sb.Stage.TRAIN:
             self.embeddings.update(zip(batch.id, embeddings.float().cpu(), strict=True))
         copies = len(embeddings) // len(batch.id)
@@ -249,7 +252,7 @@ class MRLBrain(SteppingBrain):
         self.n_batches = int(self.n_batches)
 
     def _gather_ranks(self, loss: float) -> float:
-        """Every rank's validation clips on every rank; returns the mean loss of all batches."""
+        """All ranks' validation utterances on every rank; returns the mean loss of all batches."""
         found: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(found, (self.embeddings, self.sums, self.n_batches, loss))
         self.embeddings, self.sums, self.n_batches, total = {}, {}, 0, 0.0
@@ -264,8 +267,8 @@ class MRLBrain(SteppingBrain):
     def _wrap_distributed(self) -> None:
         """As SpeechBrain does, but on CPUs only a ReDimNet has SyncBatchNorm; torch's needs a GPU.
 
-        There any other student's processes normalise by their own clips, and rank 0's statistics
-        are kept.
+        There any other student's processes normalise by their own utterances, and rank 0's
+        statistics are kept.
         """
         if not self.distributed_launch or torch.device(self.device).type != "cpu":
             return super()._wrap_distributed()

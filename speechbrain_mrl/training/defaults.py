@@ -1,4 +1,4 @@
-"""What a training does unless it is told otherwise: for ``train_distilled_mrl`` and the recipe alike.
+"""What a training does unless it is told otherwise: for ``train_distilled_mrl`` and the recipe.
 
 Keys are those of ``hparams/mrl_distill.yaml``, which says what they mean.
 """

@@ -161,7 +161,7 @@ def train_distilled_mrl(
     It trains what ``hparams/mrl_amalgamate.yaml`` trains; defaults are the recipe's. A call that was
     interrupted goes on where it was when it is made again. One clip in twenty, at most 500, is held
     out; the checkpoint that agrees best with the teachers on those is returned, centred on the
-    training clips and rotated to their principal axes.
+    training clips and rotated to their principal components.
 
     Arguments
     ---------
@@ -174,7 +174,7 @@ def train_distilled_mrl(
     data : path or torch.utils.data.DataLoader
         A folder of recordings of any structure, a CSV (ID, wav, start and stop in samples at
         16 kHz), or a DataLoader of SpeechBrain batches with ``id`` and ``sig``, which the teachers
-        then hear at every step; with it nothing is held out, and the last weights are returned as
+        then embed at every step; with it nothing is held out, and the last weights are returned as
         they are.
     epochs : int
         Passes over the data.
@@ -187,7 +187,7 @@ def train_distilled_mrl(
     batch_size : int
         Chunks in a step; all of a folder that has fewer.
     chunk_seconds, max_seconds : float
-        Length of a training chunk, and of what teachers and validation hear of a clip at most.
+        Length of a training segment, and the most of an utterance that teachers and validation embed.
     lr : float
         Largest learning rate (AdamW, warm-up, linear cool-down).
     num_workers : int

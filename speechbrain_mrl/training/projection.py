@@ -218,11 +218,11 @@ def start_new_dimensions(
     clips: Sequence[Clip],
     **embed_options: Any,
 ) -> None:
-    """Fit a grown student's new coordinates, in closed form, to what its old ones do not explain.
+    """Fit a grown student's new dimensions, in closed form, to what its old ones do not explain.
 
-    The objective's nested target is first turned, without changing a cosine of the whole, so that
-    its first coordinates are what the old prefix already has and the rest are the principal axes of
-    the residual (``EnsembleRotation.align``). The new rows of the linear layer are then the ridge
+    The objective's nested target is first rotated, without changing a cosine of the whole: its first
+    dimensions become what the old prefix already has, the rest the principal components of the
+    residual (``EnsembleRotation.align``). The new rows of the linear layer are then the ridge
     regression of those axes on the student's pooled features. Old rows stay bit for bit.
 
     Arguments
@@ -230,9 +230,9 @@ def start_new_dimensions(
     student : MatryoshkaReDimNet
         As from ``expand_model``; changed in place.
     old_dim : int
-        Coordinates that it had before.
+        Dimensions that it had before.
     objective : MatryoshkaDistillationLoss
-        Fitted to the teachers; its targets are turned in place.
+        Fitted to the teachers; its targets are rotated in place.
     teacher_embeddings : mapping of str to torch.Tensor
         Of the clips, {name: (N, D_t)}.
     clips : sequence of Clip
@@ -253,7 +253,7 @@ def start_new_dimensions(
 def pooled_features(
     student: MatryoshkaReDimNet, clips: Sequence[Clip], **embed_options: Any
 ) -> Tensor:
-    """What the linear layer of a student hears of each clip, (N, 2 * channels), on the CPU."""
+    """Inputs of a student's linear layer for each utterance, (N, 2 * channels), on the CPU."""
     pooled = _Pooled(student).train(student.training)
     return embed_clips({"student": pooled}, clips, **embed_options)["student"]
 
@@ -317,7 +317,7 @@ def fit_new_rows(
 def carry_over(objective: nn.Module, previous: nn.Module) -> None:
     """What an earlier stage's objective learned, as far as sizes and classes are the same.
 
-    Of the classifier the coordinates that both have, and the linear maps of the sizes that both have.
+    Of the classifier the dimensions that both have, and the linear maps of the sizes that both have.
     """
     new, old = objective.state_dict(), previous.state_dict()
     for key, value in new.items():
@@ -329,7 +329,7 @@ def carry_over(objective: nn.Module, previous: nn.Module) -> None:
 
 
 def _scaled_like(target: Tensor, prefix: Tensor) -> Tensor:
-    """``target`` times the factor that brings its first coordinates nearest to ``prefix``."""
+    """``target`` times the factor that brings its first dimensions nearest to ``prefix``."""
     known = target[:, : prefix.shape[1]]
     return target * ((known * prefix).sum() / known.square().sum())
 

@@ -54,24 +54,24 @@ class SteppingBrain(sb.Brain):
             self.optimizer_step_limit = int(self.optimizer_step_limit)
         self.statistics = batch_statistics(self.modules)
         self.kept_statistics = [buffer.clone() for buffer in self.statistics]
-        self.spoiled = False  # whether a batch of the step to come is not finite
+        self.nonfinite = False  # whether a batch of the step to come is not finite
 
     def fit_batch(self, batch: Any) -> Tensor:
         """One batch, and a step after the last of those that share one, if all that is finite."""
         if self.step % self.grad_accumulation_factor == 1 % self.grad_accumulation_factor:
             torch._foreach_copy_(self.kept_statistics, self.statistics)
-            self.spoiled = False
+            self.nonfinite = False
         loss = super().fit_batch(batch)
         if self.finite:
             return loss
         self._restore_statistics()
-        self.spoiled = True
+        self.nonfinite = True
         self.nonfinite_count += 1
-        report = f"loss or gradients of these clips are not finite: {', '.join(batch.id)}"
+        report = f"loss or gradients of these utterances are not finite: {', '.join(batch.id)}"
         if self.nonfinite_count > self.nonfinite_patience:
             raise ValueError(
                 f"{report}; nonfinite_patience allows {self.nonfinite_patience} such batches in an "
-                "epoch. Look at the clips, or lower the learning rate"
+                "epoch. Look at the utterances, or lower the learning rate"
             )
         logger.warning("%s; their step is left out, number %d", report, self.nonfinite_count)
         return loss
@@ -82,15 +82,15 @@ class SteppingBrain(sb.Brain):
 
     def on_fit_batch_end(self, batch: Any, outputs: Any, loss: Tensor, should_step: bool) -> None:
         """Where no step follows at once, looks for the batch whose gradients are not finite."""
-        if not should_step and not self.spoiled and not self.scaler.is_enabled():
+        if not should_step and not self.nonfinite and not self.scaler.is_enabled():
             grads = [p.grad for p in self.modules.parameters() if p.grad is not None]
             self.finite = self.finite & torch.stack(torch._foreach_norm(grads)).isfinite().all()
 
     def optimizers_step(self) -> None:
         """Clips the gradients of all groups by their common norm, and steps if it is finite.
 
-        SpeechBrain's own clips the first group alone. With a scaler, which looks itself and adapts
-        its scale, a step that it skips leaves the BatchNorm statistics as they were, too.
+        SpeechBrain's own clips the first group alone. With a scaler, which looks itself and
+        adapts its scale, a step that it skips leaves the BatchNorm statistics as they were, too.
         """
         self.scaler.unscale_(self.optimizer)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -98,7 +98,7 @@ class SteppingBrain(sb.Brain):
         norm = nn.utils.clip_grad_norm_(parameters, max_norm)
         if not self.scaler.is_enabled() and not norm.isfinite():  # on all processes alike
             self.finite = (
-                bool(self.finite) and self.spoiled
+                bool(self.finite) and self.nonfinite
             )  # an earlier batch is to blame, if one is
             return self.zero_grad(set_to_none=True)
         scale = self.scaler.get_scale()

@@ -12,7 +12,7 @@ from speechbrain_mrl.inference.store import TeacherStore
 
 
 class LiveTeachers:
-    """Teachers that embed every batch, for data whose clips have no lasting identity.
+    """Teachers that embed every batch, for data whose utterances have no lasting identity.
 
     Arguments
     ---------

@@ -151,7 +151,7 @@ def test_both_preparations_find_the_clips_of_any_trials(tmp_path, prepare, prefi
     assert [clip.id for clip in read_clips(made.test_csv)] == [names[i] for i in (0, 1, 2, 3)]
     trained = {clip.id.split("/")[0] for clip in read_clips(made.train_csv)}
     assert prepare is prepare_folder or not trained & {"id0", "id1"}
-    with pytest.raises(ValueError, match="trials.txt, line 2: clip 'nobody' is missing"):
+    with pytest.raises(ValueError, match="trials.txt, line 2: utterance 'nobody' is missing"):
         (tmp_path / "trials.txt").write_text(f"1 {names[0]} {names[1]}\n0 {names[0]} nobody\n")
         prepare(str(folder), str(tmp_path / "other"), trials=str(tmp_path / "trials.txt"))
 

@@ -69,7 +69,7 @@ def test_recordings_are_copied_and_segments_cut(written, csv_path):
     assert torch.equal(torch.from_numpy(wav), read_audio(rows[-1][2], 3000, 12000))
 
 
-def test_strangers_are_neighbours(written, csv_path):
+def test_neighbours_are_of_different_speakers(written, csv_path):
     batches = read(shard_loader(dataset(csv_path), written, 8))
     assert sum(len({clip[1] for clip in batch}) for batch in batches) / len(batches) > 5
 

@@ -29,19 +29,21 @@ def cohort():
 
 
 def reference_s_norm(embeddings, trials, cohort, size, top):
-    """Clip by clip, every cosine by itself."""
+    """Utterance by utterance, every cosine by itself."""
 
     def cosine(a, b):
         return (a @ b / np.sqrt((a @ a) * (b @ b))).item()
 
-    clips, strangers = embeddings[:, :size].numpy(), cohort[:, :size].numpy()
+    utterances, impostors = embeddings[:, :size].numpy(), cohort[:, :size].numpy()
     statistics = []
-    for clip in clips:
-        closest = sorted((cosine(clip, stranger) for stranger in strangers), reverse=True)[:top]
+    for utterance in utterances:
+        closest = sorted((cosine(utterance, impostor) for impostor in impostors), reverse=True)[
+            :top
+        ]
         statistics.append((np.mean(closest), np.std(closest)))
     scores = []
     for a, b in zip(trials.enrol, trials.test):
-        score = cosine(clips[a], clips[b])
+        score = cosine(utterances[a], utterances[b])
         scores.append(sum((score - m) / s for m, s in (statistics[a], statistics[b])) / 2)
     return scores
 
@@ -78,7 +80,7 @@ def test_a_cohort_of_another_model_or_of_one_voice_is_refused(voices, cohort):
     scores = score_trials(embeddings, trials, [4])
     with pytest.raises(ValueError, match="of one size, got 16 and 8"):
         s_norm(scores, embeddings, trials, cohort[:, :8])
-    with pytest.raises(ValueError, match="clip 's0/0' are all the same"):
+    with pytest.raises(ValueError, match="utterance 's0/0' has the same score"):
         s_norm(scores, embeddings, trials, cohort[:1].repeat(5, 1))
 
 
@@ -200,7 +202,7 @@ def test_durations_do_not_depend_on_which_clip_comes_first():
 
 def test_a_clip_without_duration_is_named():
     trials = Trials.parse(["1 a/1 a/2", "0 b/1 a/1"], source="list.txt")
-    with pytest.raises(ValueError, match="list.txt, line 2: clip 'b/1'"):
+    with pytest.raises(ValueError, match="list.txt, line 2: utterance 'b/1'"):
         log_durations(trials, {"a/1": 1.0, "a/2": 1.0})
 
 

@@ -53,7 +53,7 @@ def test_scores_are_speechbrains_own(model, clips):
 
 @pytest.fixture
 def stretched():
-    """Voices with loud noise in coordinates that tell no speaker, which PLDA can unlearn."""
+    """Voices with loud noise in dimensions without speaker information, which PLDA suppresses."""
     noise = torch.ones(16, dtype=torch.float64)
     noise[::2] = 6.0
     rng = np.random.default_rng(0)
@@ -74,7 +74,7 @@ def test_plda_beats_the_cosine_where_noise_has_a_direction_at_every_size(stretch
         assert eer(found[size], trials.labels)[0] < 0.85 * eer(cosines[size], trials.labels)[0]
 
 
-def test_a_coordinate_that_never_varies_is_left_out(stretched):
+def test_a_dimension_that_never_varies_is_left_out(stretched):
     (trials, embeddings), (fit_trials, fit) = stretched
     speakers = [clip_id.split("/")[0] for clip_id in fit_trials.clip_ids]
     expected = plda_scores(embeddings, trials, fit, speakers, [16])[16]
@@ -87,7 +87,7 @@ def test_a_coordinate_that_never_varies_is_left_out(stretched):
 @pytest.mark.parametrize(
     ("n_clips", "speakers", "message"),
     [
-        (10, ["a"] * 5 + ["b"] * 5, "size 16 needs more clips than that, got 10"),
+        (10, ["a"] * 5 + ["b"] * 5, "size 16 needs more utterances than that, got 10"),
         (20, ["a"] * 20, "1 speakers in 20 names for 20 clips"),
         (20, ["a", "b"], "2 speakers in 2 names for 20 clips"),
     ],

@@ -16,7 +16,7 @@ DIM, PREFIX = 32, 8
 
 
 def voices(n, seed=0, dim=DIM):
-    """Embeddings whose first coordinates tell the most, as a Matryoshka model's do."""
+    """Embeddings whose first dimensions carry the most, as a Matryoshka model's do."""
     rng = np.random.default_rng(seed)
     spread = (np.arange(1, dim + 1) + 2.0) ** -1.5
     return torch.from_numpy((rng.standard_normal((n, dim)) * spread).astype(np.float32))
@@ -350,7 +350,7 @@ def test_an_enrolled_voice_is_the_mean_of_unit_clips():
     clips = torch.tensor([[8.0, 0.0, 1.0], [0.0, 0.5, 0.0], [0.0, 2.0, 9.0]])
     ids, two = enrol(["ann", "bob", "ann"], clips, target_dim=2)
     assert ids == ["ann", "bob"]
-    half = 0.5**0.5  # (1, 0) and (0, 1) count alike, third coordinate cut
+    half = 0.5**0.5  # (1, 0) and (0, 1) weigh the same, third dimension truncated
     torch.testing.assert_close(two, torch.tensor([[half, half], [0.0, 1.0]]))
 
 

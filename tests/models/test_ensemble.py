@@ -117,7 +117,7 @@ def test_matryoshka_member_returns_the_prefix_that_it_was_trained_for(tiny_confi
     assert whole.shape == (2, 32)
     assert torch.equal(ensemble(wavs, 8).embeddings, whole[:, :8])
     assert torch.equal(ensemble(wavs, 12).embeddings, whole)  # 12 was not trained
-    with pytest.raises(ValueError, match="prefix of 8 coordinates against one of 32 of 'mrl'"):
+    with pytest.raises(ValueError, match="prefix of 8 dimensions against one of 32 of 'mrl'"):
         ensemble.score(ensemble(wavs, 8), ensemble(wavs, 32))
 
 

@@ -527,7 +527,7 @@ def test_student_starts_with_every_tensor_of_the_pretrained_model(parity, name):
         torch.testing.assert_close(student(wavs)[:, :192], source(wavs), atol=1e-5, rtol=1e-5)
 
 
-def test_extra_coordinates_start_small_but_not_zero(parity, voices):
+def test_extra_dimensions_start_small_but_not_zero(parity, voices):
     source = parity("b0").model()
     student = MatryoshkaReDimNet.from_redimnet(source, 256).eval()
     with torch.no_grad():
@@ -538,7 +538,7 @@ def test_extra_coordinates_start_small_but_not_zero(parity, voices):
 
 
 def test_student_smaller_than_the_pretrained_model_is_refused(tiny_config, random_model):
-    with pytest.raises(ValueError, match="embed_dim 16 is smaller than the 32 coordinates"):
+    with pytest.raises(ValueError, match="embed_dim 16 is smaller than the 32 dimensions"):
         MatryoshkaReDimNet.from_redimnet(random_model(tiny_config), 16, [8, 16])
 
 

@@ -103,7 +103,7 @@ def loaded(published):
     return EncoderClassifier.from_hparams(source=published)
 
 
-def as_stranger(script, *arguments, **env):
+def in_isolation(script, *arguments, **env):
     """Run a script that cannot import this package; what its last line says, as JSON."""
     script = f"import json, sys\nsys.modules['speechbrain_mrl'] = None\n{script}"
     done = subprocess.run(
@@ -124,7 +124,7 @@ def embedding(model, wavs, **options):
 # Loading
 
 
-STRANGER = """
+ISOLATED = """
 import torch
 from speechbrain.inference.speaker import SpeakerRecognition
 
@@ -144,7 +144,7 @@ def test_who_has_only_speechbrain_gets_the_embeddings_of_the_package(
 ):
     wavs = voices(1, 2.0).unsqueeze(0)
     torch.save(wavs, tmp_path / "wavs.pt")
-    found = as_stranger(STRANGER, published, tmp_path / "wavs.pt", HF_HUB_OFFLINE="1")
+    found = in_isolation(ISOLATED, published, tmp_path / "wavs.pt", HF_HUB_OFFLINE="1")
     for size in SIZES:
         expected = embedding(student, wavs, target_dim=size)[0]
         torch.testing.assert_close(torch.tensor(found[str(size)]), expected, atol=1e-5, rtol=0.0)
@@ -161,7 +161,7 @@ def test_a_redimnet2_needs_speechbrain_alone_at_every_size(
     wavs, wav_lens = torch.stack([voices(i, 1.0) for i in range(2)]), torch.tensor([1.0, 0.531])
     short = voices(0, 0.01)
     torch.save({"wavs": wavs, "wav_lens": wav_lens, "short": short}, tmp_path / "wavs.pt")
-    found = as_stranger(
+    found = in_isolation(
         "import torch\n"
         "from speechbrain.inference.classifiers import EncoderClassifier\n"
         "given = torch.load(sys.argv[2])\n"
@@ -377,7 +377,7 @@ def test_a_plain_model_becomes_a_speechbrain_model(tiny_config, random_model, vo
     torch.testing.assert_close(loaded.encode_batch(wavs)[0], expected, atol=1e-5, rtol=1e-5)
 
 
-def test_a_smaller_export_drops_the_coordinates_past_its_size(
+def test_a_smaller_export_drops_the_dimensions_past_its_size(
     published, student, speakers, voices, tmp_path
 ):
     folder = export_model(student, tmp_path / "small", PROVENANCE, speakers=speakers, target_dim=16)
@@ -607,8 +607,8 @@ def test_a_pushed_model_loads_from_the_hub_and_then_offline(published, loaded, t
         printed = run_pushes("push('org/tiny', private=True)", published, server, tmp_path)
         repo = server.repos["org/tiny"]
         files = repo.files("main")
-        online = as_stranger(LOAD, HF_ENDPOINT=server.address, HF_TOKEN="secret", **home)
-        offline = as_stranger(LOAD, HF_HUB_OFFLINE="1", HF_TOKEN="secret", **home)
+        online = in_isolation(LOAD, HF_ENDPOINT=server.address, HF_TOKEN="secret", **home)
+        offline = in_isolation(LOAD, HF_HUB_OFFLINE="1", HF_TOKEN="secret", **home)
     expected = loaded.encode_batch(torch.ones(1, 16000)).flatten()
     torch.testing.assert_close(torch.tensor(online), expected)
     torch.testing.assert_close(torch.tensor(offline), expected)
@@ -726,7 +726,7 @@ def test_a_pushed_space_runs_with_speechbrain_alone_and_the_commit_that_it_names
         for path in paths:
             soundfile.write(path, voices(1, 1.5).numpy(), 16000)
         home = {"HF_HOME": str(tmp_path / "other"), "HF_HUB_DISABLE_XET": "1"}
-        name, is_page, page = as_stranger(
+        name, is_page, page = in_isolation(
             SHOW, tmp_path, *paths, HF_ENDPOINT=server.address, HF_TOKEN="secret", **home
         )
     assert space.private and f"/spaces/org/show shows org/tiny at {shown}" in printed

@@ -147,7 +147,7 @@ def test_verdicts_without_calibration_are_the_reports_thresholds(model, student,
     expected = cosines(student, *pair)
     page = space.compare(model, list(pair), {})
     for size, cosine in expected.items():
-        card = page.partition(f"<h3>{size} coordinates</h3>")[2].partition("</div>")[0]
+        card = page.partition(f"<h3>{size} dimensions</h3>")[2].partition("</div>")[0]
         assert f"cosine <b>{cosine:.2f}</b><br>threshold 0.40" in card
         assert ("Same person" in card) == (cosine >= THRESHOLD)
         assert f"{100_000 * size * 4 / 1e6:.0f} MB" in card
@@ -166,7 +166,7 @@ def test_calibrated_verdicts_are_the_calibrations_probabilities(
     page = space.compare(space.Model(str(folder)), list(pair), {})
     for size, cosine in expected.items():
         log_ratio = fitted[size](np.array([cosine]), np.log([[1.5, 2.5]])).item()
-        card = page.partition(f"<h3>{size} coordinates</h3>")[2].partition("</div>")[0]
+        card = page.partition(f"<h3>{size} dimensions</h3>")[2].partition("</div>")[0]
         percent = float(card.partition("person: <b>")[2].partition(" %")[0])
         assert percent == pytest.approx(100 / (1 + np.exp(-log_ratio)), abs=0.1)
         assert ("Same person" in card) == (log_ratio > 0)
@@ -183,7 +183,7 @@ def test_a_recording_is_compared_again_after_its_file_is_gone(model, recording):
     heard, first = {}, recording(1)
     space.compare(model, [first, recording(1, clip=1)], heard)
     assert not os.path.exists(first)
-    assert "coordinates" in space.compare(model, [first, recording(2)], heard)
+    assert "dimensions" in space.compare(model, [first, recording(2)], heard)
 
 
 def test_the_enrolled_are_in_the_order_of_the_cosines_with_their_mean(model, student, recording):
@@ -459,7 +459,7 @@ def test_two_uploads_and_a_click_give_a_verdict_and_leave_no_file(
     visitor.click("Same or different?")
     seen = visitor.wait_for("comparison", "Not calibrated")
     for size, cosine in expected.items():
-        card = seen.partition(f"{size} coordinates")[2].partition("MB")[0]
+        card = seen.partition(f"{size} dimensions")[2].partition("MB")[0]
         assert f"cosine {cosine:.2f}" in card and "100,000 voices" in card
         assert ("Same person" in card) == (cosine >= THRESHOLD)
     assert kept(uploads) == []
@@ -488,7 +488,7 @@ def test_dropped_files_become_a_map_and_leave_no_file(visitor, recording, upload
     bad.write_text("not a voice")
     visitor.open("Map")
     visitor.upload("files", *[recording(speaker) for speaker in range(4)], bad)
-    seen = visitor.wait_for("map", "4 recordings by PCA of 8 coordinates")
+    seen = visitor.wait_for("map", "4 recordings by PCA of 8 dimensions")
     assert "“notes.txt” cannot be read as sound" in seen
     images = visitor.browser.find_elements(visitor.by.CSS_SELECTOR, "img[alt], .plot img, img")
     assert any(int(image.get_property("naturalWidth")) > 300 for image in images)

@@ -39,7 +39,7 @@ def test_windows_cover_the_signal():
     ]
 
 
-def test_two_voices_are_told_apart_by_the_coordinates_asked_for_only():
+def test_two_voices_are_told_apart_by_the_dimensions_asked_for_only():
     spans = diarise.windows(16000 * 30)
     is_second = np.array([start >= 16000 * 15 for start, _ in spans])
     embeddings = np.random.default_rng(0).standard_normal((len(spans), 8))

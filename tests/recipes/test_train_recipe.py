@@ -165,7 +165,7 @@ def test_epoch_0_is_the_validation_of_the_student_before_its_first_step(run, tin
 
 
 def test_a_list_has_one_eer_in_training_and_in_verification(run, small_corpus, tmp_path):
-    """Utterances of 1.2 s are whole in both, whatever training and validation hear of a clip."""
+    """Utterances of 1.2 s are whole in both, whatever training and validation read of an utterance."""
     _, folder = run(number_of_epochs=1, max_seconds=0.6)
     trained = json.loads((folder / "report.json").read_text())
     options = {
@@ -345,7 +345,7 @@ def test_a_batch_larger_than_the_corpus_is_refused(run):
 def test_the_untrained_student_verifies_as_its_backbone_does(
     small_corpus, release_file, tiny_config, small_clips
 ):
-    """All cosines of the first 32 coordinates equal the checkpoint's; the other 16 are small."""
+    """All cosines of the first 32 dimensions equal the checkpoint's; the other 16 are small."""
     path = release_file(tiny_config, name="first")
 
     hparams = {
@@ -373,7 +373,7 @@ def test_the_untrained_student_verifies_as_its_backbone_does(
         atol=1e-5,
     )
     assert found["student"][:, 32:].abs().mean() < 0.05 * found["student"][:, :32].abs().mean()
-    # The principal axes come first: eight rotated coordinates hold more than the first eight did.
+    # The principal components come first: eight rotated dimensions hold more than the first eight did.
     spread = {n: z - z.mean(0) for n, z in found.items()}
     kept = {n: (z[:, :8].square().sum() / z[:, :32].square().sum()) for n, z in spread.items()}
     assert kept["student"] > kept["backbone"]

@@ -232,7 +232,7 @@ def test_whom_a_step_is_fitted_on_must_not_be_tested(run, lists, tmp_path):
         ("1 id00/s0/0.wav id00/s1/0.wav\n", "bad.txt, lines 1 to 1: 1 target trials"),
         (
             "1 id00/s0/0.wav id00/s1/0.wav\n0 id00/s0/0.wav id99/s1/0.wav\n",
-            "bad.txt, line 2: clip 'id99/s1/0.wav' is missing",
+            "bad.txt, line 2: utterance 'id99/s1/0.wav' is missing",
         ),
     ],
 )
@@ -247,7 +247,9 @@ def test_a_bad_list_is_refused_by_line_before_any_clip_is_embedded(
 
 def test_a_missing_clip_of_a_cohort_is_named_with_its_line(run, tmp_path):
     (tmp_path / "cohort.txt").write_text("id15/s0/0.wav\nid99/s0/0.wav\n")
-    with pytest.raises(ValueError, match="cohort.txt, line 2: clip 'id99/s0/0.wav' is missing"):
+    with pytest.raises(
+        ValueError, match="cohort.txt, line 2: utterance 'id99/s0/0.wav' is missing"
+    ):
         run(cohort=tmp_path / "cohort.txt")
 
 

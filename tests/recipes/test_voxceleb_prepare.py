@@ -266,7 +266,7 @@ def test_bad_files_stop_or_are_listed(corpus):
 
 def test_bad_clip_of_a_given_trial_is_never_left_out(corpus):
     (corpus / "vox/wav/id01/s0/0.flac").write_bytes(b"broken")
-    with pytest.raises(ValueError, match="1 clips of the trials are bad: .*id01/s0/0.flac"):
+    with pytest.raises(ValueError, match="1 utterances of the trials are bad: .*id01/s0/0.flac"):
         prepare(corpus, skip_bad_files=True)
 
 
@@ -283,7 +283,9 @@ def test_missing_clip_of_a_trial_is_named_with_its_line(corpus):
     (corpus / "trials.txt").write_text(
         "1 id00/s0/0.wav id00/s1/1.wav\n0 id00/s0/0.wav id77/a/b.wav"
     )
-    with pytest.raises(ValueError, match=r"trials\.txt, line 2: clip 'id77/a/b\.wav' is missing"):
+    with pytest.raises(
+        ValueError, match=r"trials\.txt, line 2: utterance 'id77/a/b\.wav' is missing"
+    ):
         prepare(corpus)
 
 
@@ -296,7 +298,7 @@ def test_malformed_trial_is_named_with_its_line(corpus, line):
 
 def test_folder_of_another_layout_is_shown_the_expected_one(tmp_path):
     write_clip(tmp_path / "vox" / "clip.wav")
-    with pytest.raises(ValueError, match="adds no clip; expected .*wav/<speaker>/<session>/"):
+    with pytest.raises(ValueError, match="adds no utterance; expected .*wav/<speaker>/<session>/"):
         prepare(tmp_path, trials=None)
 
 

@@ -225,7 +225,7 @@ def test_distillation_from_python_brings_the_student_nearer_to_its_teacher(
 def test_a_pretrained_student_starts_near_the_target_of_its_teachers(
     small_corpus, random_model, tiny_config, tmp_path, monkeypatch
 ):
-    """Before the first step; turned only, so that distances are those of the checkpoint."""
+    """Before the first step; rotated only, so that distances are those of the checkpoint."""
     for then in ("train_student", "finish_head"):
         monkeypatch.setattr(training, then, lambda *arguments, **options: None)
     backbone = random_model(tiny_config)
@@ -343,7 +343,7 @@ def test_an_interrupted_call_goes_on_where_it_was(
     assert [line.split(",")[0] for line in log] == [f"epoch: {i}" for i in range(3)]
 
 
-def test_expansion_keeps_the_old_coordinates(tiny_config):
+def test_expansion_keeps_the_old_dimensions(tiny_config):
     model = ReDimNetMRL(embed_dim=32, mrl_dims=(16, 32), backbone=tiny_config).eval()
     before = copy.deepcopy(model.state_dict())
     grown = expand_model(model, 64).eval()
@@ -360,7 +360,7 @@ def test_expansion_keeps_the_old_coordinates(tiny_config):
 
 
 @pytest.mark.parametrize("new_dim", [32, 16])
-def test_expansion_to_no_more_coordinates_is_refused(tiny_config, new_dim):
+def test_expansion_to_no_more_dimensions_is_refused(tiny_config, new_dim):
     model = ReDimNetMRL(embed_dim=32, mrl_dims=(16, 32), backbone=tiny_config)
     with pytest.raises(ValueError, match=f"larger than .* 32, got {new_dim}"):
         expand_model(model, new_dim)

@@ -293,7 +293,7 @@ def test_a_mean_over_many_padded_frames_does_not_overflow():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_norms_of_large_half_precision_embeddings_do_not_overflow(dtype):
-    """300 in each of 256 coordinates: the sum of squares is far above float16's 65504."""
+    """300 in each of 256 dimensions: the sum of squares is far above float16's 65504."""
     large = torch.full((4, 256), 300.0, dtype=dtype) * torch.tensor([1, 1, -1, -1.0])[:, None]
     large = large.to(dtype)
     assert torch.allclose(LengthNorm()(large).float().norm(dim=1), torch.ones(4), atol=0.02)

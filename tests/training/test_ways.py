@@ -216,10 +216,10 @@ def test_new_rows_are_the_ridge_regression_of_numpy(ridge):
 
 
 def test_an_aligned_target_goes_on_from_the_prefix_and_keeps_its_cosines():
-    """The prefix is the target's, turned; what remains is PCA of the rest."""
+    """The prefix is the target's, rotated; what remains is PCA of the rest."""
     generator = torch.Generator().manual_seed(0)
     teachers = {"a": torch.randn(60, 6, generator=generator), "b": torch.randn(60, 3)}
-    ensemble = EnsembleRotation(dim=12).fit(teachers)  # three more coordinates than there are
+    ensemble = EnsembleRotation(dim=12).fit(teachers)  # three more dimensions than there are
     before = ensemble(teachers)
     turn = torch.linalg.qr(torch.randn(12, 12, generator=generator)).Q
     turn[:, 9:] = 0
@@ -236,7 +236,7 @@ def test_an_aligned_target_goes_on_from_the_prefix_and_keeps_its_cosines():
 
 @pytest.fixture
 def grown(tiny_config, random_model, small_clips):
-    """A student of 8 coordinates grown to 24, the new ones started from a teacher of 24."""
+    """A student of 8 dimensions grown to 24, the new ones started from a teacher of 24."""
     torch.manual_seed(0)
     small = resize_model(ReDimNetMRL.from_redimnet(random_model(tiny_config), 32, (32,)), (8,))
     student = expand_model(small, 24).eval()
@@ -249,7 +249,7 @@ def grown(tiny_config, random_model, small_clips):
     return small.eval(), student, random_start, objective, teacher
 
 
-def test_new_coordinates_leave_the_old_ones_as_they_were(grown):
+def test_new_dimensions_leave_the_old_ones_as_they_were(grown):
     small, student, random_start, _, _ = grown
     for key, value in student.state_dict().items():
         assert torch.equal(
@@ -262,7 +262,7 @@ def test_new_coordinates_leave_the_old_ones_as_they_were(grown):
         torch.testing.assert_close(student(wavs)[:, :8], small(wavs), rtol=0, atol=1e-6)
 
 
-def test_new_coordinates_start_near_the_residual_of_the_next_teacher(grown, small_clips):
+def test_new_dimensions_start_near_the_residual_of_the_next_teacher(grown, small_clips):
     """On clips that the regression did not see, better than zeros, which the random start is near."""
     _, student, _, objective, teacher = grown
     held_out = small_clips[1::2]
@@ -497,7 +497,7 @@ def test_more_batches_for_a_step_than_an_epoch_has_are_refused(run):
 
 
 def test_a_student_smaller_than_its_backbone_keeps_what_the_teachers_say_first(run):
-    """At a learning rate of nothing: the cut of a head that was rotated to the teachers' axes."""
+    """At a learning rate of 0: a prefix of a head that was rotated to the teachers' components."""
     student, folder = run("mrl_distill", embed_dim=16, mrl_dims="[8, 16]", lr=1e-9)
     assert student.embed_dim == 16
     whole, _ = run("mrl_distill", lr=1e-9, output_folder=folder.with_name("whole"))
@@ -552,10 +552,10 @@ def test_one_command_compares_the_ways(small_corpus, release_file, tiny_config, 
     for name, dim in widths:
         cuts = results["baselines"][name]
         assert cuts["whole"].keys() == {dim}
-        for cut in ("naive cut", "PCA cut", "LDA cut"):
+        for cut in ("truncated", "PCA truncated", "LDA truncated"):
             assert cuts[cut].keys() == {"8", "16"}
     text = (tmp_path / "ways" / "ways.md").read_text()
-    assert text.count("| progressive |") == text.count("| second, LDA cut |") == 2
+    assert text.count("| progressive |") == text.count("| second, LDA truncated |") == 2
     # Every training takes four steps, three rounded up for two stages of two.
     runs = dict.fromkeys(results["ways"], ["0"]) | {"separate": ["0", "1"]}
     steps = {}
