@@ -145,9 +145,9 @@ class MatryoshkaDistillationLoss(nn.Module):
     def fit(
         self, teachers: Mapping[str, Tensor], labels: Tensor | None = None
     ) -> "MatryoshkaDistillationLoss":
-        """Means and rotations from the same N clips of each teacher, {name: (N, D_t)}.
+        """Means and rotations from the same N utterances of each teacher, {name: (N, D_t)}.
 
-        The rotation is PCA, or with the clips' speakers, ``labels`` (N,), LDA. ``gram`` keeps the
+        The rotation is PCA, or with the utterances' speakers, ``labels`` (N,), LDA. ``gram`` keeps the
         teachers' own cosines, so that it does not go with LDA.
         """
         for ensemble in self.ensembles:

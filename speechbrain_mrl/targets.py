@@ -17,7 +17,7 @@ class EnsembleRotation(nn.Module):
 
     Each teacher is centred by its fitted mean, L2-normalised, weighted, and concatenated with the
     others. The union's dot products are then the weighted mean
-    of the teachers' cosines, and its principal axes (not centred again) keep those dot
+    of the teachers' cosines, and its principal components (not centred again) keep those dot
     products as well as any d dimensions can. With labelled utterances the axes are those of LDA
     instead, which separate speakers rather than keep what varies.
 
@@ -62,9 +62,9 @@ class EnsembleRotation(nn.Module):
     def fit(
         self, teachers: Mapping[str, Tensor], labels: Tensor | None = None
     ) -> "EnsembleRotation":
-        """Means and axes from the same N clips of every teacher, {name: (N, D_t)}.
+        """Means and axes from the same N utterances of every teacher, {name: (N, D_t)}.
 
-        With the clips' speakers, ``labels`` (N,), the axes are those of LDA.
+        With the utterances' speakers, ``labels`` (N,), the axes are those of LDA.
         """
         names = self._select(teachers, self.names or sorted(teachers))
         for name in names:

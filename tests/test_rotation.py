@@ -169,7 +169,7 @@ def test_with_labels_the_ensemble_is_the_lda_of_the_concatenated_teachers(embedd
     torch.testing.assert_close(length, torch.tensor(1.0), atol=1e-4, rtol=0)
 
 
-def test_ensemble_of_few_coordinates_is_filled_up_with_zeros(embeddings):
+def test_ensemble_of_few_dimensions_is_filled_up_with_zeros(embeddings):
     ensemble = EnsembleRotation(dim=16).fit({"b0": embeddings})
     target = ensemble({"b0": embeddings})
     assert target.shape == (len(embeddings), 16) and (target[:, 12:] == 0).all()

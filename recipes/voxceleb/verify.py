@@ -3,7 +3,8 @@
 python recipes/voxceleb/verify.py hparams/verify.yaml --source=<folder or Hub id> \
     --data_folder=/data/VoxCeleb1 --trials=veri_test2.txt
 
-Embeddings are kept on disk: a run that died goes on, and another list costs only its new clips.
+Embeddings are kept on disk: a run that died goes on, and another list costs only its new
+utterances.
 """
 
 import hashlib
@@ -29,12 +30,12 @@ from speechbrain_mrl.evaluation.calibration import (
     s_norm,
     write_calibrations,
 )
+from speechbrain_mrl.evaluation.duration import eer_by_duration
 from speechbrain_mrl.evaluation.plda import plda_scores
 from speechbrain_mrl.evaluation.plots import write_plots
 from speechbrain_mrl.evaluation.report import count_trials, make_report, print_report, write_report
 from speechbrain_mrl.evaluation.verification import (
     compare,
-    eer_by_duration,
     evaluate_scores,
     read_clip_list,
     read_trials,
@@ -49,7 +50,7 @@ CLIP_LISTS = ("domain", "cohort", "plda")
 
 
 def read_lists(hparams):
-    """Trials by name; the calibration's trials, or None; clip ids by path of their list."""
+    """Trials by name; the calibration's trials, or None; utterance ids by path of their list."""
     paths = hparams["trials"]
     if not isinstance(paths, Mapping):
         files = [paths] if isinstance(paths, str) else list(paths)
@@ -80,7 +81,7 @@ def _is_fitted(calibration):
 
 
 def locate_clips(data_folder, trial_lists, clip_lists):
-    """Every clip of the lists by its id."""
+    """Every utterance of the lists by its id."""
     folders = [data_folder] if isinstance(data_folder, str) else data_folder
     paths = find_recordings([os.path.abspath(folder) for folder in folders])
     wanted = [*clip_lists.values(), *(trials.clip_ids for trials in trial_lists)]
@@ -91,19 +92,19 @@ def locate_clips(data_folder, trial_lists, clip_lists):
     for path, clip_ids in clip_lists.items():
         for number, clip_id in enumerate(clip_ids, start=1):
             if clip_id not in stems:
-                raise ValueError(f"{path}, line {number}: clip {clip_id!r} is missing")
+                raise ValueError(f"{path}, line {number}: utterance {clip_id!r} is missing")
     lengths = read_headers({stem: paths[stem] for stem in set(stems.values())})
     if bad := sorted(reason for reason in lengths.values() if isinstance(reason, str)):
-        raise ValueError(f"{len(bad)} of {len(lengths)} clips are bad, the first: {bad[0]}")
+        raise ValueError(f"{len(bad)} of {len(lengths)} utterances are bad, the first: {bad[0]}")
     return {
         clip_id: Clip(clip_id, paths[stem], 0, lengths[stem]) for clip_id, stem in stems.items()
     }
 
 
 def embed(source, lists, clips, folder, device, **options):
-    """A model's embeddings by clip id, the sizes that it has, and its parameters' number.
+    """A model's embeddings by utterance id, the sizes that it has, and its parameters' number.
 
-    Each list has a store of those of its clips that no list before it has, named after them.
+    Each list has a store of those of its utterances that no list before it has, named after them.
     """
     encoder = load_teacher(source, device=device)
     embeddings, name = {}, fingerprint(encoder)[:16]
@@ -128,12 +129,12 @@ class Steps:
     Arguments
     ---------
     embeddings : dict of str to torch.Tensor
-        (D,) by clip id.
+        (D,) by utterance id.
     mrl_dims : list of int
     clip_lists : dict of str to list of str
         Clip ids by path of their list.
     seconds : dict of str to float
-        Length of each clip.
+        Length of each utterance.
     hparams : dict
     """
 
@@ -203,7 +204,9 @@ class Steps:
         dims = found.pop("cosine")
         for size in dims:
             dims[size] |= {step: by_size[size] for step, by_size in found.items()}
-        by_duration = eer_by_duration(steps["cosine"], trials, self.seconds)
+        by_duration = eer_by_duration(
+            steps["cosine"], trials, self.seconds, n_bootstrap=self.n_bootstrap
+        )
         return {"trials": count_trials(trials), "dims": dims, "by_duration": by_duration}
 
 

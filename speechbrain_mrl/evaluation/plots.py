@@ -72,18 +72,18 @@ def write_plots(
         plot_eer_by_duration(report["by_duration"], folder / "eer_by_duration.png")
 
 
-def _figure(size: tuple[float, float] = (6.4, 4.8)) -> Any:
+def _figure(size: tuple[float, float] = (6.4, 4.8), layout: str = "constrained") -> Any:
     require("matplotlib", "a plot")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=size, layout="constrained")
+    figure = Figure(figsize=size, layout=layout)
     FigureCanvasAgg(figure)  # no pyplot: the caller's backend and rcParams stay as they are
     return figure
 
 
-def _axes(x_label: str, y_label: str, title: str) -> Any:
-    axes = _figure().add_subplot(xlabel=x_label, ylabel=y_label, title=title)
+def _axes(x_label: str, y_label: str, title: str, size: tuple[float, float] = (6.4, 4.8)) -> Any:
+    axes = _figure(size).add_subplot(xlabel=x_label, ylabel=y_label, title=title)
     axes.grid(color="0.9")
     axes.set_axisbelow(True)
     return axes
@@ -105,9 +105,9 @@ def _save(
 
 
 def plot_eer_by_dim(report: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """Draw EER against size: a line for each row of the report, a point for each teacher.
+    """Draw EER against size: a line for each row of the report, teachers in a panel beside.
 
-    Bands are the rows' 95 % intervals, where the report has them; the CSV has them too.
+    Bands are 95 % intervals, drawn if the report has them for every row; the CSV has them too.
 
     Example
     -------
@@ -122,41 +122,54 @@ def plot_eer_by_dim(report: Mapping[str, Any], path: str | os.PathLike[str]) -> 
     model,128,0.2,,
     <BLANKLINE>
     """
-    axes = _axes("embedding size (dimensions)", "EER (%)", "EER against embedding size")
+    lines = results_by_name(report)
+    points = report["baselines"]["teachers"]
+    every = [*points.values(), *(one for results in lines.values() for one in results.values())]
+    has_intervals = all("eer_ci" in one for one in every)
     rows: list[tuple[Any, ...]] = []
-    styles = itertools.cycle(STYLES)
-    for name, results in results_by_name(report).items():
+
+    figure = _figure((6.8, 5.2))
+    widths = [4, 1] if points else [1]
+    panels = figure.subplots(1, len(widths), sharey=True, squeeze=False, width_ratios=widths)[0]
+    for axes in panels:
+        axes.grid(color="0.9")
+        axes.set_axisbelow(True)
+    for (name, results), style in zip(lines.items(), itertools.cycle(STYLES)):
         sizes = sorted(map(int, results))
         found = [results[str(size)] for size in sizes]
         bounds = [one.get("eer_ci", ("", "")) for one in found]
         rows += [(name, size, one["eer"], *ci) for size, one, ci in zip(sizes, found, bounds)]
-        style = next(styles)
-        fill = "full" if len(rows) == len(sizes) else "none"  # what lies below stays visible
-        percents = [100 * one["eer"] for one in found]
-        axes.plot(sizes, percents, **style, fillstyle=fill, label=name)
-        if all("eer_ci" in one for one in found):
+        fill = "none" if panels[0].lines else "full"  # what lies below stays visible
+        panels[0].plot(sizes, [100 * one["eer"] for one in found], **style, fillstyle=fill)
+        panels[0].lines[-1].set_label(name)
+        if has_intervals:
             low, high = 100 * np.array(bounds).T
-            axes.fill_between(sizes, low, high, color=style["color"], alpha=0.1, linewidth=0)
-    markers = itertools.cycle("*PXph")
-    for name, result in report["baselines"]["teachers"].items():
-        size, label = result["dim"], f"teacher {name}"
-        rows.append((label, size, result["eer"], *result.get("eer_ci", ("", ""))))
-        marker = next(markers)
-        axes.plot(size, 100 * result["eer"], marker, color="0.4", markersize=9, label=label)
+            panels[0].fill_between(sizes, low, high, color=style["color"], alpha=0.12, linewidth=0)
     ticks = sorted({row[1] for row in rows})
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(ticks, ticks)
-    axes.minorticks_off()
-    axes.set_ylim(bottom=0)
-    title = "bands: 95 % intervals over speakers" if any(row[3] != "" for row in rows) else None
-    axes.figure.legend(loc="outside lower center", ncols=2, fontsize="small", title=title)
-    _save(axes.figure, path, ["name", "size", "eer", "low", "high"], rows)
+    panels[0].set_xscale("log", base=2)
+    panels[0].set_xticks(ticks, ticks)
+    panels[0].minorticks_off()
+    panels[0].set(xlabel="embedding size (dimensions)", ylabel="EER (%)", ylim=(0, None))
+    panels[0].set_title("EER against embedding size")
+    for place, ((name, result), marker) in enumerate(zip(points.items(), itertools.cycle("*PXph"))):
+        low, high = result.get("eer_ci", ("", ""))
+        rows.append((f"teacher {name}", result["dim"], result["eer"], low, high))
+        if has_intervals:
+            look = {"color": "0.4", "alpha": 0.25, "linewidth": 0}
+            panels[1].fill_between([place - 0.2, place + 0.2], 100 * low, 100 * high, **look)
+        label = f"{name} ({result['dim']} dimensions)"
+        panels[1].plot(place, 100 * result["eer"], marker, color="0.3", markersize=9, label=label)
+    if points:
+        panels[1].set(title="teachers", xlim=(-0.7, len(points) - 0.3), xticks=[])
+    title = "bands: 95 % intervals over speakers" if has_intervals else None
+    figure.legend(loc="outside lower center", ncols=2, fontsize="small", title=title)
+    _save(figure, path, ["name", "size", "eer", "low", "high"], rows)
 
 
 def plot_det(
     scores: Mapping[int, np.ndarray], labels: npt.ArrayLike, path: str | os.PathLike[str]
 ) -> None:
-    """Draw a DET curve per size on probit axes, its EER marked.
+    """Draw a DET curve per size on probit axes, which meets the diagonal at its EER.
 
     ``scores`` come from ``score_trials``; ``labels`` are the trials'.
 
@@ -170,10 +183,10 @@ def plot_det(
     64,0.9,0
     """
     probit = NormalDist().inv_cdf
-    axes = _axes("false accepts (%)", "false rejects (%)", "Detection error trade-off")
-    rows, lowest = [], 0.02
-    styles = itertools.cycle(STYLES)
-    for size, size_scores in scores.items():
+    axes = _axes("false accepts (%)", "false rejects (%)", "Detection error trade-off", (5.4, 6.2))
+    rows, lowest, highest = [], 0.02, 0.45
+    widths = np.linspace(3.6, 1.2, len(scores))  # where curves coincide, each stays visible
+    for (size, size_scores), style, width in zip(scores.items(), itertools.cycle(STYLES), widths):
         ranking = Ranking(size_scores, labels)
         far, frr = ranking.rates()
         warped = torch.special.ndtri(torch.from_numpy(np.stack([far, frr]))).numpy()
@@ -182,19 +195,18 @@ def plot_det(
         points = np.stack([ranking.thresholds, far, frr], axis=1)[keep]
         rows += [(size, *point) for point in points.tolist()]
         rate, _ = eer_of_rates(far, frr)
-        style = {**next(styles), "markevery": []}
         inside = keep & np.isfinite(warped).all(axis=0)
-        axes.plot(*warped[:, inside], **style, label=f"{size}: EER {100 * rate:.2f} %")
+        look = {**style, "marker": None, "linewidth": width}
+        axes.plot(*warped[:, inside], **look, label=f"{size} dimensions: EER {100 * rate:.2f} %")
         if 0 < rate < 1:
-            lowest = min(lowest, rate / 10)
-            axes.plot(*[probit(rate)] * 2, **{**style, "markevery": None})
+            lowest, highest = min(lowest, rate / 10), max(highest, 1.2 * rate)
     axes.axline((0, 0), slope=1, color="0.6", linewidth=1)
     ticks = [tick for tick in DET_TICKS if lowest <= tick / 100]
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_ticks([probit(tick / 100) for tick in ticks], [f"{tick:g}" for tick in ticks])
-    limits = probit(lowest), probit(0.6)
+    limits = probit(lowest), probit(min(highest, 0.9))
     axes.set(xlim=limits, ylim=limits, aspect="equal")
-    axes.legend(title="size", loc="upper right")
+    axes.figure.legend(loc="outside lower center", ncols=2, fontsize="small")
     _save(axes.figure, path, ["size", "threshold", "false_accept_rate", "false_reject_rate"], rows)
 
 
@@ -227,29 +239,34 @@ def plot_scores(
     is_target = np.asarray(labels).astype(bool)
     ends = [(np.min(values), np.max(values)) for values in scores.values()]
     bins = np.linspace(min(low for low, _ in ends), max(high for _, high in ends), 61)
-    figure = _figure((6.4, 1.2 + 1.7 * len(scores)))
-    panels = figure.subplots(len(scores), sharex=True, squeeze=False)[:, 0]
+    height = 1.5 + 1.2 * len(scores)  # inches
+    figure = _figure((6.4, height), layout="none")  # panels touch
+    figure.subplots_adjust(0.06, 1 / height, 0.98, 1 - 0.4 / height, hspace=0)
+    panels = figure.subplots(len(scores), sharex=True, sharey=True, squeeze=False)[:, 0]
     rows = []
     for axes, (size, values) in zip(panels, scores.items()):
         values = np.asarray(values)
         look = {"bins": bins, "density": True, "histtype": "stepfilled", "edgecolor": "black"}
-        impostors = f"impostor ({np.sum(~is_target)})"
+        impostors = f"impostor ({np.sum(~is_target):,})"
         axes.hist(values[~is_target], facecolor="0.75", label=impostors, **look)
-        targets = f"target ({np.sum(is_target)})"
+        targets = f"target ({np.sum(is_target):,})"
         axes.hist(values[is_target], facecolor="none", hatch="////", label=targets, **look)
-        axes.axvline(thresholds[size], color="black", linestyle="--", label="threshold (EER)")
-        axes.set_ylabel(f"size {size}")
+        axes.axvline(thresholds[size], color="black", linestyle="--", label="threshold at the EER")
+        axes.text(0.01, 0.9, f"{size} dimensions", transform=axes.transAxes, va="top")
         axes.set_yticks([])
         counts = [np.histogram(values[chosen], bins)[0] for chosen in (is_target, ~is_target)]
         rows += [(size, *row) for row in zip(bins.tolist(), *(c.tolist() for c in counts))]
-    panels[-1].set_xlabel("score")
-    figure.suptitle("Scores of target and impostor trials")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    panels[-1].set_xlabel("score (cosine)")
+    figure.supylabel("density of trials", fontsize="medium")
+    panels[0].set_title("Scores of target and impostor trials")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="lower center", ncols=3)
     _save(figure, path, ["size", "from_score", "target", "impostor"], rows)
 
 
 def plot_eer_by_duration(bins: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
-    """Draw EER against the length of a trial's shorter clip, a line per size.
+    """Draw EER against the length of a trial's shorter utterance, a line per size.
+
+    Bands are 95 % intervals, where ``bins`` have them.
 
     Arguments
     ---------
@@ -264,24 +281,36 @@ def plot_eer_by_duration(bins: Sequence[Mapping[str, Any]], path: str | os.PathL
     >>> path = getfixture("tmp_path") / "eer_by_duration.png"
     >>> plot_eer_by_duration(bins, path)
     >>> print(path.with_suffix(".csv").read_text())
-    size,from_seconds,to_seconds,target,impostor,eer
-    64,1,4,9,9,0.1
+    size,from_seconds,to_seconds,target,impostor,eer,low,high
+    64,1,4,9,9,0.1,,
     <BLANKLINE>
     """
-    axes = _axes("length of the shorter clip (s)", "EER (%)", "EER against utterance length")
-    rows, styles = [], itertools.cycle(STYLES)
-    for size in dict.fromkeys(size for found in bins for size in found["eer"]):
-        found = [one for one in bins if size in one["eer"]]
+    axes = _axes("length of the shorter utterance (s)", "EER (%)", "EER against utterance length")
+    rows = []
+    drawn = [one for one in bins if one["eer"]]
+    has_intervals = all("eer_ci" in one for one in drawn)
+    sizes = dict.fromkeys(size for one in drawn for size in one["eer"])
+    for size, style in zip(sizes, itertools.cycle(STYLES)):
+        bounds = [one["eer_ci"][size] if has_intervals else ("", "") for one in drawn]
         rows += [
-            (size, *one["seconds"], one["target"], one["impostor"], one["eer"][size])
-            for one in found
+            (size, *one["seconds"], one["target"], one["impostor"], one["eer"][size], *ci)
+            for one, ci in zip(drawn, bounds)
         ]
-        percents = [100 * one["eer"][size] for one in found]
-        axes.plot(range(len(found)), percents, **next(styles), label=size)
-    seconds = [one["seconds"] for one in bins if one["eer"]]
-    labels = [f"{low:.1f} to {high:.1f}" for low, high in seconds]
-    axes.set_xticks(range(len(labels)), labels)
+        percents = [100 * one["eer"][size] for one in drawn]
+        axes.plot(range(len(drawn)), percents, **style, fillstyle="none", label=size)
+        if has_intervals:
+            low, high = 100 * np.array(bounds).T
+            places = range(len(drawn))
+            axes.fill_between(places, low, high, color=style["color"], alpha=0.12, linewidth=0)
+    labels = [
+        f"{low:.1f}–{high:.1f}\n{one['target']:,} / {one['impostor']:,}"
+        for one in drawn
+        for low, high in [one["seconds"]]
+    ]
+    axes.set_xticks(range(len(labels)), labels, fontsize="small")
+    axes.set_xlabel("length of the shorter utterance (s), target / impostor trials")
     axes.set_ylim(bottom=0)
-    axes.figure.legend(title="size", loc="outside right upper")
-    header = ["size", "from_seconds", "to_seconds", "target", "impostor", "eer"]
+    note = "; bands: 95 % intervals over speakers" if has_intervals and drawn else ""
+    axes.figure.legend(title=f"dimensions{note}", loc="outside lower center", ncols=4)
+    header = ["size", "from_seconds", "to_seconds", "target", "impostor", "eer", "low", "high"]
     _save(axes.figure, path, header, rows)

@@ -30,16 +30,16 @@ def agreement(
     Arguments
     ---------
     student : torch.Tensor
-        Of N clips that were not trained on, (N, D).
+        Of N utterances that were not trained on, (N, D).
     teachers : mapping of str to torch.Tensor
-        Of the same clips, {name: (N, D_t)}. Each is centred; the mean of their cosines counts.
+        Of the same utterances, {name: (N, D_t)}. Each is centred; the mean of their cosines counts.
     mrl_dims : sequence of int
         Prefix sizes, ascending.
 
     Returns
     -------
     dict
-        ``"64"`` -> correlation of the two cosines over all pairs of clips, 1 at best.
+        ``"64"`` -> correlation of the two cosines over all pairs of utterances, 1 at best.
 
     Example
     -------
@@ -165,9 +165,9 @@ def row_names(report: Mapping[str, Any]) -> dict[str, str]:
     """
     teacher = report["baselines"]["teacher"]
     return {
-        "start": "student at the start",
-        "ensemble_lda": "all teachers, LDA",
-        "ensemble": "all teachers, PCA",
+        "start": "student before training",
+        "ensemble_lda": "ensemble, LDA",
+        "ensemble": "ensemble, PCA",
         "pca_truncation": f"{teacher}, PCA",
         "lda_truncation": f"{teacher}, LDA",
         "naive_truncation": f"{teacher}, truncated",

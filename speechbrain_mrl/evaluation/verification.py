@@ -1,6 +1,6 @@
 """Speaker verification at every prefix: trial lists, scores, error rates with their intervals.
 
-Every clip is embedded once; all sizes are then scored out of one pass over the dimensions.
+Every utterance is embedded once; all sizes are then scored out of one pass over the dimensions.
 A trial is accepted when its score is at or above the threshold. Rates are fractions, 0..1.
 """
 
@@ -27,12 +27,12 @@ BOOTSTRAP_SEED = 1986
 
 @dataclass(frozen=True)
 class Trials:
-    """A trial list as indices into its unique clips: 580,000 trials take 5 MB.
+    """A trial list as indices into its unique utterances: 580,000 trials take 5 MB.
 
     Arguments
     ---------
     clip_ids : list of str
-        Unique clips, in order of first appearance, (N,).
+        Unique utterances, in order of first appearance, (N,).
     enrol, test : numpy.ndarray
         int32 indices into ``clip_ids``, (n_trials,). Trial i is line i + 1 of its list.
     labels : numpy.ndarray
@@ -79,7 +79,7 @@ class Trials:
         return cls(list(index), pairs[0], pairs[1], np.array(labels), source)
 
     def check_clips(self, available: Container[str]) -> None:
-        """Raise ValueError, naming the first line in need, if a clip is not in ``available``."""
+        """Raise ValueError, naming the first line, if an utterance is not in ``available``."""
         missing = np.array([clip_id not in available for clip_id in self.clip_ids])
         if not missing.any():
             return
@@ -87,12 +87,12 @@ class Trials:
         first = int(affected.argmax())
         clip = self.enrol[first] if missing[self.enrol[first]] else self.test[first]
         raise ValueError(
-            f"{self.source}, line {first + 1}: clip {self.clip_ids[clip]!r} is missing; "
-            f"{missing.sum()} of {len(missing)} clips are, which {affected.sum()} trials need"
+            f"{self.source}, line {first + 1}: utterance {self.clip_ids[clip]!r} is missing; "
+            f"{missing.sum()} of {len(missing)} utterances are, which {affected.sum()} trials need"
         )
 
     def stack(self, embeddings: Mapping[str, Tensor]) -> Tensor:
-        """Embeddings (D,) by clip id as the (N, D) matrix that scoring needs."""
+        """Embeddings (D,) by utterance id as the (N, D) matrix that scoring needs."""
         self.check_clips(embeddings)
         return torch.stack([embeddings[clip_id] for clip_id in self.clip_ids])
 
@@ -115,7 +115,7 @@ def read_trials(path: str | os.PathLike[str]) -> Trials:
 def read_clip_list(path: str | os.PathLike[str]) -> list[str]:
     """Clip ids out of a list with one a line, such as a cohort.
 
-    A line of anything but one id, a clip that comes twice and an empty list are a ValueError.
+    A line of anything but one id, an utterance that comes twice and an empty list are a ValueError.
 
     Example
     -------
@@ -128,10 +128,12 @@ def read_clip_list(path: str | os.PathLike[str]) -> list[str]:
     for number, line in enumerate(read_lines(path), start=1):
         fields = line.split()
         if len(fields) != 1:
-            raise ValueError(f"{path}, line {number}: expected one clip id, got {line!r}")
+            raise ValueError(f"{path}, line {number}: expected one utterance id, got {line!r}")
         first = clip_ids.setdefault(fields[0], number)
         if first < number:
-            raise ValueError(f"{path}, line {number}: clip {fields[0]!r} is on line {first} too")
+            raise ValueError(
+                f"{path}, line {number}: utterance {fields[0]!r} is on line {first} too"
+            )
     return list(clip_ids)
 
 
@@ -164,8 +166,8 @@ def score_trials(
     """
     if embeddings.ndim != 2 or len(embeddings) != len(trials.clip_ids):
         raise ValueError(
-            f"embeddings must be (N, D) with one row for each of {len(trials.clip_ids)} clips, "
-            f"got {tuple(embeddings.shape)}; Trials.stack puts them in order"
+            f"embeddings must be (N, D) with one row for each of {len(trials.clip_ids)} "
+            f"utterances, got {tuple(embeddings.shape)}; Trials.stack puts them in order"
         )
     sizes = check_mrl_dims(mrl_dims)
     if sizes[-1] > embeddings.shape[1]:
@@ -177,7 +179,7 @@ def score_trials(
     if broken:
         raise ValueError(
             f"{len(broken)} embeddings hold NaN or infinity, "
-            f"the first is of clip {trials.clip_ids[broken[0]]!r}"
+            f"the first is of utterance {trials.clip_ids[broken[0]]!r}"
         )
     blocks = list(itertools.pairwise([0, *sizes]))
     norms = torch.stack([*prefix_norms(embeddings, sizes, smallest=0.0).values()], dim=1)  # (N, K)
@@ -227,8 +229,8 @@ def evaluate_scores(
         Size -> scores, (n_trials,).
     trials : Trials
     n_bootstrap : int
-        Replicates for 95 % intervals over speakers (the first folder of each clip id, which must
-        agree with the labels), 0 for none. A target trial counts as often as its speaker was
+        Replicates for 95 % intervals over speakers (the first folder of each utterance id, which
+        must agree with the labels), 0 for none. A target trial counts as often as its speaker was
         drawn, an impostor trial the product of its two speakers' draws.
     calibrated : bool
         Whether the scores are log-likelihood ratios, for actual DCF and Cllr.
@@ -252,7 +254,7 @@ def evaluate_scores(
         size: {**ranking.summary(calibrated=calibrated)} for size, ranking in rankings.items()
     }
     if n_bootstrap:
-        draws = _bootstrap(
+        draws = bootstrap(
             trials,
             n_bootstrap,
             lambda weights: {
@@ -262,7 +264,7 @@ def evaluate_scores(
             },
         )
         for (size, name), values in draws.items():
-            results[size][f"{name}_ci"] = _interval(values)
+            results[size][f"{name}_ci"] = interval(values)
     for size, ranking in rankings.items():
         results[size]["threshold"] = ranking.eer()[1]
         results[size]["thresholds"] = ranking.far_thresholds()
@@ -318,12 +320,12 @@ def evaluate_runs(
         results[size][name] = value
     for size, found in results.items():
         found["eer_runs"] = [run[size].eer()[0] for run in rankings]
-    for (size, name), values in _bootstrap(trials, n_bootstrap, means).items():
-        results[size][f"{name}_ci"] = _interval(values)
+    for (size, name), values in bootstrap(trials, n_bootstrap, means).items():
+        results[size][f"{name}_ci"] = interval(values)
     return results
 
 
-def _bootstrap(
+def bootstrap(
     trials: Trials, n_bootstrap: int, measure: Callable[[np.ndarray], Mapping[Any, float]]
 ) -> dict[Any, list[float]]:
     """What ``measure(weights)`` gives, by its keys, over draws of the list's speakers.
@@ -338,7 +340,7 @@ def _bootstrap(
         raise ValueError(
             f"{trials.source}, line {contradicted.argmax() + 1}: the label contradicts the "
             "clips' first folders, which n_bootstrap takes for their speakers; "
-            "name clips speaker/... or set n_bootstrap=0"
+            "name utterances speaker/... or set n_bootstrap=0"
         )
     rng = np.random.default_rng(BOOTSTRAP_SEED)
     chances = np.full(len(names), 1 / len(names))
@@ -356,7 +358,7 @@ def _bootstrap(
     return found
 
 
-def _interval(values: Sequence[float]) -> list[float]:
+def interval(values: Sequence[float]) -> list[float]:
     return np.percentile(values, (2.5, 97.5)).tolist()
 
 
@@ -376,7 +378,7 @@ def compare(
     Arguments
     ---------
     embeddings_a, embeddings_b : torch.Tensor
-        Of the trials' clips, (N, D_a) and (N, D_b).
+        Of the trials' utterances, (N, D_a) and (N, D_b).
     trials, mrl_dims
         See ``score_trials``.
     n_bootstrap : int
@@ -442,65 +444,11 @@ def compare_scores(
         for size, (eer_a, eer_b) in eers().items()
     }
     if n_bootstrap:
-        draws = _bootstrap(
+        draws = bootstrap(
             trials,
             n_bootstrap,
             lambda weights: {str(size): a - b for size, (a, b) in eers(weights).items()},
         )
         for size, differences in draws.items():
-            results[size]["difference_ci"] = _interval(differences)
-    return results
-
-
-def eer_by_duration(
-    scores: Mapping[int, np.ndarray],
-    trials: Trials,
-    seconds: Mapping[str, float],
-    n_bins: int = 5,
-) -> list[dict[str, Any]]:
-    """EER of the trials whose shorter clip is short, longer, and so on.
-
-    Arguments
-    ---------
-    scores : mapping of int to array
-        Size -> scores, (n_trials,).
-    trials : Trials
-    seconds : mapping of str to float
-        Length of every clip, by its id.
-    n_bins : int
-        Bins with equally many target trials; fewer where many clips are of one length.
-
-    Returns
-    -------
-    list of dict
-        ``{"seconds": [low, high], "target": ..., "impostor": ..., "eer": {"64": ...}}``, the
-        shortest first, from the bin's lowest to its highest; without impostors ``eer`` is empty.
-
-    Example
-    -------
-    >>> trials = Trials.parse(["1 a/1 a/2", "0 a/1 b/1"])
-    >>> eer_by_duration({2: np.array([0.9, 0.1])}, trials, {"a/1": 2.0, "a/2": 4.0, "b/1": 3.0})
-    [{'seconds': [2.0, 2.0], 'target': 1, 'impostor': 1, 'eer': {'2': 0.0}}]
-    """
-    trials.check_clips(seconds)
-    lengths = np.array([seconds[clip_id] for clip_id in trials.clip_ids])
-    shorter = np.minimum(lengths[trials.enrol], lengths[trials.test])
-    parts = np.arange(n_bins) / n_bins
-    starts = np.unique(np.quantile(shorter[trials.labels], parts, method="higher"))
-    bins = np.searchsorted(starts[1:], shorter, side="right")
-    results = []
-    for index in range(len(starts)):
-        inside = bins == index
-        labels = trials.labels[inside]
-        rates = {}
-        if not labels.all():
-            rates = {str(d): Ranking(s[inside], labels).eer()[0] for d, s in scores.items()}
-        results.append(
-            {
-                "seconds": [float(shorter[inside].min()), float(shorter[inside].max())],
-                "target": int(labels.sum()),
-                "impostor": int((~labels).sum()),
-                "eer": rates,
-            }
-        )
+            results[size]["difference_ci"] = interval(differences)
     return results

@@ -75,14 +75,16 @@ def test_printed_report_is_an_aligned_table_in_percent(report, capsys):
     assert max(map(len, lines)) <= 100
     assert lines[0] == "120 target, 1650 impostor trials; corpus: demo"
     assert lines[1].split() == ["EER", "%", "4", "8", "16", "32"]
-    eers = {line[:22].strip(): line[22:].split() for line in lines[2:7]}
+    eers = {line[:25].strip(): line[25:].split() for line in lines[2:7]}
     assert list(eers) == [
-        "student", "student at the start", "all teachers, PCA", "better, PCA", "better, truncated",
+        "student", "student before training", "ensemble, PCA", "better, PCA", "better, truncated",
     ]  # fmt: skip
     assert eers["student"] == ["-", "-", "25.00", "-"]  # it has 16 only
-    assert eers["better, PCA"][-1] == eers["student at the start"][-1] == "-"
+    assert eers["better, PCA"][-1] == eers["student before training"][-1] == "-"
     ensemble = report["baselines"]["ensemble"]
-    assert eers["all teachers, PCA"] == [f"{100 * one['eer']:.2f}" for one in ensemble.values()]
+    assert eers["ensemble, PCA"] == [
+        f"{100 * one['eer']:.2f}" for one in ensemble.values()
+    ]
     assert lines[7].split() == ["minDCF", "4", "8", "16", "32"]
     assert lines[8].split() == ["student", "-", "-", "0.500", "-"]
     assert len({len(line) for line in lines[1:13]}) == 1
@@ -91,14 +93,14 @@ def test_printed_report_is_an_aligned_table_in_percent(report, capsys):
     assert lines[14].split()[:3] == ["worse", "(12)", f"{percent:.2f}"]
 
 
-def test_printed_gain_is_in_percent_points_with_its_interval(report, capsys):
+def test_printed_gain_is_in_percentage_points_with_its_interval(report, capsys):
     start, pca = report["gain"]["start"]["16"], report["gain"]["pca_truncation"]["16"]
     gain = {"start": {"16": start}, "pca_truncation": {"16": pca}}
     report["gain"] = gain | {"ensemble": report["gain"]["ensemble"]}
     report["baselines"]["pca_truncation"] = {"8": report["baselines"]["pca_truncation"]["8"]}
     print_report(report)
     *_, heads, row, note = capsys.readouterr().out.splitlines()
-    assert heads.split("  ")[-1].strip() == "all teachers, PCA"
+    assert heads.split("  ")[-1].strip() == "ensemble, PCA"
     assert row.split()[0] == "16" and row.endswith(" -1.25 (-2.00 to +0.50)")
     for one in (start, pca):
         low, high = one["eer_ci"]

@@ -10,7 +10,6 @@ from speechbrain_mrl.evaluation.verification import (
     BOOTSTRAP_SEED,
     Trials,
     compare,
-    eer_by_duration,
     evaluate,
     evaluate_scores,
     read_clip_list,
@@ -56,7 +55,9 @@ def test_a_broken_trial_list_is_refused_by_path_and_line(tmp_path, text, message
 def test_missing_clips_are_counted_and_the_first_trial_in_need_is_named():
     trials = Trials.parse(["1 a/1 a/2", "0 a/1 b/1", "0 b/1 c/1"], source="list.txt")
     embeddings = {"a/1": torch.ones(2), "a/2": torch.ones(2)}
-    with pytest.raises(ValueError, match=r"list.txt, line 2: clip 'b/1'.*2 of 4.*which 2 trials"):
+    with pytest.raises(
+        ValueError, match=r"list.txt, line 2: utterance 'b/1'.*2 of 4.*which 2 trials"
+    ):
         trials.stack(embeddings)
 
 
@@ -91,7 +92,7 @@ def test_an_embedding_that_is_not_finite_is_refused_by_clip(value):
 @pytest.mark.parametrize(
     ("shape", "mrl_dims", "message"),
     [
-        ((2, 4), [2], r"one row for each of 3 clips, got \(2, 4\)"),
+        ((2, 4), [2], r"one row for each of 3 utterances, got \(2, 4\)"),
         ((3, 4), [2, 8], r"\(2, 8\) do not fit embeddings of size 4"),
         ((3, 4), [4, 2], "ascending order"),
         ((3, 4), [], "ascending order"),
@@ -199,45 +200,12 @@ def test_every_size_can_be_compared_with_one_size_of_another_model(voices):
     assert "difference_ci" not in found["4"]
 
 
-def test_durations_split_the_trials_by_their_shorter_clip(voices):
-    trials, embeddings = voices
-    seconds = {clip_id: 1.0 + int(clip_id[-1]) for clip_id in trials.clip_ids}
-    scores = score_trials(embeddings, trials, [4, 16])
-    bins = eer_by_duration(scores, trials, seconds, n_bins=4)
-    # clips of a speaker last 1 to 5 s: of ten pairs 4, 3, 2 and 1 have a shorter one of 1 to 4 s
-    assert [found["seconds"] for found in bins] == [[1, 1], [2, 2], [3, 5]]
-    assert [found["target"] for found in bins] == [12 * 4, 12 * 3, 12 * (2 + 1)]
-    lengths = np.array([seconds[clip_id] for clip_id in trials.clip_ids])
-    shorter = np.minimum(lengths[trials.enrol], lengths[trials.test])
-    for found in bins:
-        low, high = found["seconds"]
-        inside = (shorter >= low) & (shorter <= high)
-        assert found["impostor"] == (~trials.labels[inside]).sum()
-        expected = reference_eer(scores[16][inside], trials.labels[inside])
-        assert found["eer"]["16"] == pytest.approx(expected, abs=1e-6)
-
-
-def test_clips_of_one_length_are_one_bin(voices):
-    trials, embeddings = voices
-    scores = score_trials(embeddings, trials, [4])
-    (found,) = eer_by_duration(scores, trials, dict.fromkeys(trials.clip_ids, 3.0))
-    assert found["seconds"] == [3.0, 3.0] and found["target"] == 120
-
-
-def test_a_duration_without_impostors_has_no_eer():
-    trials = Trials.parse(["1 a/1 a/2", "1 b/1 b/2", "0 a/1 b/1"])
-    seconds = {"a/1": 9.0, "a/2": 1.0, "b/1": 9.0, "b/2": 9.0}
-    short, long = eer_by_duration({4: np.array([0.9, 0.8, 0.1])}, trials, seconds, n_bins=2)
-    assert (short["impostor"], short["eer"]) == (0, {})
-    assert long["eer"] == {"4": 0.0}
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a/1\na/2 b/1\n", r"line 2: expected one clip id, got 'a/2 b/1'"),
-        ("", r"line 1: expected one clip id, got ''"),
-        ("a/1\na/2\na/1\n", r"line 3: clip 'a/1' is on line 1 too"),
+        ("a/1\na/2 b/1\n", r"line 2: expected one utterance id, got 'a/2 b/1'"),
+        ("", r"line 1: expected one utterance id, got ''"),
+        ("a/1\na/2\na/1\n", r"line 3: utterance 'a/1' is on line 1 too"),
     ],
 )
 def test_a_broken_clip_list_is_refused_by_path_and_line(tmp_path, text, message):
