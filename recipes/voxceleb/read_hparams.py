@@ -2,6 +2,9 @@
 
 import difflib
 import io
+import os
+import re
+import textwrap
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +16,38 @@ from speechbrain.utils.run_opts import RunOptions
 
 RUN_OPTIONS = RunOptions().as_dict()
 RECIPE = Path(__file__).resolve().parent
+HPARAMS = RECIPE.parents[1] / "hparams"
+
+
+def help_text(about, argv, default):
+    """What a script does, the keys of the YAML in ``argv`` with their comments, and run options.
+
+    Arguments
+    ---------
+    about : str
+        The script's docstring.
+    argv : list of str
+        The command line.
+    default : str
+        The YAML in ``hparams/`` that is shown if the command line has none.
+    """
+    hparams_file = next((one for one in argv if not one.startswith("-")), HPARAMS / default)
+    lines = []
+    for line in Path(hparams_file).read_text(encoding="utf-8").splitlines():
+        if key := re.match(r"([a-z]\w*):(.*?)(?: *# (.*))?$", line):
+            name, value, comment = key.groups()
+            option = f"--{name}={value.strip() or '{...}'}"
+            lines.append(f"  {option:33}  {comment or ''}".rstrip())
+        elif not line or line.startswith("# "):
+            lines.append(line.removeprefix("# "))
+    options = sorted(f"--{name}" for name in RUN_OPTIONS.keys() - {"param_file", "overridden_args"})
+    return (
+        f"{about.strip()}\n\n"
+        f"{os.path.relpath(hparams_file)}; each key may be given as --key=value\n\n"
+        + "\n".join(lines)
+        + "\n\nRun options, see speechbrain.utils.run_opts\n"
+        + textwrap.fill(" ".join(options), 96, initial_indent="  ", subsequent_indent="  ")
+    )
 
 
 def read_yaml(hparams_file, overrides: str = ""):

@@ -17,6 +17,7 @@ from corpus import prepare
 from hyperpyyaml import load_hyperpyyaml
 from read_hparams import (
     dumped,
+    help_text,
     is_demo,
     parse,
     read_yaml,
@@ -187,6 +188,8 @@ def train_stage(previous, hparams, corpus, run_opts, teachers, stores, **embed_o
 
 def main(argv):
     """Everything from the command line to the report."""
+    if {"-h", "--help"}.intersection(argv):
+        return print(help_text(__doc__, argv, "mrl_distill.yaml"))
     hparams_file, run_opts, overrides = sb.parse_arguments(argv)
     document = read_yaml(hparams_file, overrides)
     stages = split_stages(document)
@@ -288,7 +291,11 @@ def run(document, stages, run_opts):
         print(f"Report, plots and model/: {hparams['output_folder']}")
         if report is not None:
             model = f"{hparams['output_folder']}/model"
-            print(f"Next: python -m speechbrain_mrl publish {model} ORG/NAME --dry_run")
+            one, two, *_ = (clip.wav for clip in read_clips(corpus.test_csv))
+            print("Next:")
+            print(f"  python -m speechbrain_mrl info {model}")
+            print(f"  python -m speechbrain_mrl verify {model} {one} {two}")
+            print(f"  python -m speechbrain_mrl publish {model} ORG/NAME --dry_run")
         if demo:
             print(DEMO)
     return student

@@ -1,6 +1,6 @@
 """Verify any speaker encoder at every size: one or several trial lists, report, plots and table.
 
-python recipes/voxceleb/verify.py hparams/verify.yaml --source=<folder or Hub id> \
+python recipes/voxceleb/verify.py hparams/verify.yaml --source=<folder or Hub id> \\
     --data_folder=/data/VoxCeleb1 --trials=veri_test2.txt
 
 Embeddings are kept on disk: a run that died goes on, and another list costs only its new
@@ -18,7 +18,7 @@ import torch
 from check_hparams import VERIFICATION, check
 from command import limit_workers, run_command
 from hyperpyyaml import load_hyperpyyaml
-from read_hparams import parse, read_yaml, resolved, run_options
+from read_hparams import help_text, parse, read_yaml, resolved, run_options
 from speechbrain.utils.distributed import ddp_init_group, if_main_process
 from voxceleb_prepare import SAMPLE_RATE, find_recordings, read_headers
 
@@ -287,6 +287,8 @@ def report_on(hparams, trials, parts, cosines, params, started):
 
 def main(argv):
     """From the command line to the report."""
+    if {"-h", "--help"}.intersection(argv):
+        return print(help_text(__doc__, argv, "verify.yaml"))
     hparams_file, run_opts, overrides = sb.parse_arguments(argv)
     document = read_yaml(hparams_file, overrides)
     check(parse(document), VERIFICATION)

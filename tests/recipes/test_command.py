@@ -103,3 +103,19 @@ def test_workers_are_no_more_than_the_processors_of_this_process(monkeypatch):
     verification = {"num_workers": 2}
     command.limit_workers(verification)
     assert verification == {"num_workers": 2}
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["hparams/mrl_supervised.yaml", "-h"]])
+def test_help_lists_the_keys_of_the_yaml_with_their_comments(argv, capsys):
+    command.run_command(train.main, argv)
+    shown = capsys.readouterr().out
+    assert shown.startswith("Train a Matryoshka student")
+    supervised = len(argv) == 2
+    assert ("--margins=0.2" in shown) == supervised
+    assert ("--teachers=[b0, b1, b2, b6]" in shown) != supervised
+    (line,) = (line for line in shown.splitlines() if line.startswith("  --augment_prob"))
+    assert line.split(maxsplit=1) == [
+        "--augment_prob=0.8",
+        "of an utterance; the others stay clean",
+    ]
+    assert "--precision" in shown
