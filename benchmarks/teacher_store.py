@@ -2,8 +2,8 @@
 
 python benchmarks/teacher_store.py --teachers b0 b1 b2 --files=48
 
-Also the share of the log-mel front end in each teacher's time, which is what teachers of equal
-settings could save by computing it once, and the seconds of reading and decoding.
+Also the seconds of reading and decoding, and the share of the log-mel front end in each teacher's
+time. Teachers of equal settings could save that share by computing it once.
 """
 
 import shutil

@@ -1,5 +1,6 @@
-"""Lets mkdocstrings read SpeechBrain's docstrings: its section names are not numpydoc's."""
+"""Lets mkdocstrings read SpeechBrain's docstrings, and find the names that load on first use."""
 
+import ast
 import re
 
 import griffe
@@ -12,6 +13,10 @@ REFERENCE = re.compile(rf"\n*^Reference\n-+\n(.*?)(?=\n+{SECTION}|\Z)", re.M | r
 
 class Dialect(griffe.Extension):
     """Renames sections before they are parsed, and puts references before the first of them."""
+
+    def on_package(self, *, pkg, **kwargs):
+        for name, module in ast.literal_eval(str(pkg["_ON_FIRST_USE"].value)).items():
+            pkg.set_member(name, griffe.Alias(name, f"{pkg.name}.{module}.{name}"))
 
     def on_object(self, *, obj, **kwargs):
         if obj.docstring is None:

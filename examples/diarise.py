@@ -3,12 +3,11 @@
 python examples/diarise.py --model results/mrl_distill/1986/model \\
     --data_folder results/mrl_distill/1986/voices --trials results/mrl_distill/1986/lists/test_trials.txt
 
-Mixes conversations from a folder in VoxCeleb's layout (speakers take turns, no overlap), embeds a
-window of 1.5 s every 0.75 s once, clusters the windows by each size's prefix with
-SpeechBrain's ``do_spec_clustering``, and prints per size the diarisation error rate (DER: the share
-of the time that is given to the wrong speaker; speech is taken as known) and the median time of a
-clustering. Rates are means over conversations, intervals are 95 % of a bootstrap over
-conversations. Needs the extra ``diarisation``.
+Mixes conversations from a folder in VoxCeleb's layout; speakers take turns without overlap. Embeds a
+window of 1.5 s every 0.75 s, once. Clusters the windows by each prefix with SpeechBrain's
+``do_spec_clustering``. Prints for each size the diarisation error rate (DER) and the median time of
+a clustering. DER is the share of the time that is given to the wrong speaker; speech is taken as
+known. Rates are means over conversations, with 95 % intervals by bootstrap over conversations. Needs the extra ``diarisation``.
 """
 
 import argparse

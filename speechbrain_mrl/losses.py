@@ -40,9 +40,9 @@ class MatryoshkaDistillationLoss(nn.Module):
       batch of one utterance has no pairs and costs nothing.
     * ``aam``: additive angular margin on labels.
 
-    Where sizes follow different teachers, whose targets disagree on the dimensions that prefixes
-    share, the first three see the prefix through a linear map per size, trained with the student
-    (give the objective's parameters to the optimizer) and of no use afterwards. With several
+    Where sizes follow different teachers, their targets disagree on the dimensions that prefixes
+    share. The first three terms then compare a linear map of the prefix, one per size. It is trained
+    with the student (give the objective's parameters to the optimizer) and of no use afterwards. With several
     processes in training, all terms but ``aam`` see the utterances of all ranks, which must be
     equally many; gradients averaged over ranks are then those of one process with the whole batch.
     In eval mode each rank sees its own utterances.

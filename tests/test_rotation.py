@@ -122,7 +122,7 @@ def test_lda_finds_the_speakers_where_pca_finds_the_noise():
         ((torch.full((3, 4), torch.nan), [2]), "must be finite"),
         ((torch.randn(9, 4), [2], torch.zeros(8)), r"labels must be \(9,\), got \(8,\)"),
         ((torch.randn(9, 4), [2], torch.zeros(9)), "at least two speakers"),
-        ((torch.randn(9, 4), [2], torch.arange(9)), "9 speakers in 9 clips"),
+        ((torch.randn(9, 4), [2], torch.arange(9)), "9 speakers in 9 utterances"),
     ],
 )
 def test_unusable_clips_or_labels_are_refused(arguments, message):

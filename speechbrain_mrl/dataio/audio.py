@@ -15,7 +15,6 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 import soundfile
 import torch
-from scipy.signal import resample_poly
 from torch import Tensor
 from torchaudio.functional import resample
 
@@ -294,6 +293,8 @@ def _resample(wav: Tensor, rate: int, sample_rate: int) -> Tensor:
     period = math.gcd(rate, sample_rate)
     if max(rate, sample_rate) // period <= LARGEST_KERNEL:
         return resample(wav, rate, sample_rate)
+    from scipy.signal import resample_poly  # slow to import
+
     return torch.from_numpy(
         resample_poly(wav.numpy(), sample_rate // period, rate // period)
     ).float()

@@ -17,8 +17,8 @@ NOT_CONFIGURATION = {"training", "device", "device_type"}
 def fingerprint(encoder: Encoder) -> str:
     """SHA-256 over a module's tensors and configuration: changes when its embeddings may.
 
-    Configuration is what each module inside holds in plain attributes (numbers, text, lists and
-    mappings of them, tensors), but for those that start with ``_`` and the device. Of a published
+    Configuration is each inner module's plain attributes: numbers, text, lists and mappings of
+    them, tensors. The device and names that start with ``_`` do not count. Of a published
     ``EncoderClassifier`` it is the numbers of its ``hparams``: the rest is paths and run options. A
     callable that is no module must have an attribute ``fingerprint``, a string that does the same.
     """

@@ -1605,8 +1605,8 @@ def read_tensors(path: str | os.PathLike[str]) -> Any:
     Raises
     ------
     ValueError
-        If it is damaged, as far as its format has checksums (that of ``torch.save`` since torch 1.6
-        has, but torch does not look at them), or holds anything else.
+        If it holds anything else, or is damaged, as far as its format has checksums. That of
+        ``torch.save`` has them since torch 1.6, but torch does not check them.
     """
     with open(path, "rb") as file:
         try:

@@ -1,11 +1,10 @@
-"""A page for trying a published model out: compare two voices, find one among some, see a map.
+"""A page for trying a published model: compare two voices, find one among several, draw a map.
 
 python -m speechbrain_mrl.publish.space --model results/mrl_distill/1986/model
 
 This one file is everything that the model's Space runs: it is copied there unchanged, so it imports
 SpeechBrain, Gradio, scikit-learn, matplotlib and PyAV (the extra ``space``), never this package.
-Nothing that a visitor gives is kept: a recording is deleted once it has been read, its embedding
-stays in memory and is forgotten an hour after the last click.
+A recording is deleted once it has been read. Its embedding stays in memory for some minutes.
 """
 
 from __future__ import annotations
@@ -24,15 +23,15 @@ import numpy as np
 import torch
 
 SAMPLE_RATE = 16000  # Hz
-MIN_SECONDS, MAX_SECONDS = 1, 60  # of a recording; more is not listened to
-SILENCE = 1e-4  # a recording whose loudest sample is below has no voice in it
+MIN_SECONDS, MAX_SECONDS = 1, 60  # of a recording; the rest is not read
+SILENCE = 1e-4  # a recording whose largest sample is below holds no speech
 SEARCHED, RUNS = 100_000, 7  # voices of the search that is timed, and how often it is
 FULL_SCALE = 2.0**31  # no format's samples are larger
 READ_SECONDS = 20  # that decoding one recording may take
 WAITING = 20  # visitors who may wait for their turn; the next is told to come back
-KEPT_SECONDS = 600
-MIN_TSNE = 12  # recordings; fewer are drawn along their principal axes
-# FFmpeg's formats that hold sound of their own; playlists, which name other files, are not read
+KEPT_SECONDS = 600  # that an embedding stays in memory after its last use
+MIN_TSNE = 12  # recordings; fewer are drawn by PCA
+# FFmpeg's formats that hold audio themselves; playlists, which name other files, are not read
 FORMATS = "aac,aiff,amr,caf,flac,matroska,mov,mp3,ogg,w64,wav"
 
 Voice = tuple[np.ndarray, float]  # embedding (D,) and seconds of a recording
@@ -48,7 +47,7 @@ def read_voice(path: str | os.PathLike[str]) -> torch.Tensor:
     Raises
     ------
     Refusal
-        If it is no sound, shorter than a second, or silent.
+        If it is not audio, shorter than a second, or silent.
 
     Example
     -------
@@ -57,7 +56,7 @@ def read_voice(path: str | os.PathLike[str]) -> torch.Tensor:
     >>> read_voice(path)
     Traceback (most recent call last):
     ...
-    speechbrain_mrl.publish.space.Refusal: “notes.txt” cannot be read as sound; ...
+    speechbrain_mrl.publish.space.Refusal: “notes.txt” cannot be read as audio; ...
     """
     import av
 
@@ -78,17 +77,14 @@ def read_voice(path: str | os.PathLike[str]) -> torch.Tensor:
                     break
             blocks += [part.to_ndarray()[0] for part in to_mono.resample(None)]
     except (av.FFmpegError, IndexError, OSError, ValueError):  # IndexError: no audio stream
-        raise Refusal(
-            f"{name} cannot be read as sound; give a WAV, FLAC, Ogg, MP3 or M4A file."
-        ) from None
+        what = "cannot be read as audio; give a WAV, FLAC, Ogg, MP3 or M4A file."
+        raise Refusal(f"{name} {what}") from None
     wav = torch.from_numpy(np.concatenate(blocks or [np.zeros(0, np.float32)]))
-    wav = wav[: MAX_SECONDS * SAMPLE_RATE]
-    if len(wav) < MIN_SECONDS * SAMPLE_RATE:
-        raise Refusal(
-            f"{name} lasts {len(wav) / SAMPLE_RATE:.1f} s; at least {MIN_SECONDS} s is needed."
-        )
+    wav, seconds = wav[: MAX_SECONDS * SAMPLE_RATE], len(wav) / SAMPLE_RATE
+    if seconds < MIN_SECONDS:
+        raise Refusal(f"{name} lasts {seconds:.1f} s; at least {MIN_SECONDS} s is needed.")
     if not (wav.abs() <= FULL_SCALE).all():
-        raise Refusal(f"{name} holds numbers that are no sound; record it again.")
+        raise Refusal(f"{name} holds samples that are no audio; record it again.")
     if not wav.abs().max() > SILENCE:
         raise Refusal(f"{name} is silent; check the microphone.")
     return wav
@@ -118,60 +114,62 @@ class Model:
         }
         self.calibration = _read_json(Path(folder, "calibration.json")).get("dims")
         self.report = _read_json(Path(folder, "report.json"))
-        self.known: dict[str, tuple[float, Voice]] = {}  # by path: when, and what
+        self.known: dict[str, tuple[float, Voice]] = {}  # by path: last use, and what
 
     def embed(self, path: str) -> Voice:
         """Embedding (D,) and seconds of a recording, which is deleted.
 
-        One file that was uploaded twice has one path, so its embedding is kept for a while.
+        A path is the same in the next comparison, and for a file that is uploaded again, so the
+        embedding is kept for a while.
         """
         now = time.monotonic()
         recent = list(self.known.items())
         self.known = {one: kept for one, kept in recent if now - kept[0] < KEPT_SECONDS}
         if path in self.known and not os.path.exists(path):
-            return self.known[path][1]
-        try:
-            wav = read_voice(path)
-        finally:
-            Path(path).unlink(missing_ok=True)
-        with torch.no_grad():
-            embedding = self.encoder.encode_batch(wav.unsqueeze(0))[0, 0]
-        self.known[path] = now, (embedding.cpu().numpy(), len(wav) / SAMPLE_RATE)
-        return self.known[path][1]
+            voice = self.known[path][1]
+        else:
+            try:
+                wav = read_voice(path)
+            finally:
+                Path(path).unlink(missing_ok=True)
+            with torch.no_grad():
+                embedding = self.encoder.encode_batch(wav.unsqueeze(0))[0, 0]
+            voice = embedding.cpu().numpy(), len(wav) / SAMPLE_RATE
+        self.known[path] = now, voice
+        return voice
 
     def log_ratio(self, size: int, cosine: float, seconds: tuple[float, float]) -> float:
-        """Calibrated: log-likelihood ratio of one person against two."""
+        """Calibrated score: log-likelihood ratio of the same person against different people."""
         found = self.calibration[str(size)]
-        logs = np.log(sorted(seconds))  # the shorter clip first
+        logs = np.log(sorted(seconds))  # the shorter recording first
         if bounds := found.get("bounds"):  # no further than it was fitted
             logs = logs.clip(*np.transpose(bounds))
         quality = sum(factor * log for factor, log in zip(found["quality"], logs))
         return float(found["offset"] + found["scale"] * cosine + quality)
 
     def is_same(self, size: int, cosine: float, seconds: tuple[float, float]) -> bool | None:
-        """One person or not; None where the model came without calibration and threshold."""
+        """Same person or not; None for a model without calibration and threshold."""
         if self.calibration:
             return self.log_ratio(size, cosine, seconds) > 0
         return cosine >= self.thresholds[size] if size in self.thresholds else None
 
     def basis(self) -> str:
         """What verdicts rest on, in words."""
-        corpus = Path(self.report.get("corpus", "")).name
-        trials = f"the model's own trials ({corpus})" if corpus else "the model's own trials"
         if self.calibration:
             return (
-                "Calibrated: a probability holds if both answers are equally likely before "
-                "listening, and above 50 % the verdict is “same”. It was learned from recordings "
-                "of other people (calibration.json) and can be wrong where rooms, microphones or "
-                "the lengths of recordings differ from theirs."
+                "Calibrated: the probability assumes that both answers are equally likely "
+                "beforehand, and above 50 % the verdict is “same”. The calibration was fitted on "
+                "other speakers (calibration.json). It can be wrong where rooms, microphones or "
+                "durations differ from theirs."
             )
         if self.thresholds:
+            corpus = Path(self.report.get("corpus", "")).name
             return (
-                "Not calibrated: the model came without calibration.json, so a cosine is no "
-                f"probability. The threshold is where both kinds of error are equally frequent on "
-                f"{trials}."
+                "Not calibrated: the model has no calibration.json, so a cosine is not a "
+                "probability. The threshold is that of the equal error rate on the model's own "
+                f"trials{f' ({corpus})' if corpus else ''}."
             )
-        return "The model came without thresholds and calibration.json: cosines only, no verdict."
+        return "The model has neither thresholds nor calibration.json: cosines only, no verdict."
 
 
 def _read_json(path: Path) -> Any:
@@ -191,10 +189,9 @@ def prefix_cosines(size: int, one: np.ndarray, others: np.ndarray) -> np.ndarray
 
 
 def time_searches(sizes: list[int], n: int = SEARCHED, runs: int = RUNS) -> dict[int, float]:
-    """Seconds, by size, that comparing one voice with ``n`` takes here and now: the shortest of ``runs``.
+    """Seconds of an exact search among ``n`` embeddings, by size: the shortest of ``runs``.
 
-    One product and the place of the largest cosine, which is what an exact search does; its time
-    does not depend on the numbers.
+    One matrix product and the place of its maximum; the time does not depend on the numbers.
     """
     numbers, seconds = np.ones(n * max(sizes), np.float32), {}
     for size in sizes:
@@ -207,15 +204,13 @@ def time_searches(sizes: list[int], n: int = SEARCHED, runs: int = RUNS) -> dict
     return seconds
 
 
-def compare(model: Model, recordings: list[str | None], heard: dict[str, Voice]) -> str:
-    """Two recordings, at every size side by side. ``heard``: embeddings by path, added to."""
+def compare(model: Model, *paths: str | None) -> str:
+    """Two recordings, at every size side by side."""
     voices = []
-    for which, path in zip(("first", "second"), recordings):
+    for which, path in zip(("first", "second"), paths):
         if path is None:
             raise Refusal(f"Record or upload the {which} voice too.")
-        if path not in heard:
-            heard[path] = model.embed(path)
-        voices.append(heard[path])
+        voices.append(model.embed(path))
     (one, length), (two, other) = voices
     seconds, searches = (length, other), time_searches(model.sizes)
     cards = []
@@ -223,13 +218,12 @@ def compare(model: Model, recordings: list[str | None], heard: dict[str, Voice])
         cosine = float(prefix_cosines(size, one, two[None])[0])
         same = model.is_same(size, cosine, seconds)
         verdict = {True: "Same person", False: "Different people", None: "No verdict"}[same]
+        about = f"cosine <b>{cosine:.2f}</b>"
         if model.calibration:
             certainty = _percent(model.log_ratio(size, cosine, seconds))
             about = f"Probability of one person: <b>{certainty}</b><br>cosine {cosine:.2f}"
         elif size in model.thresholds:
-            about = f"cosine <b>{cosine:.2f}</b><br>threshold {model.thresholds[size]:.2f}"
-        else:
-            about = f"cosine <b>{cosine:.2f}</b>"
+            about += f"<br>threshold {model.thresholds[size]:.2f}"
         cards.append(
             f'<div class="card {str(same).lower()}"><h3>{size} dimensions</h3>'
             f"<p class=verdict>{verdict}</p><p>{about}</p>"
@@ -238,17 +232,16 @@ def compare(model: Model, recordings: list[str | None], heard: dict[str, Voice])
         )
     return (
         f"<div class=cards>{''.join(cards)}</div><p>{model.basis()}</p>"
-        "<p>Search times were measured just now on the computer that serves this page, the best of "
-        f"{RUNS}: one voice compared with each of {SEARCHED:,}, without an index, at 4 bytes per "
-        "dimension. Ten times the voices take ten times as long.</p>"
+        f"<p>Search times: measured just now on this server, the best of {RUNS} exact searches, "
+        "without an index, 4 bytes per dimension. Time grows linearly with the voices.</p>"
     )
 
 
 def _percent(log_ratio: float) -> str:
     percent = 100 / (1 + math.exp(-max(-50.0, log_ratio)))
-    return (
-        "over 99.9 %" if percent > 99.9 else "under 0.1 %" if percent < 0.1 else f"{percent:.1f} %"
-    )
+    if percent > 99.9:
+        return "over 99.9 %"
+    return "under 0.1 %" if percent < 0.1 else f"{percent:.1f} %"
 
 
 def enrol(model: Model, path: str | None, name: str, people: dict[str, list[Voice]]) -> str:
@@ -273,7 +266,7 @@ def find(model: Model, path: str | None, people: dict[str, list[Voice]]) -> str:
     if not people:
         raise Refusal("Enrol a voice or two first.")
     if path is None:
-        raise Refusal("Record or upload the voice to be found.")
+        raise Refusal("Record or upload the voice to find.")
     embedding, seconds = model.embed(path)
     columns = []
     for size in model.sizes:
@@ -296,15 +289,14 @@ def find(model: Model, path: str | None, people: dict[str, list[Voice]]) -> str:
     )
     cosine, best, same = columns[-1][0]
     verdict = {
-        True: f"Most like {html.escape(best)}, and near enough to be the same person.",
-        False: f"Most like {html.escape(best)}, but probably nobody who is enrolled.",
+        True: f"Most like {html.escape(best)}, probably the same person.",
+        False: f"Most like {html.escape(best)}, but probably none of the enrolled.",
         None: f"Most like {html.escape(best)}.",
     }[same]
     return (
-        f"<p class=verdict>{verdict}</p><div class=scroll><table><caption>Cosine of "
-        f"the first … dimensions</caption><tr><th></th>{heads}</tr>{rows}"
-        "</table></div><p>Names are in the order of their cosines, which stand beside them; those "
-        f"in bold are taken for the same person. {model.basis()}</p>"
+        f"<p class=verdict>{verdict}</p><div class=scroll><table><caption>Names by cosine, for "
+        f"each number of dimensions</caption><tr><th></th>{heads}</tr>{rows}</table></div>"
+        f"<p>Bold: same person by this model. {model.basis()}</p>"
     )
 
 
@@ -331,36 +323,28 @@ def draw_map(
         how = "t-SNE"
         places = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(points)
     groups = np.zeros(len(voices), int)
-    about = f"{len(voices)} recordings by {how} of {size} dimensions: near points sound alike."
+    about = (
+        f"{len(voices)} recordings by {how} of {size} dimensions: near points are similar voices."
+    )
     if size in model.thresholds:
-        clustering = AgglomerativeClustering(
-            n_clusters=None,
-            distance_threshold=1 - model.thresholds[size],
-            metric="cosine",
-            linkage="average",
+        options = {"n_clusters": None, "metric": "cosine", "linkage": "average"}
+        limit = model.thresholds[size]
+        groups = AgglomerativeClustering(**options, distance_threshold=1 - limit).fit_predict(
+            points
         )
-        groups = clustering.fit_predict(points)
         about += (
-            f" Colour and shape: {groups.max() + 1} voices that the model tells apart (average "
-            f"linkage, cosine {model.thresholds[size]:.2f})."
+            f" Colour and shape: {groups.max() + 1} voices by clustering (average linkage, cosine "
+            f"{limit:.2f})."
         )
     figure = Figure(figsize=(6.4, 5.6), layout="constrained")
     axes = figure.add_subplot(xticks=[], yticks=[], title=f"Voices at {size} dimensions ({how})")
     for group in range(groups.max() + 1):
         x, y = places[groups == group].T
-        color, marker = f"C{group % 10}", "osD^vP*X"[group % 8]
-        axes.scatter(x, y, s=60, color=color, marker=marker, edgecolors="black", linewidths=0.5)
-    if len(voices) <= 40:
-        for (name, _), place in zip(voices, places):
-            label = name if len(name) <= 16 else f"{name[:15]}…"
-            axes.annotate(
-                label,
-                place,
-                xytext=(6, 4),
-                textcoords="offset points",
-                fontsize=8,
-                parse_math=False,
-            )
+        look = {"color": f"C{group % 10}", "marker": "osD^vP*X"[group % 8], "edgecolors": "black"}
+        axes.scatter(x, y, s=60, linewidths=0.5, **look)
+    text = {"xytext": (6, 4), "textcoords": "offset points", "fontsize": 8, "parse_math": False}
+    for (name, _), place in zip(voices, places) if len(voices) <= 40 else ():
+        axes.annotate(name if len(name) <= 16 else f"{name[:15]}…", place, **text)
     axes.margins(0.15)
     return figure, about
 
@@ -386,13 +370,13 @@ def build(model: Model) -> Any:
             try:
                 return function(*arguments)
             except Refusal as refusal:
-                return [f"<p class=refusal role=alert>{html.escape(str(refusal))}</p>", *unchanged]
+                return [_refused(str(refusal)), *unchanged]
 
         return call
 
-    def on_compare(one: str | None, two: str | None, heard: dict[str, Voice]) -> list[Any]:
+    def on_compare(one: str | None, two: str | None) -> list[Any]:
         check_uploaded(one, two)
-        return [compare(model, [one, two], heard), heard]
+        return [compare(model, one, two)]
 
     def on_enrol(path: str | None, name: str, people: dict[str, list[Voice]]) -> list[Any]:
         check_uploaded(path)
@@ -420,33 +404,25 @@ def build(model: Model) -> Any:
             figure, about = draw_map(model, int(size), voices)
         except Refusal as refusal:
             about, bad = "", [str(refusal), *bad]
-        notes = "".join(f"<p class=refusal role=alert>{html.escape(note)}</p>" for note in bad)
-        return [figure, f"{notes}<p>{html.escape(about)}</p>"]
+        return [figure, f"{''.join(map(_refused, bad))}<p>{html.escape(about)}</p>"]
 
     def voice(label: str, elem_id: str) -> Any:
         sources: list[Literal["upload", "microphone"]] = ["upload", "microphone"]
-        return gr.Audio(
-            sources=sources,
-            type="filepath",
-            label=label,
-            elem_id=elem_id,
-            editable=False,
-            buttons=[],
-        )
+        options: dict[str, Any] = {"type": "filepath", "editable": False, "buttons": []}
+        return gr.Audio(sources=sources, label=label, elem_id=elem_id, **options)
 
     def memory(value: Any) -> Any:
         return gr.State(value, time_to_live=KEPT_SECONDS)
 
-    with gr.Blocks(
-        title="Voices at several sizes", analytics_enabled=False, delete_cache=(60, KEPT_SECONDS)
-    ) as page:
-        gr.HTML(INTRODUCTION.format(sizes=_listed(model.sizes), model=html.escape(model.name)))
+    options: dict[str, Any] = {"delete_cache": (60, KEPT_SECONDS), "analytics_enabled": False}
+    with gr.Blocks(title=TITLE, **options) as page:
+        sizes = " / ".join(map(str, model.sizes))
+        gr.HTML(INTRODUCTION.format(title=TITLE, sizes=sizes, model=html.escape(model.name)))
         with gr.Tab("Compare"):
             with gr.Row():
                 one, two = voice("First voice", "first"), voice("Second voice", "second")
-            button, heard = gr.Button("Same or different?", variant="primary"), memory({})
-            result = gr.HTML(elem_id="comparison")
-            button.click(guarded(on_compare, {}), [one, two, heard], [result, heard])
+            button = gr.Button("Same or different?", variant="primary")
+            button.click(guarded(on_compare), [one, two], [gr.HTML(elem_id="comparison")])
         with gr.Tab("Find"):
             people = memory({})
             with gr.Row():
@@ -467,13 +443,9 @@ def build(model: Model) -> Any:
             forget.click(lambda: [enrolled({}), "", {}], None, [listing, nearest, people])
         with gr.Tab("Map"):
             voices = memory([])
-            files = gr.File(
-                file_count="multiple", label="Recordings, at least three", elem_id="files"
-            )
+            files = gr.File(file_count="multiple", label="Recordings, 3 or more", elem_id="files")
             with gr.Row():
-                folder = gr.UploadButton(
-                    "Add a folder", file_count="directory", size="sm", elem_id="folder"
-                )
+                folder = gr.UploadButton("Add a folder", file_count="directory", size="sm")
                 clear = gr.Button("Forget all", size="sm")
             size = gr.Radio(model.sizes, value=model.sizes[0], label="Dimensions")
             note, plot = gr.HTML(elem_id="map"), gr.Plot(show_label=False)
@@ -485,25 +457,26 @@ def build(model: Model) -> Any:
     return page
 
 
-def _listed(sizes: list[int]) -> str:
-    *others, last = map(str, sizes)
-    return f"{', '.join(others)} or {last}" if others else last
+def _refused(sentence: str) -> str:
+    return f"<p class=refusal role=alert>{html.escape(sentence)}</p>"
 
+
+TITLE = "Voices at several sizes"
 
 INTRODUCTION = """
-<h1>Voices at several sizes</h1>
-<p>The model <b>{model}</b> turns a recording into a list of numbers, the <i>dimensions</i> of its
-voice. The first {sizes} of them can be compared on their own: fewer are searched faster, more tell
-voices apart better. Their cosine says how alike two voices are: 1 alike, 0 unrelated.</p>
+<h1>{title}</h1>
+<p>The model <b>{model}</b> turns a recording into an <i>embedding</i> of its voice, a list of
+numbers. It is usable at {sizes} dimensions, the first numbers of the list: a small size searches
+faster, a large one is more accurate. The cosine of two embeddings is 1 for the same direction and
+near 0 for unrelated voices.</p>
 """
 
 PRIVACY = f"""
-<p class=small><b>Recordings are not kept:</b> each is deleted as soon as it has been read (at the
-latest after {KEPT_SECONDS // 60 + 1} minutes if you upload it and click nothing), and its dimensions,
-which stay in memory, are forgotten an hour after your last click at the latest. A recording must last at least
-{MIN_SECONDS} second; of a longer one the first {MAX_SECONDS} seconds are used. Try only voices of
-people who agree to it. A verdict is no proof: voices can be imitated, and errors differ between
-languages, accents, ages and microphones.</p>
+<p class=small><b>Recordings are not kept.</b> A recording is deleted as soon as it is read, or
+{KEPT_SECONDS // 60 + 1} minutes after an upload without a click. Its embedding stays in memory and is
+forgotten an hour after your last click at the latest. A recording needs {MIN_SECONDS} second of
+audio; the first {MAX_SECONDS} seconds are used. Use voices only with consent. A verdict is no proof:
+voices can be imitated, and error rates differ between languages, accents, ages and microphones.</p>
 """
 
 CSS = """
@@ -522,13 +495,12 @@ CSS = """
 def main(arguments: list[str] | None = None) -> None:
     """Serve the page; in a Space, of the model and version that model.json beside this file names."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    given_by = Path(__file__).with_name("model.json")
-    parser.add_argument(
-        "--model", required=not given_by.is_file(), help="exported folder, or id on the Hub"
-    )
+    pin = Path(__file__).with_name("model.json")
+    about = "exported folder, or id on the Hub"
+    parser.add_argument("--model", required=not pin.is_file(), help=about)
     parser.add_argument("--revision", help="commit hash of the Hub's version; default: the newest")
     given = parser.parse_args(arguments)
-    pinned = _read_json(given_by) if given.model is None else vars(given)
+    pinned = _read_json(pin) if given.model is None else vars(given)
     launch(Model(pinned["model"], pinned["revision"]))
 
 
@@ -536,22 +508,10 @@ def launch(model: Model, **options: Any) -> Any:
     """Serve ``model``'s page; ``options`` are those of ``gradio.Blocks.launch``."""
     import gradio as gr
 
-    # Fonts of the visitor's own system: a page that fetches none tells nobody of the visit.
-    fonts: dict[str, Any] = {
-        "font": ["system-ui", "sans-serif"],
-        "font_mono": ["ui-monospace", "monospace"],
-    }
-    return (
-        build(model)
-        .queue(max_size=WAITING)
-        .launch(
-            theme=gr.themes.Default(**fonts),
-            css=CSS,
-            max_file_size="50mb",
-            footer_links=[],
-            **options,
-        )
-    )
+    # Fonts of the visitor's own system: the page makes no request to a font server.
+    theme = gr.themes.Default(font="system-ui", font_mono="ui-monospace")
+    options = {"theme": theme, "css": CSS, "max_file_size": "50mb", "footer_links": [], **options}
+    return build(model).queue(max_size=WAITING).launch(**options)
 
 
 if __name__ == "__main__":

@@ -88,8 +88,8 @@ def test_a_dimension_that_never_varies_is_left_out(stretched):
     ("n_clips", "speakers", "message"),
     [
         (10, ["a"] * 5 + ["b"] * 5, "size 16 needs more utterances than that, got 10"),
-        (20, ["a"] * 20, "1 speakers in 20 names for 20 clips"),
-        (20, ["a", "b"], "2 speakers in 2 names for 20 clips"),
+        (20, ["a"] * 20, "1 speakers in 20 names for 20 utterances"),
+        (20, ["a", "b"], "2 speakers in 2 names for 20 utterances"),
     ],
 )
 def test_too_little_to_fit_on_is_refused(n_clips, speakers, message):

@@ -89,7 +89,7 @@ def test_printed_report_is_an_aligned_table_in_percent(report, capsys):
     assert lines[8].split() == ["student", "-", "-", "0.500", "-"]
     assert len({len(line) for line in lines[1:13]}) == 1
     percent = 100 * report["baselines"]["teachers"]["worse"]["eer"]
-    assert lines[13] == "teachers, at full size   EER %  minDCF"
+    assert lines[13] == "teachers, at full size      EER %  minDCF"
     assert lines[14].split()[:3] == ["worse", "(12)", f"{percent:.2f}"]
 
 

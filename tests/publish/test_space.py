@@ -35,7 +35,7 @@ REPORT = {
 
 @pytest.fixture(scope="module")
 def student(tiny_config, random_model, voices):
-    """Random, with its mean taken out so that different voices point to different sides."""
+    """Random, its mean subtracted so that cosines of different voices have either sign."""
     model = MatryoshkaReDimNet.from_redimnet(random_model(tiny_config), 32, SIZES).eval()
     with torch.no_grad():
         clips = torch.stack([voices(speaker, 1.5) for speaker in range(6)])
@@ -120,11 +120,11 @@ def _write_playlist(path, other):
 
 
 BAD = [
-    (_write_text, "“bad.wav” cannot be read as sound; give a WAV, FLAC, Ogg, MP3 or M4A file."),
-    (_write_nothing, "“bad.wav” cannot be read as sound; give a WAV, FLAC, Ogg, MP3 or M4A file."),
+    (_write_text, "“bad.wav” cannot be read as audio; give a WAV, FLAC, Ogg, MP3 or M4A file."),
+    (_write_nothing, "“bad.wav” cannot be read as audio; give a WAV, FLAC, Ogg, MP3 or M4A file."),
     (_write_short, "“bad.wav” lasts 0.3 s; at least 1 s is needed."),
     (_write_silence, "“bad.wav” is silent; check the microphone."),
-    (_write_playlist, "“bad.wav” cannot be read as sound; give a WAV, FLAC, Ogg, MP3 or M4A file."),
+    (_write_playlist, "“bad.wav” cannot be read as audio; give a WAV, FLAC, Ogg, MP3 or M4A file."),
 ]
 
 
@@ -145,7 +145,7 @@ def test_a_bad_recording_is_one_sentence_and_is_deleted(model, tmp_path, write, 
 def test_verdicts_without_calibration_are_the_reports_thresholds(model, student, recording):
     pair = recording(1), recording(2)
     expected = cosines(student, *pair)
-    page = space.compare(model, list(pair), {})
+    page = space.compare(model, *pair)
     for size, cosine in expected.items():
         card = page.partition(f"<h3>{size} dimensions</h3>")[2].partition("</div>")[0]
         assert f"cosine <b>{cosine:.2f}</b><br>threshold 0.40" in card
@@ -163,7 +163,7 @@ def test_calibrated_verdicts_are_the_calibrations_probabilities(
     write_calibrations(fitted, folder / "calibration.json")
     pair = recording(1, seconds=2.5), recording(2, seconds=1.5)
     expected, page = cosines(student, *pair), None
-    page = space.compare(space.Model(str(folder)), list(pair), {})
+    page = space.compare(space.Model(str(folder)), *pair)
     for size, cosine in expected.items():
         log_ratio = fitted[size](np.array([cosine]), np.log([[1.5, 2.5]])).item()
         card = page.partition(f"<h3>{size} dimensions</h3>")[2].partition("</div>")[0]
@@ -175,15 +175,15 @@ def test_calibrated_verdicts_are_the_calibrations_probabilities(
 
 def test_a_model_without_a_report_gives_cosines_and_no_verdict(student, recording, tmp_path):
     model = space.Model(str(export_model(student, tmp_path / "bare")))
-    page = space.compare(model, [recording(1), recording(2)], {})
+    page = space.compare(model, recording(1), recording(2))
     assert "No verdict" in page and "threshold 0" not in page
 
 
 def test_a_recording_is_compared_again_after_its_file_is_gone(model, recording):
-    heard, first = {}, recording(1)
-    space.compare(model, [first, recording(1, clip=1)], heard)
+    first = recording(1)
+    space.compare(model, first, recording(1, clip=1))
     assert not os.path.exists(first)
-    assert "dimensions" in space.compare(model, [first, recording(2)], heard)
+    assert "dimensions" in space.compare(model, first, recording(2))
 
 
 def test_the_enrolled_are_in_the_order_of_the_cosines_with_their_mean(model, student, recording):
@@ -255,7 +255,7 @@ class Request:
 
     def compare(self, one, two):
         button = next(fn for fn in self.page.fns.values() if fn.api_name == "call")  # the first
-        body = {"data": [one, two, None], "fn_index": button._id, "session_hash": "s"}
+        body = {"data": [one, two], "fn_index": button._id, "session_hash": "s"}
         self._ask("/gradio_api/queue/join", body)
         with urllib.request.urlopen(
             f"{self.address}/gradio_api/queue/data?session_hash=s", timeout=60
@@ -308,7 +308,7 @@ def test_an_address_that_a_visitor_names_is_not_fetched(request_, elsewhere):
     address, asked = elsewhere
     answer = request_.compare(_stream(address), _stream(address))
     assert "Only recordings that you upload here are read." in answer
-    with pytest.raises(space.Refusal, match="cannot be read as sound"):
+    with pytest.raises(space.Refusal, match="cannot be read as audio"):
         space.read_voice(address)
     assert asked == []
 
@@ -330,7 +330,7 @@ def test_the_queue_has_an_end(request_):
     assert request_.page._queue.max_size == space.WAITING
 
 
-def test_one_file_uploaded_twice_is_heard_twice(model, recording, monkeypatch):
+def test_one_file_uploaded_twice_is_embedded_twice(model, recording, monkeypatch):
     path = recording(1)
     first, again = model.embed(path), model.embed(path)
     np.testing.assert_array_equal(first[0], again[0])
@@ -345,7 +345,7 @@ def test_samples_that_are_no_sound_are_refused(model, tmp_path, value):
     samples = 0.1 * np.ones(32000, np.float32)
     samples[9000] = value
     soundfile.write(tmp_path / "bad.wav", samples, 16000, "FLOAT")
-    with pytest.raises(space.Refusal, match="holds numbers that are no sound"):
+    with pytest.raises(space.Refusal, match="holds samples that are no audio"):
         model.embed(str(tmp_path / "bad.wav"))
 
 
@@ -400,9 +400,9 @@ class Visitor:
         self.browser.find_element(
             self.by.CSS_SELECTOR, f"#{place} button[aria-label=Clear]"
         ).click()
-        self.hear(place, path)
+        self.give(place, path)
 
-    def hear(self, place, path):
+    def give(self, place, path):
         """Upload a recording, and wait until its waveform can be played."""
         self.upload(place, path)
         self.browser.find_element(self.by.CSS_SELECTOR, f"#{place} button[aria-label=Clear]")
@@ -452,9 +452,9 @@ def test_two_uploads_and_a_click_give_a_verdict_and_leave_no_file(
     visitor.click("Same or different?")
     visitor.wait_for("comparison", "Record or upload the first voice too.")
     visitor.upload("first", bad)
-    visitor.hear("second", other)
+    visitor.give("second", other)
     visitor.click("Same or different?")
-    visitor.wait_for("comparison", "“bad.wav” cannot be read as sound")
+    visitor.wait_for("comparison", "“bad.wav” cannot be read as audio")
     visitor.replace("first", good)
     visitor.click("Same or different?")
     seen = visitor.wait_for("comparison", "Not calibrated")
@@ -469,12 +469,12 @@ def test_two_uploads_and_a_click_give_a_verdict_and_leave_no_file(
 def test_an_enrolled_voice_is_found_and_forgotten(visitor, recording, uploads):
     visitor.open("Find")
     for speaker in (1, 2):
-        visitor.hear("new", recording(speaker))
+        visitor.give("new", recording(speaker))
         name = visitor.browser.find_element(visitor.by.CSS_SELECTOR, "#name textarea, #name input")
         name.send_keys(f"Speaker {speaker}")
         visitor.click("Enrol")
         visitor.wait_for("enrolled", f"Speaker {speaker} (1)")
-    visitor.hear("asked", recording(2, clip=4))
+    visitor.give("asked", recording(2, clip=4))
     visitor.click("Find the nearest")
     visitor.wait_for("nearest", "Most like Speaker 2")
     assert kept(uploads) == []
@@ -489,7 +489,7 @@ def test_dropped_files_become_a_map_and_leave_no_file(visitor, recording, upload
     visitor.open("Map")
     visitor.upload("files", *[recording(speaker) for speaker in range(4)], bad)
     seen = visitor.wait_for("map", "4 recordings by PCA of 8 dimensions")
-    assert "“notes.txt” cannot be read as sound" in seen
+    assert "“notes.txt” cannot be read as audio" in seen
     images = visitor.browser.find_elements(visitor.by.CSS_SELECTOR, "img[alt], .plot img, img")
     assert any(int(image.get_property("naturalWidth")) > 300 for image in images)
     assert kept(uploads) == []
