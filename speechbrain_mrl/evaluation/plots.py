@@ -72,7 +72,7 @@ def write_plots(
         plot_eer_by_duration(report["by_duration"], folder / "eer_by_duration.png")
 
 
-def _figure(size: tuple[float, float] = (6.4, 4.8), layout: str = "constrained") -> Any:
+def _figure(size: tuple[float, float] = (6.4, 4.8), layout: Any = "constrained") -> Any:
     require("matplotlib", "a plot")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -327,7 +327,7 @@ def draw_map(
         f"{len(voices)} recordings by {how} of {size} dimensions: near points are similar voices."
     )
     if size in model.thresholds:
-        options = {"n_clusters": None, "metric": "cosine", "linkage": "average"}
+        options: dict[str, Any] = {"n_clusters": None, "metric": "cosine", "linkage": "average"}
         limit = model.thresholds[size]
         groups = AgglomerativeClustering(**options, distance_threshold=1 - limit).fit_predict(
             points
@@ -340,9 +340,18 @@ def draw_map(
     axes = figure.add_subplot(xticks=[], yticks=[], title=f"Voices at {size} dimensions ({how})")
     for group in range(groups.max() + 1):
         x, y = places[groups == group].T
-        look = {"color": f"C{group % 10}", "marker": "osD^vP*X"[group % 8], "edgecolors": "black"}
+        look: dict[str, Any] = {
+            "color": f"C{group % 10}",
+            "marker": "osD^vP*X"[group % 8],
+            "edgecolors": "black",
+        }
         axes.scatter(x, y, s=60, linewidths=0.5, **look)
-    text = {"xytext": (6, 4), "textcoords": "offset points", "fontsize": 8, "parse_math": False}
+    text: dict[str, Any] = {
+        "xytext": (6, 4),
+        "textcoords": "offset points",
+        "fontsize": 8,
+        "parse_math": False,
+    }
     for (name, _), place in zip(voices, places) if len(voices) <= 40 else ():
         axes.annotate(name if len(name) <= 16 else f"{name[:15]}…", place, **text)
     axes.margins(0.15)
