@@ -82,9 +82,7 @@ def test_printed_report_is_an_aligned_table_in_percent(report, capsys):
     assert eers["student"] == ["-", "-", "25.00", "-"]  # it has 16 only
     assert eers["better, PCA"][-1] == eers["student before training"][-1] == "-"
     ensemble = report["baselines"]["ensemble"]
-    assert eers["ensemble, PCA"] == [
-        f"{100 * one['eer']:.2f}" for one in ensemble.values()
-    ]
+    assert eers["ensemble, PCA"] == [f"{100 * one['eer']:.2f}" for one in ensemble.values()]
     assert lines[7].split() == ["minDCF", "4", "8", "16", "32"]
     assert lines[8].split() == ["student", "-", "-", "0.500", "-"]
     assert len({len(line) for line in lines[1:13]}) == 1
