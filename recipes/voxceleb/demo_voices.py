@@ -22,7 +22,7 @@ from scipy.fft import irfft, next_fast_len
 from scipy.signal import butter, fftconvolve, resample_poly, sosfilt
 from tqdm import tqdm
 
-from speechbrain_mrl.utils import replacing, require
+from speechbrain_mrl.utils import replacing, require, writing
 
 SAMPLE_RATE = 16000  # Hz
 CLIPS_PER_SESSION = 2
@@ -205,13 +205,14 @@ def _make_speakers(wav_folder, voices, clips_per_speaker, seconds, seed, speaker
         for clip in range(clips_per_speaker):
             session = clip // CLIPS_PER_SESSION
             folder = wav_folder / f"demo{speaker:04d}" / f"s{session:02d}"
-            folder.mkdir(parents=True, exist_ok=True)
             rng = np.random.default_rng([seed, speaker, clip])
             session_rng = np.random.default_rng([seed, speaker, session, 1])
             length = round((seconds + rng.uniform(-0.5, 0.5)) * SAMPLE_RATE)
             speech = synthesizer.speak(voices[speaker], length, rng)
             wav = _record(speech, babble, session_rng, rng)
-            soundfile.write(folder / f"{clip:05d}.wav", wav, SAMPLE_RATE)
+            with writing(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                soundfile.write(folder / f"{clip:05d}.wav", wav, SAMPLE_RATE)
     return len(speakers)
 
 

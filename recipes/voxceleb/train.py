@@ -55,7 +55,7 @@ from speechbrain_mrl.training.projection import (
     start_new_dimensions,
 )
 from speechbrain_mrl.training.teachers import SegmentTeachers
-from speechbrain_mrl.utils import check_device, choose_device, only_run, replacing
+from speechbrain_mrl.utils import check_device, choose_device, only_run, replacing, writing
 
 DEMO = "demo: synthetic voices and small demo teachers, no figure here is a VoxCeleb figure"
 
@@ -217,7 +217,8 @@ def run(document, stages, run_opts):
     if if_main_process():
         with replacing(kept) as part:
             part.write_text(dumped(document))
-    sb.create_experiment_directory(hparams["output_folder"], kept, log_config=LOG_CONFIG)
+    with writing(hparams["output_folder"]):
+        sb.create_experiment_directory(hparams["output_folder"], kept, log_config=LOG_CONFIG)
     corpus = prepare(hparams, debug)
 
     embed_options = {

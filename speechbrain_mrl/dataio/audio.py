@@ -372,7 +372,7 @@ def _by_av(file: BinaryIO, stack: contextlib.ExitStack) -> _Recording:
         seconds = Fraction(container.duration or 0, av.time_base)
 
     def blocks(first: int = 0, count: int = -1) -> Iterator[np.ndarray]:
-        """From the beginning: a seek in AAC lands on a frame without its overlap."""
+        """From the beginning: an AAC decoder's noise (PNS) depends on all frames before."""
         end, position, kind = math.inf if count == -1 else first + count, 0, None
         for frame in _frames(av, container, name):
             if frame.sample_rate != rate:
@@ -380,6 +380,9 @@ def _by_av(file: BinaryIO, stack: contextlib.ExitStack) -> _Recording:
             if (frame.format.name, frame.layout.name) != kind:
                 kind = frame.format.name, frame.layout.name
                 to_float = av.AudioResampler(format="fltp")  # sample format only
+            if position + frame.samples <= first:
+                position += frame.samples
+                continue
             for part in to_float.resample(frame):
                 block = part.to_ndarray()
                 begin, position = position, position + block.shape[1]

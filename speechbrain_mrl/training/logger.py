@@ -88,13 +88,15 @@ class TrainingLog(FileTrainLogger):
         self, step: int, stats_meta: Mapping[str, Any], named: Mapping[str, Any]
     ) -> None:
         """Go on after ``step`` epochs; a training that was killed goes on with its curves."""
+        folder = self.table.with_name("tensorboard")
         if self.curves is None:
-            self.curves = TensorboardLogger(str(self.table.with_name("tensorboard")))
+            with writing(folder):
+                self.curves = TensorboardLogger(str(folder))
         steps = {name: dict.fromkeys(stats or (), step) for name, stats in named.items()}
         self.curves.global_step = {"meta": step, **steps}
         numbers = {k: v for k, v in stats_meta.items() if not isinstance(v, str)}
         stats = {f"{name}_stats": stats for name, stats in named.items()}
-        with writing(self.table.with_name("tensorboard")):
+        with writing(folder):
             self.curves.log_stats(numbers, **stats)
             self.curves.writer.flush()
 

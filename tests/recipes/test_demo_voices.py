@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import soundfile
 from demo_voices import _draw_voices, make_demo_corpus
+from test_utils import full_disk
 from voxceleb_prepare import prepare_voxceleb
 
 
@@ -36,6 +37,13 @@ def test_corpus_has_the_promised_clips_two_to_a_session(corpus):
         for speaker, clip in itertools.product(range(12), range(5))
     }
     assert set(contents(corpus)) == expected
+
+
+def test_a_full_disk_is_one_sentence_that_names_the_folder(tmp_path):
+    pytest.importorskip("espeakng_loader")
+    message = f"cannot write {tmp_path}/wav/demo0000/s00: .*make room"
+    with full_disk(tmp_path), pytest.raises(OSError, match=message):
+        make_demo_corpus(tmp_path, n_speakers=2, clips_per_speaker=1)
 
 
 def test_clips_are_16_khz_mono_of_the_asked_length_and_a_sane_level(corpus):

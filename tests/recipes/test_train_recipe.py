@@ -1,6 +1,7 @@
 """The recipe end to end: lists, teachers, student, report; from the YAML, as a user runs it."""
 
 import csv
+import errno
 import json
 import os
 import subprocess
@@ -320,6 +321,15 @@ def test_two_processes_train_one_student(small_corpus, release_file, tiny_config
     assert [line.split(",")[0] for line in log] == ["epoch: 0", "epoch: 1"]
     assert done.stdout.count("teachers, at full size") == 1
     assert (tmp_path / "run" / "model" / "hyperparams.yaml").exists()
+
+
+def test_a_disk_that_is_full_at_the_start_is_named(run, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(sb, "create_experiment_directory", full)
+    with pytest.raises(OSError, match=f"cannot write {tmp_path / 'run'}: .*No space left"):
+        run()
 
 
 def test_an_unknown_key_is_refused(run):

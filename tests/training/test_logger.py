@@ -1,9 +1,11 @@
 import csv
+import errno
 import sys
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from speechbrain_mrl.training import logger
 from speechbrain_mrl.training.logger import TrainingLog
 
 
@@ -44,6 +46,15 @@ def test_curves_go_on_after_a_kill_and_leave_out_names(tmp_path):
     assert set(found.Tags()["scalars"]) == tags | {"eer/64/valid", "agreement/64/valid"}
     points = [(point.step, round(point.value, 4)) for point in found.Scalars("eer/64/valid")]
     assert points == [(1, 0.1), (2, 0.05), (3, 0.0333)]
+
+
+def test_curves_that_cannot_be_begun_are_named(tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(logger, "TensorboardLogger", full)
+    with pytest.raises(OSError, match=f"cannot write {tmp_path}/tensorboard: .*No space left"):
+        log_epochs(TrainingLog(tmp_path / "train_log.txt", tensorboard=True), [1])
 
 
 def test_without_tensorboard_the_extra_is_named(tmp_path, monkeypatch):
