@@ -1,4 +1,5 @@
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from speechbrain_mrl.models.redimnet import ReDimNet
 from speechbrain_mrl.models.redimnet2 import ReDimNet2
 
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # of programs that tests run: one test a core runs as it is
 sys.modules.setdefault("openvino_telemetry", None)  # OpenVINO would report its use over the network
 
 PARITY = Path(__file__).parent / "parity"
