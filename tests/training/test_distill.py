@@ -1,5 +1,6 @@
 import copy
 import itertools
+from collections import Counter
 from functools import partial
 from types import SimpleNamespace
 
@@ -22,13 +23,14 @@ from speechbrain_mrl import (
     train_distilled_mrl,
 )
 from speechbrain_mrl.dataio.audio import read_audio
-from speechbrain_mrl.dataio.clips import find_clips, read_clips, speaker_of, write_clips
+from speechbrain_mrl.dataio.clips import Clip, find_clips, read_clips, speaker_of, write_clips
 from speechbrain_mrl.dataio.dataset import train_dataset, valid_dataset
 from speechbrain_mrl.evaluation.verification import Trials
 from speechbrain_mrl.inference.extract import embed_clips
 from speechbrain_mrl.inference.store import TeacherStore
 from speechbrain_mrl.rotation import matryoshka_rotation
 from speechbrain_mrl.training import distill as training
+from speechbrain_mrl.training import projection
 from speechbrain_mrl.training.distill import MRLBrain, finish_head, fit_objective
 from speechbrain_mrl.training.teachers import SegmentTeachers
 
@@ -248,6 +250,21 @@ def test_a_pretrained_student_starts_near_the_target_of_its_teachers(
     torch.testing.assert_close(
         own[:, :k].double(), found["one"].double() @ torch.from_numpy(turn), atol=1e-3, rtol=1e-3
     )
+
+
+def test_an_output_layer_is_fitted_on_some_utterances_of_speakers_all_over_the_list(monkeypatch):
+    monkeypatch.setattr(projection, "HEAD_CLIPS", 50)
+    counts = {f"id{i}": 4 if i % 3 else 25 for i in range(40)}
+    clips = [
+        Clip(f"{speaker}/{session}/0.wav", "", 0, 1)
+        for speaker, count in counts.items()
+        for session in range(count)
+    ]
+    found = Counter(speaker_of(clip.id) for clip in projection.spread_speakers(clips))
+    assert sum(found.values()) <= 50 and len(found) >= 7
+    assert all(n == min(counts[speaker], 9) for speaker, n in found.items())  # 25 by steps of 3
+    assert any(int(speaker[2:]) < 10 for speaker in found)
+    assert any(int(speaker[2:]) >= 30 for speaker in found)
 
 
 @pytest.mark.parametrize("channel", [0.01, 3.0])
