@@ -9,6 +9,7 @@ from configparser import ConfigParser
 from contextlib import chdir
 from pathlib import Path
 
+import encoders
 import huggingface_hub
 import numpy as np
 import publish
@@ -108,6 +109,7 @@ def workplace(tmp_path_factory, tiny_config, random_model, small_corpus, voices)
     shutil.copytree(small_corpus / "wav", place / "data" / "recordings")
     shutil.copytree(small_corpus / "wav", place / "calls")
     clips = ["id00/s0/0.wav", "id00/s1/0.wav", "id01/s0/0.wav"]
+    encoders.write_published(place / "speechbrain" / "spkrec-ecapa-voxceleb", "ecapa")
     lines = f"1 {clips[0]} {clips[1]}\n0 {clips[0]} {clips[2]}\n"
     (place / "data" / "veri_test2.txt").write_text(lines)
     return place

@@ -46,6 +46,10 @@ def is_model(value):
     return known or text_like(HUB_ID)(value)
 
 
+def is_published(value):
+    return is_place(value) and os.path.isdir(value) or text_like(HUB_ID)(value)
+
+
 Count, Whole = Annotated[int, Field(ge=1)], Annotated[int, Field(ge=0)]
 Several, Seed = Annotated[int, Field(ge=2)], Annotated[int, Field(ge=0, lt=2**32)]
 Above0, Share = Annotated[float, Field(gt=0)], Annotated[float, Field(ge=0, le=1)]
@@ -57,6 +61,7 @@ Place = must_be("an existing file or folder", is_place)
 Places = must_be("existing files or folders", is_place, many=True)
 Model = must_be("a released name, file, folder, Hub id or object", is_model)
 Models = must_be("released names, files, folders, Hub ids or objects", is_model, many=True)
+Published = must_be("an existing folder or a Hub id", is_published)
 Object = Annotated[Any, AfterValidator(check_object)]
 Loader = Annotated[dict, AfterValidator(lambda given: check_arguments(DataLoader, given))]
 TRAINING = [  # of one stage of hparams/mrl_*.yaml
@@ -92,6 +97,7 @@ OPTIONAL = [  # left out where nothing needs it
     (Text, "teacher_store teacher_train_type teacher_dataset student_train_type student_dataset"),
     (must_be("a released name, a file or a model_config", is_backbone), "backbone"),
     (bool, "pretrained"),
+    (Published | None, "pretrained_encoder"),
     (NotNegative, "margin_epochs"),
     (Literal["fp32", "fp16", "bf16"], "precision eval_precision"),
     (Count, "grad_accumulation_factor"),

@@ -20,6 +20,7 @@ NEEDED = {  # keys that go with a value of another
     ("speaker_folders", True): ("train_speakers", "valid_speakers", "test_speakers"),
     ("speaker_folders", False): ("test_folder",),
     ("pretrained", True): ("backbone", "student_train_type", "student_dataset"),
+    ("embedding_model", "any"): ("pretrained_encoder",),
     ("teachers", "any"): (
         "taught_by",
         "teacher_train_type",
@@ -78,7 +79,7 @@ def contradictions(given):
     for (key, value), keys in NEEDED.items():
         missing = [name for name in keys if name not in given]
         if missing and given.get(key) is not None and value in (given[key], "any"):
-            yield f"{key} is {given[key]}, for which the YAML lacks {missing}"
+            yield f"{key} is {shown(given[key])}, for which the YAML lacks {missing}"
     check_mrl_dims(given["mrl_dims"], given["embed_dim"])
     for part in ("student", "objective"):
         sizes = given[part].arguments.get("mrl_dims", given["mrl_dims"])

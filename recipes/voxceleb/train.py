@@ -29,7 +29,7 @@ from speechbrain.dataio.encoder import CategoricalEncoder
 from speechbrain.utils.distributed import ddp_init_group, if_main_process
 from training_results import enrol, export, report_agreement, report_on
 
-from speechbrain_mrl import matryoshka_rotation, push_to_hub
+from speechbrain_mrl import MatryoshkaEncoder, matryoshka_rotation, push_to_hub
 from speechbrain_mrl.dataio.clips import read_clips, speaker_of
 from speechbrain_mrl.dataio.dataset import seed_draws, train_dataset, valid_dataset
 from speechbrain_mrl.dataio.lists import read_rows
@@ -38,6 +38,7 @@ from speechbrain_mrl.evaluation.verification import read_trials
 from speechbrain_mrl.inference.encoders import choose_teachers, load_teachers
 from speechbrain_mrl.inference.extract import embed_clips
 from speechbrain_mrl.inference.store import TeacherStore
+from speechbrain_mrl.models.matryoshka import architecture_of
 from speechbrain_mrl.models.pretrained import load_checkpoint, load_released
 from speechbrain_mrl.models.resize import resize_model
 from speechbrain_mrl.training.checkpoints import starting_point
@@ -66,8 +67,16 @@ def load_stage(document):
     The student has that network's architecture, whatever is usual for its name.
     """
     tree = parse(document)
+    if tree.get("pretrained_encoder") is not None:
+        network = MatryoshkaEncoder.from_hparams(tree["pretrained_encoder"])
+        hparams = load_hyperpyyaml(resolved({**document, "student": None}))
+        student = resize_model(network, hparams["mrl_dims"])
+        return hparams | {"student": student, "backbone": network, "pretrained": True}
     if not tree.get("pretrained"):
-        return load_hyperpyyaml(resolved(document))
+        hparams = load_hyperpyyaml(resolved(document))
+        if isinstance(hparams["student"], MatryoshkaEncoder):
+            hparams["student"].architecture = architecture_of(dumped(document), "student")
+        return hparams
     if Path(tree["backbone"]).is_file():
         network = load_checkpoint(tree["backbone"])
     else:

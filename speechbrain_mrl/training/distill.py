@@ -21,7 +21,7 @@ from speechbrain_mrl.inference.encoders import load_teachers
 from speechbrain_mrl.inference.store import TeacherStore
 from speechbrain_mrl.losses import MatryoshkaDistillationLoss
 from speechbrain_mrl.models.pretrained import ReDimNetMRL, load_checkpoint, load_released
-from speechbrain_mrl.models.redimnet import MatryoshkaReDimNet, ReDimNet
+from speechbrain_mrl.models.redimnet import MatryoshkaHead, ReDimNet
 from speechbrain_mrl.training.brain import MRLBrain
 from speechbrain_mrl.training.checkpoints import AtomicCheckpointer
 from speechbrain_mrl.training.defaults import DEFAULTS, default_augment
@@ -38,7 +38,7 @@ from speechbrain_mrl.utils import check_device, only_run
 
 
 def train_student(
-    student: MatryoshkaReDimNet,
+    student: MatryoshkaHead,
     objective: nn.Module,
     train_set: Any,
     valid_set: Any,
@@ -51,7 +51,7 @@ def train_student(
 
     Arguments
     ---------
-    student : MatryoshkaReDimNet
+    student : ReDimNetMRL or MatryoshkaEncoder
         Changed in place.
     objective : torch.nn.Module
         Called as ``MatryoshkaDistillationLoss``; fitted on the training clips' embeddings.
@@ -155,7 +155,7 @@ def train_distilled_mrl(
     lr: float = DEFAULTS["lr"],
     num_workers: int = 0,
     device: str | None = None,
-) -> ReDimNetMRL:
+) -> MatryoshkaHead:
     """Distil teachers into one Matryoshka student, without a YAML and without labels.
 
     It trains what ``hparams/mrl_amalgamate.yaml`` trains; defaults are the recipe's. A call that was
@@ -170,7 +170,8 @@ def train_distilled_mrl(
     student_config : dict
         ``embed_dim`` and ``mrl_dims`` of ``ReDimNetMRL``, and ``backbone``: a released name, "b2" if
         there is none, whose weights are downloaded once unless ``pretrained`` is False; a checkpoint
-        file or a ``ReDimNet``, from which the student starts too; or a model_config, at random.
+        file, a ``ReDimNet`` or a ``MatryoshkaEncoder``, whose sizes are then the defaults, from which
+        the student starts too; or a model_config, at random.
     data : path or torch.utils.data.DataLoader
         A folder of recordings of any structure, a CSV (ID, wav, start and stop in samples at
         16 kHz), or a DataLoader of SpeechBrain batches with ``id`` and ``sig``, which the teachers
@@ -197,12 +198,13 @@ def train_distilled_mrl(
 
     Returns
     -------
-    ReDimNetMRL
+    ReDimNetMRL or MatryoshkaEncoder
         In eval mode.
     """
     device = check_device(device)
-    sizes = {key: student_config.get(key, DEFAULTS[key]) for key in ("embed_dim", "mrl_dims")}
     backbone = student_config.get("backbone", DEFAULTS["backbone"])
+    usual = vars(backbone) if isinstance(backbone, MatryoshkaHead) else DEFAULTS
+    sizes = {key: student_config.get(key, usual[key]) for key in ("embed_dim", "mrl_dims")}
     if unknown := sorted(set(student_config) - {*sizes, "backbone", "pretrained"}):
         raise ValueError(
             f"student_config takes embed_dim, mrl_dims, backbone and pretrained, got {unknown}"
@@ -245,7 +247,7 @@ def train_distilled_mrl(
         batch_size = min(batch_size, len(train_set))
         some = spread(splits[sb.Stage.TRAIN])
 
-    def rotate_to_teachers(student: MatryoshkaReDimNet) -> None:
+    def rotate_to_teachers(student: MatryoshkaHead) -> None:
         store, dim = stores[sb.Stage.TRAIN], start.embed_dim
         align_head(student.to(device), dim, objective, store, some, **embed_options)
 
@@ -253,7 +255,7 @@ def train_distilled_mrl(
     if start is None:
         student = ReDimNetMRL(backbone=backbone, **sizes)
     elif valid_set is None:
-        student = ReDimNetMRL.from_redimnet(start, **sizes)
+        student = start_from(start, **sizes)
     else:
         fresh = checkpointer.find_checkpoint() is None
         student = start_from(start, **sizes, rotate=rotate_to_teachers if fresh else None)
@@ -288,7 +290,7 @@ def train_distilled_mrl(
 
 def _pretrained(backbone: Any, pretrained: bool) -> Any:
     """The network that a student starts from; None for a random one."""
-    if isinstance(backbone, ReDimNet):
+    if isinstance(backbone, (ReDimNet, MatryoshkaHead)):
         return backbone
     if isinstance(backbone, Mapping) or not pretrained:
         return None

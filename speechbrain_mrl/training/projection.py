@@ -16,7 +16,7 @@ from speechbrain_mrl.inference.extract import embed_clips
 from speechbrain_mrl.inference.store import TeacherStore
 from speechbrain_mrl.losses import MatryoshkaDistillationLoss
 from speechbrain_mrl.models.pretrained import ReDimNetMRL
-from speechbrain_mrl.models.redimnet import MatryoshkaReDimNet, ReDimNet
+from speechbrain_mrl.models.redimnet import MatryoshkaHead, ReDimNet
 from speechbrain_mrl.models.resize import resize_model
 from speechbrain_mrl.rotation import aligning_rotation, matryoshka_rotation
 
@@ -77,17 +77,17 @@ def speaker_labels(clip_ids: Sequence[str]) -> Tensor:
 
 
 def start_from(
-    redimnet: ReDimNet,
+    network: ReDimNet | MatryoshkaHead,
     embed_dim: int,
     mrl_dims: Sequence[int],
-    rotate: Callable[[MatryoshkaReDimNet], Any] | None = None,
-) -> MatryoshkaReDimNet:
+    rotate: Callable[[MatryoshkaHead], Any] | None = None,
+) -> MatryoshkaHead:
     """A student with all weights of a pretrained network, rotated, then truncated if it is smaller.
 
     Arguments
     ---------
-    redimnet : ReDimNet
-        What it starts from.
+    network : ReDimNet or MatryoshkaEncoder
+        What it starts from; not changed.
     embed_dim : int
         Dimensions of the student; those that the network lacks are small and random.
     mrl_dims : sequence of int
@@ -95,16 +95,20 @@ def start_from(
     rotate : callable, optional
         Called with a student of at least the network's size, to put first what matters most.
     """
-    k = redimnet.embed_dim
-    whole = (embed_dim, mrl_dims) if embed_dim >= k else (k, [k])
-    student = ReDimNetMRL.from_redimnet(redimnet, *whole)
+    k = network.embed_dim
+    sizes = mrl_dims if embed_dim >= k else [k]
+    student: MatryoshkaHead
+    if isinstance(network, ReDimNet):
+        student = ReDimNetMRL.from_redimnet(network, sizes[-1], sizes)
+    else:
+        student = resize_model(network, sizes)
     if rotate is not None:
         rotate(student)
     return student if embed_dim >= k else resize_model(student, mrl_dims)
 
 
 def align_head(
-    student: MatryoshkaReDimNet,
+    student: MatryoshkaHead,
     n_dims: int,
     objective: Any,
     store: TeacherStore,
@@ -117,7 +121,7 @@ def align_head(
 
     Arguments
     ---------
-    student : MatryoshkaReDimNet
+    student : ReDimNetMRL or MatryoshkaEncoder
         Changed in place.
     n_dims : int
         How many came with the pretrained weights, at most ``embed_dim``.
@@ -140,7 +144,7 @@ def align_head(
 
 
 def finish_head(
-    student: MatryoshkaReDimNet,
+    student: MatryoshkaHead,
     clips: Sequence[Clip],
     held_out: Sequence[Clip] = (),
     trials: Trials | None = None,
@@ -156,7 +160,7 @@ def finish_head(
 
     Arguments
     ---------
-    student : MatryoshkaReDimNet
+    student : ReDimNetMRL or MatryoshkaEncoder
         Changed in place.
     clips : sequence of Clip
         A few thousand of the training clips.
@@ -211,7 +215,7 @@ RIDGE = 0.01  # of the mean variance of a pooled feature
 
 
 def start_new_dimensions(
-    student: MatryoshkaReDimNet,
+    student: MatryoshkaHead,
     old_dim: int,
     objective: MatryoshkaDistillationLoss,
     teacher_embeddings: Mapping[str, Tensor],
@@ -227,7 +231,7 @@ def start_new_dimensions(
 
     Arguments
     ---------
-    student : MatryoshkaReDimNet
+    student : ReDimNetMRL or MatryoshkaEncoder
         As from ``expand_model``; changed in place.
     old_dim : int
         Dimensions that it had before.
@@ -250,10 +254,8 @@ def start_new_dimensions(
     _same_on_all_ranks(student, objective)
 
 
-def pooled_features(
-    student: MatryoshkaReDimNet, clips: Sequence[Clip], **embed_options: Any
-) -> Tensor:
-    """Inputs of a student's linear layer for each utterance, (N, 2 * channels), on the CPU."""
+def pooled_features(student: MatryoshkaHead, clips: Sequence[Clip], **embed_options: Any) -> Tensor:
+    """Inputs of a student's linear layer for each utterance, (N, in_features), on the CPU."""
     pooled = _Pooled(student).train(student.training)
     return embed_clips({"student": pooled}, clips, **embed_options)["student"]
 
@@ -261,7 +263,7 @@ def pooled_features(
 class _Pooled(nn.Module):
     """A student up to the input of its linear layer."""
 
-    def __init__(self, student: MatryoshkaReDimNet) -> None:
+    def __init__(self, student: MatryoshkaHead) -> None:
         super().__init__()
         self.student = student
 

@@ -13,15 +13,22 @@ import verify
 from check_hparams import check_training
 from hyperpyyaml import load_hyperpyyaml
 
-from speechbrain_mrl import ReDimNetMRL
+from speechbrain_mrl import MatryoshkaEncoder, ReDimNetMRL
 
 HPARAMS = Path(__file__).parents[2] / "hparams"
-TRAININGS = ("mrl_distill", "mrl_supervised", "mrl_progressive", "mrl_amalgamate")
+TRAININGS = (
+    "mrl_distill",
+    "mrl_distill_ecapa",
+    "mrl_supervised",
+    "mrl_progressive",
+    "mrl_amalgamate",
+)
 DATA = "data_folder: hparams\n"
 VERIFY = "source: b0\ndata_folder: hparams\ntrials: setup.cfg\n"
 RUN_OPTIONS = "precision: bf16\ngrad_accumulation_factor: 2\nmax_grad_norm: 3.0\nsorting: random\n"
 # What a training's YAML says of its own; everything else is the same wherever it stands.
 OWN = {
+    "mrl_distill_ecapa": {"student", "freeze", "unfreeze", "model_title"},
     "mrl_supervised": {"labels", "margin_epochs", "objective"},
     "mrl_progressive": {"teachers", "number_of_epochs"},
     "mrl_amalgamate": {"data_folder", "speaker_folders", "trials", "split_seed", "labels"}
@@ -60,6 +67,7 @@ OUT_OF_RANGE = {
     "number_of_epochs": 0,
     "output_folder": "",
     "plda": "no/such.txt",
+    "pretrained_encoder": "b2",
     "push_to_hub": "../name",
     "seed": 2**32,
     "shards": " ",
@@ -145,7 +153,8 @@ def test_every_yaml_is_plain_hyperpyyaml_with_its_objects_and_downloads_nothing(
     assert "base" not in hparams and "demo" not in hparams
     if name != "verify":
         student = hparams["student"]
-        assert isinstance(student, ReDimNetMRL)
+        of_speechbrain = name == "mrl_distill_ecapa"
+        assert isinstance(student, MatryoshkaEncoder if of_speechbrain else ReDimNetMRL)
         assert list(student.mrl_dims) == hparams["mrl_dims"]
         assert student.eval()(torch.zeros(1, 8000)).shape == (1, hparams["embed_dim"])
         assert hparams["checkpointer"].checkpoints_dir.is_relative_to(tmp_path)
