@@ -8,6 +8,7 @@ import torch.nn.functional as F
 import torchaudio
 from plain import PlainReDimNet
 
+from speechbrain_mrl import ReDimNetMRL
 from speechbrain_mrl.models.redimnet import (
     CONFIG_DEFAULTS,
     PRESETS,
@@ -583,3 +584,12 @@ def test_rotation_of_another_shape_is_refused(tiny_config, shape):
     student = MatryoshkaReDimNet(48, [48], tiny_config)
     with pytest.raises(ValueError, match="matrix must be square with at most 48 rows"):
         student.rotate_head(torch.ones(shape))
+
+
+@pytest.mark.parametrize("family", ["tiny_config", "tiny_config2"])
+@pytest.mark.parametrize("training", [False, True])
+def test_torch_compile_takes_the_whole_network_into_one_graph(family, training, request):
+    model = ReDimNetMRL(16, (8, 16), request.getfixturevalue(family)).train(training)
+    torch._dynamo.reset()
+    found = torch._dynamo.explain(model)(torch.randn(2, 8000))
+    assert found.graph_count == 1, [reason.user_stack for reason in found.break_reasons]
