@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from speechbrain.nnet.pooling import StatisticsPooling
 from torch import Tensor, nn
 
 from .redimnet import (
@@ -39,7 +40,8 @@ class MatryoshkaEncoder(MatryoshkaHead):
     In eval mode a clip has the same embedding alone and in a padded batch, whatever the encoder
     does with padding: clips of one length run together, each length without padding. In training the
     parts are told the lengths, as SpeechBrain's recipes do it, and what they make of the padding is
-    their own; training chunks of equal lengths have none.
+    their own; training chunks of equal lengths have none. The noise of 1e-5 that SpeechBrain's
+    ``StatisticsPooling`` adds to x-vectors is left out: an utterance has one embedding.
 
     Arguments
     ---------
@@ -106,6 +108,9 @@ class MatryoshkaEncoder(MatryoshkaHead):
             setattr(self, name, part)
         self._check_norm()
         self._takes_lengths = _takes_lengths(embedding_model)
+        for module in embedding_model.modules():
+            if isinstance(module, StatisticsPooling):
+                module.eps = 0.0  # what it draws noise of, in eval mode too
         self.train(embedding_model.training)
         own_dim, self.min_samples = self._probe()
         self.linear = nn.Linear(own_dim, embed_dim)

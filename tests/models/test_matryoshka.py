@@ -13,6 +13,8 @@ from speechbrain_mrl import MatryoshkaEncoder, expand_model
 from speechbrain_mrl.models.redimnet import TooShort
 from speechbrain_mrl.models.resize import resize_model
 
+# SpeechBrain's x-vectors have a noise of up to 9e-5 in what they pool.
+TOLERANCE = {"ecapa": {}, "resnet": {}, "xvect": {"atol": 1e-3, "rtol": 1e-3}}
 KINDS = pytest.mark.parametrize("kind", list(encoders.ENCODERS))
 
 
@@ -39,14 +41,12 @@ def test_it_is_a_linear_layer_behind_speechbrains_own_modules(kind):
     for part in parts.values():
         part.eval()
     wavs = noise(3, 12000)
-    torch.manual_seed(0)  # x-vectors add a noise of 1e-5
     own = by_hand(parts, wavs, torch.ones(3))
     expected = own @ model.linear.weight.T + model.linear.bias
-    torch.manual_seed(0)
     whole = model(wavs)
-    torch.testing.assert_close(whole, expected)
+    torch.testing.assert_close(whole, expected, **TOLERANCE[kind])
     for d, prefix in model(wavs, return_all_dims=True).items():
-        torch.testing.assert_close(prefix, expected[:, :d], atol=1e-3, rtol=1e-3)
+        assert torch.equal(prefix, whole[:, :d])
     assert torch.cosine_similarity(model(wavs, target_dim=4), expected[:, :4]).min() > 0.9999
     assert model(wavs[0]).shape == model(wavs[:1, None]).shape == (1, 16)
 
@@ -75,11 +75,10 @@ def test_a_clip_has_one_embedding_alone_and_in_any_padded_batch(kind):
 def test_in_training_the_parts_are_told_the_lengths(kind):
     parts, model = encoders.parts(kind), make(kind)
     wavs, wav_lens = noise(3, 8000), torch.tensor([1.0, 0.75, 0.5])
-    torch.manual_seed(0)
     own = by_hand(parts, wavs, wav_lens)
-    torch.manual_seed(0)
     found = model.train()(wavs, wav_lens)
-    torch.testing.assert_close(found, own @ model.linear.weight.T + model.linear.bias)
+    expected = own @ model.linear.weight.T + model.linear.bias
+    torch.testing.assert_close(found, expected, **TOLERANCE[kind])
     found.square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
@@ -236,10 +235,7 @@ def test_it_grows_and_shrinks_as_any_student(kind):
     assert torch.equal(grown.linear.weight[:16], model.linear.weight)
     assert torch.equal(shrunk.linear.weight, model.linear.weight[:8])
     wavs = noise(2, 8000)
-    torch.manual_seed(0)
     expected = model(wavs)
-    torch.manual_seed(0)
     torch.testing.assert_close(grown(wavs)[:, :16], expected)
-    torch.manual_seed(0)
     torch.testing.assert_close(shrunk(wavs), expected[:, :8])
     assert model.mrl_dims == (4, 8, 16) and model.linear.out_features == 16
