@@ -4,7 +4,8 @@ import os
 import random
 from pathlib import Path
 
-from voxceleb_prepare import PreparedCorpus, read_headers
+from headers import read_headers
+from voxceleb_prepare import PreparedCorpus
 
 from speechbrain_mrl.dataio.clips import (
     Clip,

@@ -17,10 +17,11 @@ import speechbrain as sb
 import torch
 from check_hparams import VERIFICATION, check
 from command import limit_workers, run_command
+from headers import read_headers
 from hyperpyyaml import load_hyperpyyaml
 from read_hparams import help_text, parse, read_yaml, resolved, run_options
 from speechbrain.utils.distributed import ddp_init_group, if_main_process
-from voxceleb_prepare import SAMPLE_RATE, find_recordings, read_headers
+from voxceleb_prepare import SAMPLE_RATE, find_recordings
 
 from speechbrain_mrl.dataio.clips import Clip, speaker_of, stem_of
 from speechbrain_mrl.evaluation.calibration import (

@@ -3,43 +3,36 @@
 Any corpus laid out as ``wav/<speaker>/<session>/<utterance>.<wav|flac|m4a|...>`` will do.
 """
 
-import contextlib
-import csv
 import functools
 import hashlib
-import itertools
 import json
 import logging
 import os
 import random
 from collections import defaultdict
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple
 
-from tqdm import tqdm
+from headers import JOURNALS, in_threads, read_headers
+from held_out import eligible_speakers, hold_out, make_trials
 
-from speechbrain_mrl.dataio.audio import audio_info, check_audio
 from speechbrain_mrl.dataio.clips import (
+    Clip,
     check_names,
     preference,
     recordings_in,
     speaker_of,
     stem_of,
+    write_clips,
 )
 from speechbrain_mrl.dataio.lists import read_lines
 from speechbrain_mrl.evaluation.verification import read_trials
-from speechbrain_mrl.utils import replacing, writing
+from speechbrain_mrl.utils import replacing
 
 logger = logging.getLogger(__name__)
 
 SAMPLE_RATE = 16000  # Hz, at which start, stop and durations are counted
-CLIPS_PER_HELD_OUT_SPEAKER = 10  # in generated trials
-IMPOSTORS_PER_TARGET = 10  # in generated trials, as far as there are enough pairs
-
 _ROOTS = ("wav", "aac", "dev/wav", "dev/aac", "test/wav", "test/aac")
-_THREADS = 16  # header reading waits for the disk more than it computes
-_JOURNALS = ("headers.tsv", "decoded.tsv")  # length, size, time and path of what was read
 
 
 class PreparedCorpus(NamedTuple):
@@ -63,20 +56,6 @@ class PreparedCorpus(NamedTuple):
     valid_trials: str
     test_trials: str
     counts: dict
-
-
-class _Clip(NamedTuple):
-    ID: str
-    path: str
-    num_frames: int
-
-    @property
-    def speaker(self):
-        return speaker_of(self.ID)
-
-    @property
-    def session(self):
-        return self.ID.rsplit("/", 1)[0]
 
 
 def prepare_voxceleb(
@@ -192,17 +171,17 @@ def prepare_voxceleb(
     usable = defaultdict(list)  # speaker -> utterances
     for stem in sorted(needed - set(bad) - set(short)):
         ID = stem + os.path.splitext(paths[stem])[1]
-        usable[stem.split("/")[0]].append(_Clip(ID, paths[stem], frames[stem]))
+        usable[stem.split("/")[0]].append(Clip(ID, paths[stem], 0, frames[stem]))
 
     rng = random.Random(seed)
     if trials:
-        test = [_Clip(ID, paths[stem], frames[stem]) for ID, stem in test_ids.items()]
+        test = [Clip(ID, paths[stem], 0, frames[stem]) for ID, stem in test_ids.items()]
     else:
         pool = {s: c for s, c in usable.items() if not train_speakers or s not in speakers}
-        most = len(pool) if train_speakers else len(_eligible(pool)) // 3
-        test = _hold_out(pool, test_speakers, "test_speakers", rng, most)
-        trial_list = _make_trials(test, rng)
-        tested = {clip.speaker for clip in test}
+        most = len(pool) if train_speakers else len(eligible_speakers(pool)) // 3
+        test = hold_out(pool, test_speakers, "test_speakers", rng, most)
+        trial_list = make_trials(test, rng)
+        tested = {speaker_of(clip.id) for clip in test}
 
     overlap = speakers & tested
     logger.info("%d test speakers are kept out of training and validation", len(overlap))
@@ -216,9 +195,9 @@ def prepare_voxceleb(
             "Give a data_folder of more speakers, or trials of another corpus: those of a corpus' "
             "own training speakers (VoxCeleb1-E, VoxCeleb1-H) need another corpus to train on"
         )
-    valid = _hold_out(pool, valid_speakers, "valid_speakers", rng, most)
-    valid_trials = _make_trials(valid, rng)
-    validated = {clip.speaker for clip in valid}
+    valid = hold_out(pool, valid_speakers, "valid_speakers", rng, most)
+    valid_trials = make_trials(valid, rng)
+    validated = {speaker_of(clip.id) for clip in valid}
     train = [clip for s, clips in pool.items() if s not in validated for clip in clips]
 
     state["test_trials"] = os.path.abspath(trials or save_folder / "test_trials.txt")
@@ -236,16 +215,14 @@ def prepare_voxceleb(
 
     (save_folder / "prepare.json").unlink(missing_ok=True)
     for name, clips in (("train", train), ("valid", valid), ("test", test)):
-        _write_csv(save_folder / f"{name}.csv", clips)
+        write_clips(clips, save_folder / f"{name}.csv", speakers=True)
     _write_trials(save_folder / "valid_trials.txt", valid_trials)
     if not trials:
         _write_trials(save_folder / "test_trials.txt", trial_list)
-    with _replacing(save_folder / "bad_files.txt") as file:
-        reasons = [reason for _, reason in sorted((bad | short).items())]
-        file.writelines(f"{reason}\n" for reason in [*reasons, *(unfit or ())])
-    with _replacing(save_folder / "prepare.json") as file:
-        json.dump(state, file, indent=2)
-    for journal in _JOURNALS:
+    reasons = [*(reason for _, reason in sorted((bad | short).items())), *(unfit or ())]
+    _write(save_folder / "bad_files.txt", "".join(f"{reason}\n" for reason in reasons))
+    _write(save_folder / "prepare.json", json.dumps(state, indent=2))
+    for journal in JOURNALS:
         (save_folder / journal).unlink(missing_ok=True)
     return _prepared(save_folder)
 
@@ -282,7 +259,7 @@ def find_recordings(folders: list[str], unfit: list[str] | None = None) -> dict[
         roots = [root for root in roots if os.path.isdir(root)] or [folder]
         speakers = [speaker for root in roots for speaker in _subfolders(root)]
         before = len(found)
-        for clips in _in_threads(list_speaker, speakers, f"list {folder}"):
+        for clips in in_threads(list_speaker, speakers, f"list {folder}"):
             for stem, path in clips:
                 if stem not in found or preference(path) < preference(found[stem]):
                     found[stem] = path
@@ -311,12 +288,6 @@ def _list_speaker(folder: str, unfit: list[str] | None) -> list[tuple[str, str]]
                 )
             clips.append((stem, path))
     return clips
-
-
-def _in_threads(function, items, description):
-    with ThreadPool(_THREADS) as pool:
-        results = pool.imap(function, items, chunksize=16)
-        yield from tqdm(results, description, len(items), disable=None)
 
 
 def _fingerprint(paths: dict[str, str], *lists: str | None) -> str:
@@ -349,71 +320,6 @@ def _given_trials(path: str | None, paths: dict[str, str]) -> tuple[list, dict[s
     return [(str(int(label)),) for label in trials.labels], stems
 
 
-def read_headers(
-    paths: dict[str, str], save_folder: Path | None = None, decode: bool = False
-) -> dict[str, int | str]:
-    """Length of each utterance in samples at 16 kHz, or the reason why it cannot be used.
-
-    With ``decode`` the samples are looked at too, as ``check_audio`` does. Good files are kept in a
-    journal in ``save_folder``: the call after a killed one reads the others, and those whose size
-    or time has changed.
-    """
-    journal = Path(os.devnull) if save_folder is None else save_folder / _JOURNALS[decode]
-    lengths = dict.fromkeys(paths)
-    if journal.exists():
-        keys = {path: key for key, path in paths.items()}
-        for path, num_frames in _recall(journal):
-            if path in keys:
-                lengths[keys[path]] = num_frames
-        del keys
-    unread = [key for key, length in lengths.items() if length is None]
-    if len(unread) < len(paths):
-        logger.info("%s knows %d of %d files", journal, len(paths) - len(unread), len(paths))
-    read = functools.partial(_read_header, check_audio if decode else audio_info)
-    found = _in_threads(
-        read, [paths[key] for key in unread], "decode" if decode else "read headers"
-    )
-    with writing(journal), open(journal, "a", encoding="utf-8", errors="surrogateescape") as file:
-        if file.tell():
-            file.write("\n")  # the last line may be torn
-        for key, (length, size, mtime) in zip(unread, found, strict=True):
-            lengths[key] = length
-            if not isinstance(length, str):
-                file.write(f"{length}\t{size}\t{mtime}\t{paths[key]}\n")
-    return lengths
-
-
-def _recall(journal: Path):
-    """(path, length) of the files in a journal that are as they were."""
-    with open(journal, encoding="utf-8", errors="surrogateescape") as file:
-        with ThreadPool(_THREADS) as pool:
-            while lines := list(itertools.islice(file, 10_000)):
-                yield from filter(None, pool.map(_unchanged, lines))
-
-
-def _unchanged(line: str) -> tuple[str, int] | None:
-    """None for a torn line: the path, which comes last, is then of no file, or of another size."""
-    try:
-        length, *before, path = line.removesuffix("\n").split("\t", 3)
-        return (path, int(length)) if [str(x) for x in _size_and_time(path)] == before else None
-    except (ValueError, OSError):
-        return None
-
-
-def _size_and_time(path: str) -> tuple[int, int]:
-    found = os.stat(path)
-    return found.st_size, found.st_mtime_ns
-
-
-def _read_header(read, path: str) -> tuple[int | str, int, int]:
-    """Length or the reason why there is none, size in bytes and time of the last change."""
-    try:
-        size_and_time = _size_and_time(path)  # before: what changes meanwhile is read again
-        return read(path).num_frames, *size_and_time
-    except (ValueError, OSError) as error:
-        return str(error), 0, 0
-
-
 def _refuse_bad_files(bad: dict[str, str], total: int, test_stems: set[str], skip: bool):
     in_trials = sorted(bad.keys() & test_stems)
     if in_trials:
@@ -426,50 +332,9 @@ def _refuse_bad_files(bad: dict[str, str], total: int, test_stems: set[str], ski
         )
 
 
-def _eligible(pool: dict[str, list]) -> list[str]:
-    """Speakers that can be in a target trial."""
-    return sorted(speaker for speaker, clips in pool.items() if len(clips) > 1)
-
-
-def _hold_out(pool: dict[str, list], wanted: int, key: str, rng, most: int) -> list[_Clip]:
-    """Some utterances of random speakers with two or more: ``wanted``, at most ``most``."""
-    eligible, count = _eligible(pool), max(2, min(wanted, most))
-    if len(eligible) < count:
-        raise ValueError(
-            f"{key} needs {count} speakers with two or more utterances, and {len(eligible)} of "
-            f"{len(pool)} have them; give a data_folder of more speakers, or set {key} lower"
-        )
-    if count < wanted:
-        logger.info("%s is %d instead of %d, of %d speakers", key, count, wanted, len(pool))
-    return [
-        clip
-        for speaker in sorted(rng.sample(eligible, count))
-        for clip in sorted(
-            rng.sample(pool[speaker], min(CLIPS_PER_HELD_OUT_SPEAKER, len(pool[speaker])))
-        )
-    ]
-
-
-def _make_trials(clips: list[_Clip], rng) -> list[tuple[str, str, str]]:
-    """Every target pair across sessions (within, for a speaker of one), and random impostors."""
-    by_speaker = {s: list(c) for s, c in itertools.groupby(clips, lambda clip: clip.speaker)}
-    targets = []
-    for own in by_speaker.values():
-        pairs = list(itertools.combinations(own, 2))
-        targets += [(a, b) for a, b in pairs if a.session != b.session] or pairs
-    possible = (len(clips) ** 2 - sum(len(own) ** 2 for own in by_speaker.values())) // 2
-    drawn = set(rng.sample(range(possible), min(IMPOSTORS_PER_TARGET * len(targets), possible)))
-    others = (
-        pair for pair in itertools.combinations(clips, 2) if pair[0].speaker != pair[1].speaker
-    )
-    impostors = [pair for number, pair in enumerate(others) if number in drawn]
-    labelled = [("1", targets), ("0", impostors)]
-    return [(label, a.ID, b.ID) for label, pairs in labelled for a, b in pairs]
-
-
-def _count(clips: list[_Clip]) -> dict:
+def _count(clips: list[Clip]) -> dict:
     return {
-        "speakers": len({clip.speaker for clip in clips}),
+        "speakers": len({speaker_of(clip.id) for clip in clips}),
         "clips": len(clips),
         "hours": round(sum(clip.num_frames for clip in clips) / SAMPLE_RATE / 3600, 3),
     }
@@ -480,22 +345,10 @@ def _count_trials(trials) -> dict:
     return {"target": target, "impostor": len(trials) - target}
 
 
-def _write_csv(path: Path, clips: list[_Clip]):
-    with _replacing(path) as file:
-        writer = csv.writer(file)
-        writer.writerow(["ID", "duration", "wav", "start", "stop", "spk_id"])
-        for clip in clips:
-            duration = clip.num_frames / SAMPLE_RATE
-            writer.writerow([clip.ID, duration, clip.path, 0, clip.num_frames, clip.speaker])
-
-
 def _write_trials(path: Path, trials):
-    with _replacing(path) as file:
-        file.writelines(f"{label} {a} {b}\n" for label, a, b in trials)
+    _write(path, "".join(f"{label} {a} {b}\n" for label, a, b in trials))
 
 
-@contextlib.contextmanager
-def _replacing(path: Path):
-    """A text file to write that takes ``path``'s place when it is complete."""
-    with replacing(path) as part, open(part, "w", encoding="utf-8", newline="") as file:
-        yield file
+def _write(path: Path, text: str):
+    with replacing(path) as part:
+        part.write_text(text, encoding="utf-8")

@@ -92,13 +92,19 @@ def read_clips(path: str | os.PathLike[str]) -> list[Clip]:
     return clips
 
 
-def write_clips(clips: Sequence[Clip], path: str | os.PathLike[str]) -> None:
-    """Write clips as the CSV that ``read_clips`` and SpeechBrain's datasets read."""
+def write_clips(
+    clips: Sequence[Clip], path: str | os.PathLike[str], speakers: bool = False
+) -> None:
+    """Write clips as the CSV that ``read_clips`` and SpeechBrain's datasets read.
+
+    With ``speakers`` it has a column ``spk_id``, which the clips' IDs begin with.
+    """
     with replacing(path) as part, open(part, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["ID", "duration", "wav", "start", "stop"])
+        writer.writerow(["ID", "duration", "wav", "start", "stop", *["spk_id"] * speakers])
         for clip in clips:
-            writer.writerow([clip.id, clip.num_frames / SAMPLE_RATE, *clip[1:]])
+            speaker = [speaker_of(clip.id)] * speakers
+            writer.writerow([clip.id, clip.num_frames / SAMPLE_RATE, *clip[1:], *speaker])
 
 
 def recordings_in(folder: str | os.PathLike[str]) -> list[str]:

@@ -145,7 +145,7 @@ def test_same_seed_same_lists_whatever_the_state_of_random(corpus):
 def test_second_call_reads_no_header_until_something_changes(corpus, monkeypatch):
     first = prepare(corpus)
     with monkeypatch.context() as patch:
-        patch.setattr("voxceleb_prepare.audio_info", lambda *_: pytest.fail("header read"))
+        patch.setattr("headers.audio_info", lambda *_: pytest.fail("header read"))
         assert prepare(corpus) == first
         assert prepare_voxceleb("nowhere", str(corpus / "lists"), skip_prep=True) == first
     write_clip(corpus / "vox/wav/id12/s0/0.flac")
@@ -174,8 +174,8 @@ def read_paths(monkeypatch):
         read.append(path)
         return audio_info(path)
 
-    monkeypatch.setattr("voxceleb_prepare.audio_info", recording)
-    monkeypatch.setattr("voxceleb_prepare._THREADS", 1)
+    monkeypatch.setattr("headers.audio_info", recording)
+    monkeypatch.setattr("headers.THREADS", 1)
     return read, kill_at
 
 
