@@ -3,8 +3,8 @@
 python benchmarks/network.py --models b0 b2 b5 b6 --steps b0 b2
 
 The plain layout is that of ``tests/plain.py``, which the tests compare the network with: maps of
-(B, C, F, T) in memory, stacked mixtures, attention as two products. All ways take turns; a ratio is the
-median over rounds of the plain layout's time in a round by the other's. Weights are random.
+(B, C, F, T) in memory, stacked mixtures, attention as two products. All ways take turns; a ratio is
+the median over rounds of the plain layout's time in a round by the other's. Weights are random.
 """
 
 import statistics

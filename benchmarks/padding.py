@@ -2,8 +2,8 @@
 
 python benchmarks/padding.py
 
-A batch holds clips of 1, 2, 3 and 4 s; each clip is embedded alone, too. Encoders have the sizes that
-SpeechBrain publishes and random weights, unless ``--source`` names published ones.
+A batch holds utterances of 1, 2, 3 and 4 s; each utterance is embedded alone, too. Encoders have
+the sizes that SpeechBrain publishes and random weights, unless ``--source`` names published ones.
 """
 
 from functools import partial

@@ -116,8 +116,9 @@ def verify(given: argparse.Namespace) -> Any:
       speechbrain-mrl verify org/redimnet-mrl --trials veri_test2.txt --data_folder VoxCeleb1/wav
 
     a trial list has lines "1 a b" (same speaker) or "0 a b"; a and b are paths below --data_folder.
-    The decision is by the cosine at the model's equal error rate, unless --threshold says otherwise.
-    Intervals, score normalisation, calibration, comparison of models: recipes/voxceleb/verify.py.
+    The decision is by the cosine at the model's equal error rate, unless --threshold says
+    otherwise. Intervals, score normalisation, calibration, comparison of models:
+    recipes/voxceleb/verify.py.
     """
     if given.trials is not None:
         return _verify_list(given)
@@ -225,8 +226,8 @@ def publish(given: argparse.Namespace) -> Any:
       speechbrain-mrl publish models/b2 org/redimnet-b2 --dry_run
       speechbrain-mrl publish models/b2 org/redimnet-b2 --space org/try-redimnet-b2
 
-    The login is huggingface_hub's: hf auth login, or HF_TOKEN. A model without report.json or licence
-    is refused. A Space is a page on the Hub where visitors try the model out.
+    The login is huggingface_hub's: hf auth login, or HF_TOKEN. A model without report.json or
+    licence is refused. A Space is a page on the Hub where visitors try the model out.
     """
     # With --json what it prints, which is for people, goes to stderr.
     with contextlib.redirect_stdout(sys.stderr if given.json else sys.stdout):
@@ -243,8 +244,8 @@ def info(given: argparse.Namespace) -> Any:
       speechbrain-mrl info org/redimnet-mrl --json
 
     EER: equal error rate, where as many impostors are accepted as speakers are refused, in percent.
-    minDCF: smallest detection cost where one trial in 100 is of the same speaker; 1 is a blind guess.
-    No code of the model is run.
+    minDCF: smallest detection cost where one trial in 100 is of the same speaker; 1 is a blind
+    guess. No code of the model is run.
     """
     found = model_info(given.model)
     if given.json:
@@ -279,7 +280,7 @@ def _options(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def _embed(given: argparse.Namespace, clips: Sequence[Clip]) -> tuple[Any, Any]:
-    """The encoder, and its embeddings of the clips, (N, D)."""
+    """The encoder, and its embeddings of the utterances, (N, D)."""
     device = check_device(given.device)
     encoder = load_teacher(given.model, device=device)
     with tqdm(total=len(clips), unit="clip", desc="Embedding", disable=None) as bar:

@@ -41,11 +41,11 @@ class MatryoshkaDistillationLoss(nn.Module):
     * ``aam``: additive angular margin on labels.
 
     Where sizes follow different teachers, their targets disagree on the dimensions that prefixes
-    share. The first three terms then compare a linear map of the prefix, one per size. It is trained
-    with the student (give the objective's parameters to the optimizer) and of no use afterwards. With several
-    processes in training, all terms but ``aam`` see the utterances of all ranks, which must be
-    equally many; gradients averaged over ranks are then those of one process with the whole batch.
-    In eval mode each rank sees its own utterances.
+    share. The first three terms then compare a linear map of the prefix, one per size. It is
+    trained with the student (give the objective's parameters to the optimizer) and of no use
+    afterwards. With several processes in training, all terms but ``aam`` see the utterances of all
+    ranks, which must be equally many; gradients averaged over ranks are then those of one process
+    with the whole batch. In eval mode each rank sees its own utterances.
 
     Arguments
     ---------
@@ -147,8 +147,8 @@ class MatryoshkaDistillationLoss(nn.Module):
     ) -> "MatryoshkaDistillationLoss":
         """Means and rotations from the same N utterances of each teacher, {name: (N, D_t)}.
 
-        The rotation is PCA, or with the utterances' speakers, ``labels`` (N,), LDA. ``gram`` keeps the
-        teachers' own cosines, so that it does not go with LDA.
+        The rotation is PCA, or with the utterances' speakers, ``labels`` (N,), LDA. ``gram`` keeps
+        the teachers' own cosines, so that it does not go with LDA.
         """
         for ensemble in self.ensembles:
             ensemble.fit(teachers, labels)

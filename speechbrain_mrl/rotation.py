@@ -47,17 +47,17 @@ def matryoshka_rotation(
 ) -> Rotation:
     """The rotation that makes the prefixes of any encoder's embeddings useful, without training.
 
-    Without labels this is PCA: each prefix keeps the most variance that its size can hold.
-    With labels it is LDA: variance within a speaker is whitened, as far as a covariance shrunk half
-    way to its mean variance knows it; the directions that separate speakers come first, and those
-    that do not (all past C - 1) follow by their variance. The result does not depend on the order of
-    the utterances.
+    Without labels this is PCA: each prefix keeps the most variance that its size can hold. With
+    labels it is LDA: variance within a speaker is whitened, as far as a covariance shrunk half way
+    to its mean variance knows it; the directions that separate speakers come first, and those that
+    do not (all past C - 1) follow by their variance. The result does not depend on the order of the
+    utterances.
 
     Arguments
     ---------
     embeddings : torch.Tensor
-        Of utterances to fit on, (N, D), N >= 2. With fewer than d + 1 utterances the PCA tail has no
-        variance and is any orthonormal completion.
+        Of utterances to fit on, (N, D), N >= 2. With fewer than d + 1 utterances the PCA tail has
+        no variance and is any orthonormal completion.
     mrl_dims : iterable of int
         Prefix sizes, ascending; the last one is d <= D.
     labels : torch.Tensor, optional

@@ -90,8 +90,8 @@ class EnsembleRotation(nn.Module):
         """Rotate the target so that it continues what a student already has.
 
         Its first dimensions become those directions of the target that the student's regress on,
-        made orthonormal, the others the principal components of what these leave. The whole target's
-        cosines do not change.
+        made orthonormal, the others the principal components of what these leave. The whole
+        target's cosines do not change.
 
         Arguments
         ---------

@@ -92,9 +92,9 @@ def make_demo_corpus(
     clips_per_speaker : int
         Clips of each, two to a session.
     seconds : float
-        Mean length of a clip; lengths vary by up to half a second.
+        Mean length of an utterance; lengths vary by up to half a second.
     seed : int
-        The same seed gives the same clips, on one platform and espeak-ng to the bit.
+        The same seed gives the same utterances, on one platform and espeak-ng to the bit.
     group : int
         0 for the demo's speakers, 1 to 3 for those that its teachers are trained on. No accent and
         variant is in two groups.
@@ -198,7 +198,7 @@ def _draw_voices(n_speakers: int, seed: int, group: int) -> list[_Voice]:
 
 
 def _make_speakers(wav_folder, voices, clips_per_speaker, seconds, seed, speakers) -> int:
-    """All clips of some speakers, in a process of its own."""
+    """All utterances of some speakers, in a process of its own."""
     synthesizer = _Synthesizer(seed)
     babble = _make_babble(synthesizer, voices[-_BABBLE_VOICES:], seed)
     for speaker in speakers:
@@ -247,7 +247,7 @@ class _Synthesizer:
     def speak(self, voice: _Voice, length: int, rng) -> np.ndarray:
         """Random words, ``length`` samples at 16 kHz, at unit power.
 
-        Pitch and pace vary a little from clip to clip, as people's do.
+        Pitch and pace vary a little from utterance to utterance, as people's do.
         """
         if self.library.espeak_SetVoiceByName(voice.name.encode()) != 0:
             raise RuntimeError(f"espeak-ng has no voice {voice.name}")

@@ -24,7 +24,7 @@ N_BOOTSTRAP = 200  # draws of speakers for the report's 95 % intervals
 
 
 def report_agreement(student, teachers, corpus, hparams, **embed_options):
-    """Write and print how well the student agrees with its teachers on the validation clips."""
+    """Write and print the student's agreement with its teachers on the validation utterances."""
     clips = read_clips(corpus.valid_csv)
     found = embed_clips({"student": student, **teachers}, clips, **embed_options)
     result = agreement(found.pop("student"), found, hparams["mrl_dims"])
@@ -33,7 +33,7 @@ def report_agreement(student, teachers, corpus, hparams, **embed_options):
     with replacing(path) as part:
         part.write_text(text + "\n")
     print(
-        f"agreement with the teachers on {len(clips)} clips without labels (correlation of cosines)"
+        f"agreement with the teachers on {len(clips)} unlabelled utterances (correlation of cosines)"
     )
     for dim, value in result.items():
         print(f"{dim:>6}{value:9.3f}")
@@ -94,7 +94,7 @@ def report_on(
 
 
 def enrol(student, corpus, **embed_options):
-    """Embeddings of a few clips of each training speaker, for the exported classifier."""
+    """Embeddings of a few utterances of each training speaker, for the exported classifier."""
     clips = defaultdict(list)
     for clip in iter_clips(corpus.train_csv):
         found = clips[speaker_of(clip.id)]

@@ -99,7 +99,8 @@ def prepare_voxceleb(
         Decides who is held out and which trials are made.
     skip_bad_files : bool
         Decode every file to its end, leave out what ``check_audio`` refuses and list it in
-        ``bad_files.txt``. False stops at a bad header now, at bad samples when they are read. A given trial's utterance is never left out.
+        ``bad_files.txt``. False stops at a bad header now, at bad samples when they are read. A
+        given trial's utterance is never left out.
     skip_prep : bool
         Trust what ``save_folder`` holds, for ranks that wait while another prepares.
 

@@ -114,14 +114,14 @@ def read_audio(
 
 
 def read_sound(path: Source, start: int, stop: int, length: int) -> torch.Tensor:
-    """At most ``length`` samples of a clip at 16 kHz, (T,): its first, unless they are all zeros.
+    """At most ``length`` samples of an utterance at 16 kHz, (T,): its first that are not all zeros.
 
     Then those from its first sample that is not zero, or its last ``length`` if fewer are left.
 
     Raises
     ------
     ValueError
-        If the whole clip is zeros, or ``read_audio`` refuses it.
+        If the whole utterance is zeros, or ``read_audio`` refuses it.
 
     Example
     -------

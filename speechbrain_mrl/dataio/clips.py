@@ -54,7 +54,7 @@ class Clip(NamedTuple):
 
 
 def iter_clips(path: str | os.PathLike[str]) -> Iterator[Clip]:
-    """One by one, the clips of a SpeechBrain CSV: ID, wav, start and stop (samples at 16 kHz)."""
+    """The utterances of a SpeechBrain CSV one by one: ID, wav, start and stop (at 16 kHz)."""
     for _, clip in _lines(path):
         yield clip
 
@@ -71,7 +71,7 @@ def _lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, Clip]]:
 
 
 def read_clips(path: str | os.PathLike[str]) -> list[Clip]:
-    """All clips of a CSV, as from ``iter_clips``.
+    """All utterances of a CSV, as from ``iter_clips``.
 
     Raises
     ------
@@ -95,9 +95,9 @@ def read_clips(path: str | os.PathLike[str]) -> list[Clip]:
 def write_clips(
     clips: Sequence[Clip], path: str | os.PathLike[str], speakers: bool = False
 ) -> None:
-    """Write clips as the CSV that ``read_clips`` and SpeechBrain's datasets read.
+    """Write utterances as the CSV that ``read_clips`` and SpeechBrain's datasets read.
 
-    With ``speakers`` it has a column ``spk_id``, which the clips' IDs begin with.
+    With ``speakers`` it has a column ``spk_id``, which their IDs begin with.
     """
     with replacing(path) as part, open(part, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
@@ -218,7 +218,7 @@ def stem_of(clip_id: str) -> str:
 
 
 def speaker_of(clip_id: str) -> str:
-    """The speaker in a clip's ID, ``speaker/session/utterance.wav``."""
+    """The speaker in an utterance's ID, ``speaker/session/utterance.wav``."""
     return stem_of(clip_id).split("/")[0]
 
 

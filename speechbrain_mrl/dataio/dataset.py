@@ -143,7 +143,7 @@ class SeededClips(ClipDataset):
             return self.pipeline.compute_outputs(row)
 
 
-AUDIO_KEYS = ["wav", "start", "stop"]  # of a row, for what reads its clip
+AUDIO_KEYS = ["wav", "start", "stop"]  # of a row, for what reads its utterance
 
 
 def train_dataset(
@@ -152,7 +152,7 @@ def train_dataset(
     chunks_per_clip: int = 1,
     label_encoder: CategoricalEncoder | None = None,
 ) -> SeededClips:
-    """Random chunks of the clips of a CSV, with their speaker's index if there is an encoder.
+    """Random chunks of the utterances of a CSV, with their speaker's index if there is an encoder.
 
     Which chunk follows from the seed, the epoch and the position in ``data_ids``.
 
@@ -161,9 +161,9 @@ def train_dataset(
     csv_path : path
         Columns ID, wav, start and stop (samples at 16 kHz), and spk_id for labels.
     chunk_seconds : float
-        Length of a chunk; a shorter clip is repeated to that length.
+        Length of a chunk; a shorter utterance is repeated to that length.
     chunks_per_clip : int
-        How many random chunks of each clip make an epoch.
+        How many random chunks of each utterance make an epoch.
     label_encoder : CategoricalEncoder, optional
         Of the speakers. None: no label is read.
     """
@@ -180,7 +180,7 @@ def train_dataset(
 
 
 def valid_dataset(csv_path: str | os.PathLike[str], max_seconds: float) -> DynamicItemDataset:
-    """Whole clips of a CSV, longest first; of each at most its first ``max_seconds``."""
+    """Whole utterances of a CSV, longest first; of each at most its first ``max_seconds``."""
     beginning = partial(_beginning, round(max_seconds * SAMPLE_RATE))
     items = [DynamicItem(AUDIO_KEYS, beginning, ["sig"])]
     columns = ["ID", "duration", *AUDIO_KEYS]
@@ -194,7 +194,7 @@ def valid_dataset(csv_path: str | os.PathLike[str], max_seconds: float) -> Dynam
 
 # Functions of the module, so that workers can be sent them where they are not forks (macOS).
 def _chunk(length: int, wav: str, start: Any, stop: Any) -> Tensor:
-    """Somewhere in a clip, ``length`` samples."""
+    """Somewhere in an utterance, ``length`` samples."""
     first, stop = int(start), int(stop)
     start, spare = first, stop - first - length
     if spare > 0:
@@ -206,5 +206,5 @@ def _chunk(length: int, wav: str, start: Any, stop: Any) -> Tensor:
 
 
 def _beginning(length: int, wav: str, start: Any, stop: Any) -> Tensor:
-    """At most ``length`` samples of a clip, as ``read_sound`` finds them."""
+    """At most ``length`` samples of an utterance, as ``read_sound`` finds them."""
     return read_sound(wav, int(start), int(stop), length)

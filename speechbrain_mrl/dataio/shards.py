@@ -1,7 +1,7 @@
-"""Reads training clips out of tar shards, from end to end, as network storage likes it.
+"""Reads training utterances out of tar shards, from end to end, as network storage likes it.
 
-``recipes/voxceleb/shards.py`` writes them: of each clip ``<number>.json`` with its id, start and
-stop, and ``<number>.<flac|wav|...>``; the number is that of its row in the training list.
+``recipes/voxceleb/shards.py`` writes them: of each utterance ``<number>.json`` with its id, start
+and stop, and ``<number>.<flac|wav|...>``; the number is that of its row in the training list.
 """
 
 import io
@@ -21,7 +21,7 @@ from speechbrain_mrl.dataio.dataset import SeededClips, draw_seed
 from speechbrain_mrl.utils import require
 
 SHARD_NAMES = re.compile(r"((?:file|https?)://[^'\"\\`$\s]+)|((?!pipe:)(?!.*://).*)")
-BUFFER = 500  # clips, not decoded, of which a reading process draws the next; some 100 MB
+BUFFER = 500  # utterances, not decoded, of which a reading process draws the next; some 100 MB
 
 
 class ShardedClips(IterableDataset[Any]):
@@ -29,7 +29,8 @@ class ShardedClips(IterableDataset[Any]):
 
     Each process of a distributed run, and each worker in it, reads whole shards of its own; which,
     and in which order, is drawn anew every epoch. All give equally many batches: what is over in an
-    epoch, as with ``drop_last``, is left out. An item is the dataset's own, chunk and label included.
+    epoch, as with ``drop_last``, is left out. An item is the dataset's own, chunk and label
+    included.
 
     Arguments
     ---------
@@ -71,12 +72,12 @@ class ShardedClips(IterableDataset[Any]):
         n_shards = len(self.urls) // self.world_size * self.passes  # of a process
         self.num_workers = min(num_workers, n_shards)
         readers = max(1, self.num_workers)
-        fewest = len(clips.data) // len(self.urls)  # clips of a shard; others have one more
+        fewest = len(clips.data) // len(self.urls)  # utterances of a shard; others have one more
         self.batches = n_shards // readers * fewest // batch_size * readers
         if self.batches == 0:
             raise ValueError(
-                f"{len(self.urls)} shards of {fewest} clips give not one batch of {batch_size} to "
-                f"each of {self.world_size} processes with {readers} workers; give a smaller "
+                f"{len(self.urls)} shards of {fewest} utterances give not one batch of {batch_size} "
+                f"to each of {self.world_size} processes with {readers} workers; give a smaller "
                 "batch_size or num_workers, or write more shards"
             )
 
@@ -108,7 +109,7 @@ class ShardedClips(IterableDataset[Any]):
         return order
 
     def _rows(self, order: list[tuple[int, int]]) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Each clip's position in the dataset, and its row, with the recording for its path."""
+        """Each utterance's position in the dataset, and its row, the recording for its path."""
         n_clips, n_shards = len(self.clips.data), len(self.urls)
         for number, shard in order:
             url, n_found = self.urls[shard], 0
@@ -119,7 +120,7 @@ class ShardedClips(IterableDataset[Any]):
                     n_found += 1
                     yield number * n_clips + row, given
                 if n_found != expected:
-                    raise ValueError(f"it holds {n_found} clips, and should hold {expected}")
+                    raise ValueError(f"it holds {n_found} utterances, and should hold {expected}")
             except Exception as error:  # of tarfile, the network, whatever opens the URL
                 reason = getattr(error, "strerror", None) or error.args[0]
                 raise ValueError(
@@ -132,7 +133,7 @@ class ShardedClips(IterableDataset[Any]):
         number = int(key) if key.isdecimal() else len(self.clips.data)
         row = self.clips.data[number] if number < len(self.clips.data) else {}
         if row.get("id") is None or row["id"] != saved.get("id"):
-            raise ValueError(f"its clip {key} is not that of {self.clips.data.path}")
+            raise ValueError(f"its utterance {key} is not that of {self.clips.data.path}")
         (suffix,) = (name for name in sample if name != "json" and not name.startswith("__"))
         recording = _Recording(sample[suffix])
         recording.name = f"{sample['__url__']}/{key}.{suffix}"

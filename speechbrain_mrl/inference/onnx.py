@@ -46,10 +46,10 @@ _Run = Callable[[np.ndarray], np.ndarray]  # waveforms (B, T) to embeddings (B, 
 def export_onnx(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write ``model`` as an ONNX file that holds its features, network and embedding.
 
-    Input ``wavs`` (B, T), float32 at 16 kHz, any B, and any T that the model takes; outputs ``embeddings``
-    (B, embed_dim) and ``feats``, (B, F, frames) or as the encoder's ``compute_features`` gives them.
-    Clips of a batch have equal lengths. The sizes are in the file's metadata, as JSON under
-    ``speechbrain_mrl``.
+    Input ``wavs`` (B, T), float32 at 16 kHz, any B, and any T that the model takes; outputs
+    ``embeddings`` (B, embed_dim) and ``feats``, (B, F, frames) or as the encoder's
+    ``compute_features`` gives them. Utterances of a batch have equal lengths. The sizes are in the
+    file's metadata, as JSON under ``speechbrain_mrl``.
 
     Arguments
     ---------
@@ -155,7 +155,7 @@ class _Graph(nn.Module):
 
 
 class _EncoderGraph(nn.Module):
-    """Any encoder with its head. Whole clips have no lengths to tell its parts."""
+    """Any encoder with its head. Whole utterances have no lengths to tell its parts."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -171,9 +171,9 @@ class _EncoderGraph(nn.Module):
 
 @contextlib.contextmanager
 def _whole_clips() -> Iterator[None]:
-    """SpeechBrain's ECAPA-TDNN with a mask of whole clips, whose number the graph leaves open.
+    """SpeechBrain's ECAPA-TDNN with a mask of whole utterances, whose number the graph leaves open.
 
-    Its own mask makes the number of clips in the example the only one of the graph.
+    Its own mask makes the number of utterances in the example the only one of the graph.
     """
 
     def whole(lengths: Tensor, max_len: int, device: Any = None) -> Tensor:
@@ -207,8 +207,8 @@ class ExportedEncoder:
     threads : int, optional
         Threads of the engine. None: its own choice.
     streams : int
-        Clips that run at the same time, each on its share of the threads: more clips a second, and
-        more time for one.
+        Utterances that run at the same time, each on its share of the threads: more utterances a second,
+        and more time for one.
     shape : tuple of int, optional
         A shape (B, T) that most waveforms have, as windows of one length do; with streams, B is 1.
         The engine prepares itself for it too: in small models these take a tenth less time. Others
@@ -269,7 +269,7 @@ class ExportedEncoder:
         wavs : numpy.ndarray or torch.Tensor
             Float, 16 kHz, in [-1, 1]; (T,) or (B, T), T at least ``min_samples``.
         wav_lens : sequence of float or torch.Tensor, optional
-            Lengths relative to T, in (0, 1], (B,). None: no clip is padded.
+            Lengths relative to T, in (0, 1], (B,). None: no utterance is padded.
         target_dim : int, optional
             One of ``mrl_dims``: dimensions to return. None: all.
 
@@ -281,7 +281,7 @@ class ExportedEncoder:
         Raises
         ------
         ValueError
-            For another shape, type or size, or a clip of fewer than ``min_samples``.
+            For another shape, type or size, or an utterance of fewer than ``min_samples``.
         """
         if target_dim is not None and target_dim not in self.mrl_dims:
             raise ValueError(
@@ -371,8 +371,8 @@ def _openvino_core() -> Any:
     """The process' only ``openvino.Core``, kept until its end.
 
     A core puts the signal stack of its thread aside for its own, and puts that back when it is
-    freed. Of two cores freed in the order they were made, the second puts back the first one's freed
-    stack, and the next signal that Python handles (a worker that ends) kills the process.
+    freed. Of two cores freed in the order they were made, the second puts back the first one's
+    freed stack, and the next signal that Python handles (a worker that ends) kills the process.
     """
     # OpenVINO would report its use to its makers, over the network and from a fork of this process,
     # with the threads of whatever runs here; it does without where its reporter is not installed.

@@ -184,11 +184,11 @@ def packaged(model: nn.Module) -> ReDimNet:
 def batch_seconds_for(model: ReDimNet) -> float:
     """Seconds of audio in a batch, all utterances together, up to which batches pay on a CPU.
 
-    Beyond them the largest map passes 16 MB and leaves the processor's cache. Unless ``prepare_cpu``
-    was called, glibc's malloc then asks the system for new memory at each operation, whose pages are
-    cleared every time. An utterance then costs more than alone. A single longer
-    utterance is right nevertheless. Of a copy in bfloat16, whose maps are half as large, twice as
-    many.
+    Beyond them the largest map passes 16 MB and leaves the processor's cache. Unless
+    ``prepare_cpu`` was called, glibc's malloc then asks the system for new memory at each
+    operation, whose pages are cleared every time. An utterance then costs more than alone. A single
+    longer utterance is right nevertheless. Of a copy in bfloat16, whose maps are half as large,
+    twice as many.
 
     Example
     -------

@@ -40,11 +40,11 @@ MAX_LISTS, MIN_LIST = 1024, 64  # of "ivf": lists, and speakers that each is fit
 def enrol(
     speakers: Sequence[str], embeddings: Tensor, target_dim: int | None = None
 ) -> tuple[list[str], Tensor]:
-    """One voice per speaker: the mean of its clips, each at unit length, brought to unit length.
+    """One embedding per speaker: the mean of its utterances' unit vectors, at unit length.
 
-    ``speakers`` and ``embeddings``, N and (N, D), belong to the clips; ``target_dim`` is the prefix
-    to keep, default D, which an index wants. Returns the C speakers in order of first appearance,
-    and their voices, (C, target_dim).
+    ``speakers`` and ``embeddings``, N and (N, D), belong to the utterances; ``target_dim`` is the
+    prefix to keep, default D, which an index wants. Returns the C speakers in order of first
+    appearance, and their voices, (C, target_dim).
 
     Example
     -------
@@ -73,12 +73,12 @@ def score_speakers(
     embeddings : torch.Tensor
         Queries, (Q, D).
     speakers, enrolled
-        Speaker and embedding of each enrolled clip, N and (N, D); or what ``enrol`` gave.
+        Speaker and embedding of each enrolled utterance, N and (N, D); or what ``enrol`` gave.
     target_dim : int, optional
         Prefix that is compared, 1..D. Default: D.
     clips : str
         Of a speaker with several: ``"average"`` is the score of their mean embedding, ``"mean"``
-        the mean and ``"max"`` the best of the clips' own scores.
+        the mean and ``"max"`` the best of the utterances' own scores.
 
     Example
     -------

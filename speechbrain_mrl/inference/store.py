@@ -20,16 +20,16 @@ from speechbrain_mrl.inference.extract import Encoder, embed_clips
 from speechbrain_mrl.inference.fingerprint import fingerprint
 from speechbrain_mrl.utils import only_run, read_json, replacing
 
-SHARD_SIZE = 1024  # clips; what a killed run computes again at most
+SHARD_SIZE = 1024  # utterances; what a killed run computes again at most
 
 
 class TeacherStore:
-    """Embeddings of a set of clips by several teachers, on disk, each computed once.
+    """Embeddings of a set of utterances by several teachers, on disk, each computed once.
 
     A teacher has a folder of shards (safetensors) and a manifest that says of which weights and
-    which clips they are. Shards are written whole or not at all, so a killed run goes on where it
-    was; with several processes (``torchrun``) each fills its part. Another run that wants the same
-    store waits, and finds it filled.
+    which utterances they are. Shards are written whole or not at all, so a killed run goes on where
+    it was; with several processes (``torchrun``) each fills its part. Another run that wants the
+    same store waits, and finds it filled.
 
     Arguments
     ---------
@@ -66,7 +66,7 @@ class TeacherStore:
         return {name: torch.cat(list(parts)) for name, parts in self.parts.items()}
 
     def sample(self, n_clips: int) -> tuple[list[str], dict[str, Tensor]]:
-        """Ids and embeddings of at most ``n_clips`` clips, evenly over the rows."""
+        """Ids and embeddings of at most ``n_clips`` utterances, evenly over the rows."""
         ids = list(self.rows)[:: -(-len(self.rows) // n_clips)]
         return ids, self.lookup(ids)
 
@@ -93,17 +93,17 @@ class TeacherStore:
         Returns
         -------
         list of Clip
-            The clips in the order of the rows in the shards.
+            The utterances in the order of the rows in the shards.
 
         Raises
         ------
         ValueError
-            If two clips have one id, or the folder holds embeddings of other teachers, clips or
-            ``max_seconds``.
+            If two utterances have one id, or the folder holds embeddings of other teachers,
+            utterances or ``max_seconds``.
         """
         for first, second in pairwise(sorted(clip.id for clip in clips)):
             if first == second:
-                raise ValueError(f"two clips have the id {first!r}; give each its own")
+                raise ValueError(f"two utterances have the id {first!r}; give each its own")
         # Neighbours in length share a shard, so that its batches are little padded.
         clips = sorted(clips, key=lambda clip: (-clip.num_frames, clip.id))
         shards = [clips[i : i + SHARD_SIZE] for i in range(0, len(clips), SHARD_SIZE)]
@@ -140,19 +140,19 @@ class TeacherStore:
         return clips
 
     def shards(self, name: str, ids: list[str]) -> Iterator[tuple[list[str], Tensor]]:
-        """One teacher's embeddings shard by shard, with the clips' ids, n and (n, D).
+        """One teacher's embeddings shard by shard, with the utterances' ids, n and (n, D).
 
         Arguments
         ---------
         name : str
             The teacher's.
         ids : list of str
-            Of all clips, in the order of ``compute``.
+            Of all utterances, in the order of ``compute``.
 
         Raises
         ------
         ValueError
-            If a shard is damaged or of other clips, naming it.
+            If a shard is damaged or of other utterances, naming it.
         """
         for number, first in enumerate(range(0, len(ids), SHARD_SIZE)):
             some = ids[first : first + SHARD_SIZE]
@@ -166,9 +166,9 @@ class TeacherStore:
             reason = str(error)
         else:
             if made_of.get("ids") != _fingerprint_ids(ids):
-                reason = "it is of other clips"
+                reason = "it is of other utterances"
             elif embeddings.ndim != 2 or len(embeddings) != len(ids):
-                reason = f"it holds {tuple(embeddings.shape)} for {len(ids)} clips"
+                reason = f"it holds {tuple(embeddings.shape)} for {len(ids)} utterances"
             elif not embeddings.isfinite().all():
                 reason = "it holds NaN or infinity"
             else:
@@ -176,7 +176,7 @@ class TeacherStore:
         raise ValueError(f"{path} cannot be used ({reason}); delete it, and compute it again")
 
     def lookup(self, ids: Sequence[str]) -> dict[str, Tensor]:
-        """Embeddings of the clips of these ids, {teacher: (B, D)}."""
+        """Embeddings of the utterances of these ids, {teacher: (B, D)}."""
         places = [divmod(self.rows[clip_id], SHARD_SIZE) for clip_id in ids]
         return {
             name: torch.stack([parts[shard][row] for shard, row in places])
@@ -184,7 +184,7 @@ class TeacherStore:
         }
 
     def targets(self, batch: Any) -> dict[str, Tensor]:
-        """Embeddings of a SpeechBrain batch's clips, by its ``id``."""
+        """Embeddings of a SpeechBrain batch's utterances, by its ``id``."""
         return self.lookup(batch.id)
 
     def _path(self, name: str, shard: int) -> Path:
@@ -208,7 +208,7 @@ class TeacherStore:
 
 
 def _fingerprint_clips(clips: Sequence[Clip]) -> str:
-    """SHA-256 over the clips' ids, segments and file sizes."""
+    """SHA-256 over the utterances' ids, segments and file sizes."""
     digest = hashlib.sha256()
     for clip in clips:
         size = os.path.getsize(clip.wav)
@@ -289,7 +289,7 @@ def read_embeddings(folder: str | os.PathLike[str]) -> Iterator[tuple[list[str],
     Raises
     ------
     ValueError
-        If a shard is damaged or of other clips, naming it.
+        If a shard is damaged or of other utterances, naming it.
     """
     ids = [clip.id for clip in read_clips(Path(folder) / "clips.csv")]
     yield from TeacherStore(folder).shards(NAME, ids)

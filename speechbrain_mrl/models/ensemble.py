@@ -44,8 +44,8 @@ class MultiModelEnsemble(nn.Module):
     must be verified with the same one. So a result carries its member's name, and ``score`` refuses
     results of two members. A Matryoshka model has no such limit; this is the baseline without it.
 
-    The sizes in ``routes`` are quality levels. They choose a member and do not truncate: a prefix of
-    a plain encoder is not an embedding, so its whole embedding is returned (192 dimensions of a
+    The sizes in ``routes`` are quality levels. They choose a member and do not truncate: a prefix
+    of a plain encoder is not an embedding, so its whole embedding is returned (192 dimensions of a
     released ReDimNet, whether 64 or 256 was asked for). Only a Matryoshka member that has the size
     in its ``mrl_dims`` returns the prefix.
 

@@ -1718,9 +1718,10 @@ class OfOneSize(StrictlyLoaded, MatryoshkaHead):
     target_dim: int | None
 
     def forward(self, wavs: Tensor, wav_lens: Tensor | None = None) -> Tensor:
-        """Embeddings (B, 1, target_dim). A ``wav_lens`` of one element holds for every clip.
+        """Embeddings (B, 1, target_dim). A ``wav_lens`` of one element holds for every utterance.
 
-        A clip of zeros, nobody's voice, has an embedding of zeros, which scores 0 with any other.
+        An utterance of zeros, nobody's voice, has an embedding of zeros, which scores 0 with any
+        other.
         """
         if wav_lens is not None:
             wav_lens = wav_lens.expand(len(wavs))

@@ -143,8 +143,8 @@ def write_card(
 def _about_padding(cosine: float) -> str:
     measured = f"(cosine {cosine:.6f} with its embedding alone, measured at export)"
     if cosine >= 0.9999:
-        return f"does not depend on the clips that it is padded with {measured}"
-    return f"changes with the clips that it is padded with {measured}; embed it alone"
+        return f"does not depend on the rest of its batch {measured}"
+    return f"changes with the padding in its batch {measured}; embed it alone"
 
 
 def _check_report(report: Mapping[str, Any], sizes: Sequence[int], provenance: Provenance) -> None:

@@ -22,8 +22,8 @@ PARTIAL = "partial+"  # in front of a checkpoint's name: none that SpeechBrain l
 class AtomicCheckpointer(Checkpointer):
     """SpeechBrain's ``Checkpointer``, whose checkpoints appear when they are complete.
 
-    SpeechBrain's own writes first the file that marks a folder as a checkpoint. What a killed run or
-    a full disk left would be loaded. Arguments are those of ``Checkpointer``.
+    SpeechBrain's own writes first the file that marks a folder as a checkpoint. What a killed run
+    or a full disk left would be loaded. Arguments are those of ``Checkpointer``.
 
     Example
     -------

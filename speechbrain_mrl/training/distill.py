@@ -54,7 +54,7 @@ def train_student(
     student : ReDimNetMRL or MatryoshkaEncoder
         Changed in place.
     objective : torch.nn.Module
-        Called as ``MatryoshkaDistillationLoss``; fitted on the training clips' embeddings.
+        Called as ``MatryoshkaDistillationLoss``; fitted on the training utterances' embeddings.
     train_set : DynamicItemDataset or DataLoader
         As from ``train_dataset`` or ``shard_loader``.
     valid_set : DynamicItemDataset or None
@@ -66,7 +66,7 @@ def train_student(
     stores : dict of Stage to TeacherStore or LiveTeachers
         For TRAIN and VALID; empty for a training without teachers.
     valid_trials : Trials, optional
-        Of validation clips. None: the checkpoint that agrees best with the teachers is kept.
+        Of validation utterances. None: the checkpoint that agrees best with the teachers is kept.
 
     Returns
     -------
@@ -89,7 +89,7 @@ def train_student(
         n_batches //= hparams["batch_size"] * world_size
         if n_batches == 0:
             raise ValueError(
-                f"the training clips give {len(train_set)} chunks, fewer than batch_size "
+                f"the training utterances give {len(train_set)} chunks, fewer than batch_size "
                 f"{hparams['batch_size']} on {world_size} processes; give a smaller batch_size"
             )
     brain = MRLBrain(
@@ -158,20 +158,20 @@ def train_distilled_mrl(
 ) -> MatryoshkaHead:
     """Distil teachers into one Matryoshka student, without a YAML and without labels.
 
-    It trains what ``hparams/mrl_amalgamate.yaml`` trains; defaults are the recipe's. A call that was
-    interrupted goes on where it was when it is made again. One clip in twenty, at most 500, is held
-    out; the checkpoint that agrees best with the teachers on those is returned, centred on the
-    training clips and rotated to their principal components.
+    It trains what ``hparams/mrl_amalgamate.yaml`` trains; defaults are the recipe's. A call that
+    was interrupted goes on where it was when it is made again. One utterance in twenty, at most
+    500, is held out; the checkpoint that agrees best with the teachers on those is returned,
+    centred on the training utterances and rotated to their principal components.
 
     Arguments
     ---------
     teachers : dict of str to teacher
         What ``load_teacher`` takes: modules, released names, checkpoint files, Hub ids.
     student_config : dict
-        ``embed_dim`` and ``mrl_dims`` of ``ReDimNetMRL``, and ``backbone``: a released name, "b2" if
-        there is none, whose weights are downloaded once unless ``pretrained`` is False; a checkpoint
-        file, a ``ReDimNet`` or a ``MatryoshkaEncoder``, whose sizes are then the defaults, from which
-        the student starts too; or a model_config, at random.
+        ``embed_dim`` and ``mrl_dims`` of ``ReDimNetMRL``, and ``backbone``: a released name, "b2"
+        if there is none, whose weights are downloaded once unless ``pretrained`` is False; a
+        checkpoint file, a ``ReDimNet`` or a ``MatryoshkaEncoder``, whose sizes are then the
+        defaults, from which the student starts too; or a model_config, at random.
     data : path or torch.utils.data.DataLoader
         A folder of recordings of any structure, a CSV (ID, wav, start and stop in samples at
         16 kHz), or a DataLoader of SpeechBrain batches with ``id`` and ``sig``, which the teachers
@@ -188,7 +188,8 @@ def train_distilled_mrl(
     batch_size : int
         Chunks in a step; all of a folder that has fewer.
     chunk_seconds, max_seconds : float
-        Length of a training segment, and the most of an utterance that teachers and validation embed.
+        Length of a training segment, and the most of an utterance that teachers and validation
+        embed.
     lr : float
         Largest learning rate (AdamW, warm-up, linear cool-down).
     num_workers : int

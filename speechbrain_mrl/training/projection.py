@@ -22,8 +22,8 @@ from speechbrain_mrl.rotation import aligning_rotation, matryoshka_rotation
 
 logger = logging.getLogger(__name__)
 
-FIT_CLIPS = 50_000  # clips that rotations are fitted on, at most
-HEAD_CLIPS = 10_000  # training clips that a head is fitted on, at most
+FIT_CLIPS = 50_000  # utterances that rotations are fitted on, at most
+HEAD_CLIPS = 10_000  # training utterances that a head is fitted on, at most
 SPEAKER_CLIPS = 10  # of these from one speaker, where the fit is to labels
 
 
@@ -33,7 +33,7 @@ def fit_objective(
     valid_store: TeacherStore | None = None,
     trials: Trials | None = None,
 ) -> None:
-    """Fit an objective's rotations on the teachers' embeddings of at most 50,000 clips.
+    """Fit an objective's rotations on the teachers' embeddings of at most 50,000 utterances.
 
     With trials of validation speakers, the target is rotated by PCA or by LDA of the training
     speakers, whichever has the lower mean EER over sizes. Those of rank 0 count, so that all
@@ -44,9 +44,9 @@ def fit_objective(
     objective : torch.nn.Module
         Called as ``MatryoshkaDistillationLoss``.
     store : TeacherStore, SegmentTeachers or LiveTeachers
-        Of the training clips; with ``trials``, not the last, and ids name the speakers.
+        Of the training utterances; with ``trials``, not the last, and ids name the speakers.
     valid_store : TeacherStore, optional
-        Of the trials' clips.
+        Of the trials' utterances.
     trials : Trials, optional
         Of validation speakers.
     """
@@ -65,13 +65,13 @@ def fit_objective(
 
 
 def _mean_eer(prefixes: Mapping[int, Tensor], trials: Trials) -> float:
-    """Over sizes d, of embeddings (N, d) of the trials' clips."""
+    """Over sizes d, of embeddings (N, d) of the trials' utterances."""
     eers = [evaluate(x, trials, [d])[str(d)]["eer"] for d, x in prefixes.items()]
     return float(np.mean(eers))
 
 
 def speaker_labels(clip_ids: Sequence[str]) -> Tensor:
-    """The clips' speakers as numbers, (N,)."""
+    """The utterances' speakers as numbers, (N,)."""
     speakers = [speaker_of(clip_id) for clip_id in clip_ids]
     return torch.from_numpy(np.unique(speakers, return_inverse=True)[1])
 
@@ -130,7 +130,7 @@ def align_head(
     store : TeacherStore
         Holds the ``clips``.
     clips : sequence of Clip
-        A few thousand of the training clips.
+        A few thousand of the training utterances.
     **embed_options
         As for ``finish_head``.
     """
@@ -163,7 +163,7 @@ def finish_head(
     student : ReDimNetMRL or MatryoshkaEncoder
         Changed in place.
     clips : sequence of Clip
-        A few thousand of the training clips.
+        A few thousand of the training utterances.
     held_out : sequence of Clip
         Those of the trials.
     trials : Trials, optional
@@ -193,16 +193,16 @@ def finish_head(
             eers[name] = _mean_eer({d: rotated[:, :d] for d in student.mrl_dims}, trials)
         chosen = min(candidates, key=eers.__getitem__)
     student.rotate_head(candidates[chosen])
-    logger.info("Output layer: centred, %s, fitted on %d clips", chosen, len(clips))
+    logger.info("Output layer: centred, %s, fitted on %d utterances", chosen, len(clips))
 
 
 def spread(clips: Sequence[Clip]) -> Sequence[Clip]:
-    """At most 10,000 of the clips, evenly over the list, on which a head is fitted."""
+    """At most 10,000 of the utterances, evenly over the list, on which a head is fitted."""
     return clips[:: -(-len(clips) // HEAD_CLIPS)]
 
 
 def spread_speakers(clips: Sequence[Clip]) -> list[Clip]:
-    """At most 10,000 of the clips: at most ten of a speaker, and speakers evenly over the list."""
+    """At most 10,000 of the utterances, ten of a speaker, speakers evenly over the list."""
     by_speaker = defaultdict(list)
     for clip in clips:
         by_speaker[speaker_of(clip.id)].append(clip)
@@ -224,9 +224,9 @@ def start_new_dimensions(
 ) -> None:
     """Fit a grown student's new dimensions, in closed form, to what its old ones do not explain.
 
-    The objective's nested target is first rotated, without changing a cosine of the whole: its first
-    dimensions become what the old prefix already has, the rest the principal components of the
-    residual (``EnsembleRotation.align``). The new rows of the linear layer are then the ridge
+    The objective's nested target is first rotated, without changing a cosine of the whole: its
+    first dimensions become what the old prefix already has, the rest the principal components of
+    the residual (``EnsembleRotation.align``). The new rows of the linear layer are then the ridge
     regression of those axes on the student's pooled features. Old rows stay bit for bit.
 
     Arguments
@@ -238,9 +238,9 @@ def start_new_dimensions(
     objective : MatryoshkaDistillationLoss
         Fitted to the teachers; its targets are rotated in place.
     teacher_embeddings : mapping of str to torch.Tensor
-        Of the clips, {name: (N, D_t)}.
+        Of the utterances, {name: (N, D_t)}.
     clips : sequence of Clip
-        N clean training clips.
+        N clean training utterances.
     **embed_options
         Of ``embed_clips``.
     """
@@ -319,7 +319,8 @@ def fit_new_rows(
 def carry_over(objective: nn.Module, previous: nn.Module) -> None:
     """What an earlier stage's objective learned, as far as sizes and classes are the same.
 
-    Of the classifier the dimensions that both have, and the linear maps of the sizes that both have.
+    Of the classifier the dimensions that both have, and the linear maps of the sizes that both
+    have.
     """
     new, old = objective.state_dict(), previous.state_dict()
     for key, value in new.items():

@@ -23,8 +23,8 @@ def batch_statistics(modules: nn.Module) -> list[torch.Tensor]:
 class SteppingBrain(sb.Brain):
     """A Brain whose steps are taken if all of their batches are finite, and change nothing if not.
 
-    A GPU is waited for only after backward: what is finite stays there until the step needs it.
-    A batch whose loss or gradients are not finite is reported, and the step that it would be part of
+    A GPU is waited for only after backward: what is finite stays there until the step needs it. A
+    batch whose loss or gradients are not finite is reported, and the step that it would be part of
     is not taken; more than ``nonfinite_patience`` of them in an epoch (a run option) stop the
     training. Gradients of all parameter groups are clipped together.
 

@@ -184,9 +184,9 @@ def _change_list(path, csv_path):
     "harm, reason",
     [
         (_cut, "unexpected end of data"),
-        (_cut_between_clips, "it holds 19 clips, and should hold 20"),
+        (_cut_between_clips, "it holds 19 utterances, and should hold 20"),
         (_write_noise, "could not be opened successfully|invalid header"),
-        (_change_list, "its clip 0000.* is not that of .*train.csv"),
+        (_change_list, "its utterance 0000.* is not that of .*train.csv"),
     ],
 )
 def test_a_harmed_shard_is_one_sentence(written, csv_path, harm, reason):
@@ -212,7 +212,7 @@ def test_a_url_is_read_as_a_path_is(written, csv_path):
 
 
 def test_too_few_shards_or_clips_for_a_batch_are_refused(written, csv_path, monkeypatch):
-    with pytest.raises(ValueError, match="6 shards of 20 clips give not one batch of 121"):
+    with pytest.raises(ValueError, match="6 shards of 20 utterances give not one batch of 121"):
         shard_loader(dataset(csv_path), written, 121)
     monkeypatch.setenv("WORLD_SIZE", "7")
     with pytest.raises(ValueError, match="to each of 7 processes"):

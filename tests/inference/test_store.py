@@ -130,9 +130,9 @@ def test_a_store_of_other_weights_clips_or_lengths_is_refused(
 
 HARM = {
     "NaN": (lambda rows: rows.index_fill(0, torch.tensor([2]), torch.nan), "NaN or infinity"),
-    "a surplus row": (lambda rows: torch.cat([rows, rows[:1]]), r"holds \(9, 2\) for 8 clips"),
-    "a missing row": (lambda rows: rows[1:], r"holds \(7, 2\) for 8 clips"),
-    "one number a clip": (lambda rows: rows[:, 0].contiguous(), r"holds \(8,\) for 8 clips"),
+    "a surplus row": (lambda rows: torch.cat([rows, rows[:1]]), r"holds \(9, 2\) for 8 utterances"),
+    "a missing row": (lambda rows: rows[1:], r"holds \(7, 2\) for 8 utterances"),
+    "one number a clip": (lambda rows: rows[:, 0].contiguous(), r"holds \(8,\) for 8 utterances"),
 }
 
 
@@ -163,7 +163,7 @@ def test_shards_that_changed_places_are_refused(tmp_path, small_clips, small_sha
     first, second = (path.read_bytes() for path in paths)
     paths[0].write_bytes(second)
     paths[1].write_bytes(first)
-    with pytest.raises(ValueError, match=f"{paths[0]} cannot be used .it is of other clips"):
+    with pytest.raises(ValueError, match=f"{paths[0]} cannot be used .it is of other utterances"):
         TeacherStore(tmp_path).fill({"a": Counting()}, small_clips)
 
 
@@ -280,7 +280,7 @@ def test_running_an_encoder_leaves_its_fingerprint(random_model, tiny_config):
 
 def test_two_clips_of_one_id_are_refused(tmp_path, small_clips):
     clips = [*small_clips[:3], small_clips[1]._replace(start=100)]
-    with pytest.raises(ValueError, match=f"two clips have the id '{small_clips[1].id}'"):
+    with pytest.raises(ValueError, match=f"two utterances have the id '{small_clips[1].id}'"):
         TeacherStore(tmp_path).fill({"a": Counting()}, clips)
     assert not any(tmp_path.iterdir())
     write_clips(clips, tmp_path / "clips.csv")
