@@ -211,12 +211,24 @@ def _hyperparams(folder: Any) -> Any:
         return {key: found[key] for key in ("mrl_dims", "embedding_model")}
 
 
+_DAMAGE = (  # what readers raise; SyntaxError and MemoryError are Python's own reader's, of labels
+    YAMLError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    RecursionError,
+    SyntaxError,
+    MemoryError,
+)
+
+
 @contextlib.contextmanager
 def _as_written(path: Path) -> Iterator[None]:
     """Whatever is wrong with what a file holds is one sentence that names it."""
     try:
         yield
-    except (YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except _DAMAGE as error:
         reason = f"it lacks {error}" if isinstance(error, LookupError) else error
         raise ValueError(
             f"{path} is none that export_model wrote: {' '.join(str(reason).split())}"

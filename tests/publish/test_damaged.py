@@ -89,6 +89,13 @@ def test_a_damaged_text_is_one_sentence_that_names_it(copied, name, text):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("text", ["'ann'x => 0\n", "'ann' => 0\n" + 1000 * "(" + " => 1\n", "\0"])
+def test_damaged_labels_are_one_sentence_that_names_them(copied, text):
+    (copied / "label_encoder.ckpt").write_text(text)
+    with pytest.raises(ValueError, match=r"label_encoder\.ckpt is none that export_model wrote"):
+        model_info(copied)
+
+
 def _lines(tmp_path, **changes):
     path = tmp_path / "calibration.json"
     write_calibrations({8: Calibration(-1.0, 3.0, (0.5,), ((0.0, 1.0),))}, path)
