@@ -9,7 +9,12 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from speechbrain_mrl.inference.search import check_embeddings, check_ids, check_range, unit_prefixes
+from speechbrain_mrl.inference.enrolment import (
+    check_embeddings,
+    check_ids,
+    check_range,
+    unit_prefixes,
+)
 from speechbrain_mrl.utils import require
 
 ROWS_PER_CALL = 1000

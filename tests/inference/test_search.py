@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from speechbrain_mrl.inference.search import MatryoshkaIndex, enrol, score_speakers
+from speechbrain_mrl.inference.enrolment import enrol, score_speakers
+from speechbrain_mrl.inference.search import MatryoshkaIndex
 
 DIM, PREFIX = 32, 8
 
