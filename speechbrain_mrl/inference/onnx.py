@@ -3,7 +3,6 @@
 Needs the extra ``onnx`` or ``openvino``.
 """
 
-import contextlib
 import copy
 import functools
 import hashlib
@@ -11,34 +10,23 @@ import json
 import os
 import queue
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest.mock import patch
 
 import numpy as np
 import torch
-from speechbrain.lobes.models import ECAPA_TDNN
 from torch import Tensor, nn
-from torchaudio.transforms import MelSpectrogram
 
-from speechbrain_mrl.inference.optimize import packaged, prepare
+from speechbrain_mrl.inference.graphs import EncoderGraph, ReDimNetGraph, whole_clips
+from speechbrain_mrl.inference.optimize import packaged
 from speechbrain_mrl.models.matryoshka import EncoderModel, MatryoshkaEncoder
-from speechbrain_mrl.models.redimnet import (
-    MIN_SAMPLES,
-    N_FFT,
-    SAMPLE_RATE,
-    Conv2d,
-    ReDimNet,
-    check_wavs,
-    sample_counts,
-)
+from speechbrain_mrl.models.redimnet import MIN_SAMPLES, SAMPLE_RATE, check_wavs, sample_counts
 from speechbrain_mrl.utils import require
 
 METADATA_KEY = "speechbrain_mrl"
 ENGINES = ("onnxruntime", "openvino")
-GROUP_WIDTH = 16  # channels per group for which the engines have fast kernels on AVX-512
 
 _Run = Callable[[np.ndarray], np.ndarray]  # waveforms (B, T) to embeddings (B, embed_dim)
 
@@ -69,11 +57,11 @@ def export_onnx(model: nn.Module, path: str | os.PathLike[str]) -> None:
     require("onnxscript", "export_onnx")  # torch.onnx uses it
     of_folder = type(model).__name__ == EncoderModel.__name__  # by a published folder's own code
     if of_folder or isinstance(model, MatryoshkaEncoder):
-        graph: nn.Module = _EncoderGraph(copy.deepcopy(model).float().cpu()).eval()
+        graph: nn.Module = EncoderGraph(copy.deepcopy(model).float().cpu()).eval()
     else:
         model = packaged(model)
-        graph = _Graph(copy.deepcopy(model).float().cpu()).eval()
-    with torch.no_grad(), _whole_clips():
+        graph = ReDimNetGraph(copy.deepcopy(model).float().cpu()).eval()
+    with torch.no_grad(), whole_clips():
         program: Any = torch.onnx.export(
             graph,
             (torch.randn(2, SAMPLE_RATE),),
@@ -89,98 +77,6 @@ def export_onnx(model: nn.Module, path: str | os.PathLike[str]) -> None:
     facts["sample_rate"] = SAMPLE_RATE
     onnx.helper.set_model_props(exported, {METADATA_KEY: json.dumps(facts)})
     onnx.save(exported, os.fspath(path))
-
-
-class _Mel(nn.Module):
-    """Power mel spectrogram (B, T) -> (B, F, frames) with the Fourier transform as a matrix product.
-
-    Not as a convolution over T samples, which an engine would prepare anew for each length.
-    """
-
-    waves: Tensor
-    filters: Tensor
-
-    def __init__(self, mel: Any) -> None:
-        super().__init__()
-        window = mel.spectrogram.window.double()
-        start = (N_FFT - len(window)) // 2  # torch.stft centres a window shorter than n_fft
-        angles = torch.outer(
-            torch.arange(N_FFT // 2 + 1).double(), torch.arange(start, start + len(window)).double()
-        ) * (2 * torch.pi / N_FFT)
-        waves = torch.cat([angles.cos(), angles.sin()]) * window  # (2 * bins, window)
-        self.register_buffer("waves", waves.T.float().contiguous())
-        self.register_buffer("filters", mel.mel_scale.fb.clone())  # (bins, F)
-        self.start, self.hop = start, mel.spectrogram.hop_length
-
-    def forward(self, wavs: Tensor) -> Tensor:
-        firsts = self.hop * torch.arange(1 + (wavs.shape[1] - N_FFT) // self.hop)
-        samples = self.start + torch.arange(len(self.waves))
-        frames = wavs[:, firsts.unsqueeze(1) + samples]  # (B, frames, window)
-        real, imaginary = (frames @ self.waves).chunk(2, dim=2)
-        return ((real.square() + imaginary.square()) @ self.filters).transpose(1, 2)
-
-
-def _join_groups(conv: Conv2d) -> None:
-    """Make a grouped convolution one of fewer, wider groups, whose further weights are zero."""
-    inputs = conv.weight.shape[1]  # of a group
-    joined = 1 if inputs == 1 else max(GROUP_WIDTH // inputs, 1)  # depthwise ones are fast
-    while conv.groups % joined:
-        joined -= 1
-    weight = conv.weight.detach().unflatten(0, (conv.groups // joined, joined, -1))
-    wide = torch.einsum("gjoixy,jk->gjokixy", weight, torch.eye(joined))
-    conv.weight = nn.Parameter(wide.flatten(3, 4).flatten(0, 2))
-    conv.groups //= joined
-
-
-class _Graph(nn.Module):
-    """The model as the engines run it best; ``model`` itself becomes that."""
-
-    def __init__(self, model: ReDimNet) -> None:
-        super().__init__()
-        *before, mel = model.spec.torchfbank
-        if isinstance(mel, MelSpectrogram):
-            model.spec.torchfbank = nn.Sequential(*before, _Mel(mel))
-        for module in model.modules():
-            if isinstance(module, Conv2d):
-                _join_groups(module)
-        prepare(model.eval())
-        self.model = model
-
-    def forward(self, wavs: Tensor) -> tuple[Tensor, Tensor]:
-        model = self.model
-        feats, _ = model.spec._features(wavs, None)
-        pooled = model.pool(model.backbone(feats.unsqueeze(1)), None)
-        embeddings = model.linear(model.bn(pooled))
-        return embeddings if model.bn2 is None else model.bn2(embeddings), feats
-
-
-class _EncoderGraph(nn.Module):
-    """Any encoder with its head. Whole utterances have no lengths to tell its parts."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model: Any = model
-
-    def forward(self, wavs: Tensor) -> tuple[Tensor, Tensor]:
-        model = self.model
-        feats = wavs if model.compute_features is None else model.compute_features(wavs)
-        normed = feats if model.mean_var_norm is None else model.mean_var_norm(feats)
-        own = model.embedding_model(normed)
-        return model.linear(own.squeeze(1) if own.ndim == 3 else own), feats
-
-
-@contextlib.contextmanager
-def _whole_clips() -> Iterator[None]:
-    """SpeechBrain's ECAPA-TDNN with a mask of whole utterances, whose number the graph leaves open.
-
-    Its own mask makes the number of utterances in the example the only one of the graph.
-    """
-
-    def whole(lengths: Tensor, max_len: int, device: Any = None) -> Tensor:
-        return torch.ones_like(lengths).unsqueeze(1).expand(-1, max_len)
-
-    with patch.object(ECAPA_TDNN, "length_to_mask", whole):
-        yield
 
 
 def check_engine(engine: str, precision: str) -> None:

@@ -3,11 +3,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import encoders
 import numpy as np
 import pytest
 import torch
+from speechbrain.inference.classifiers import EncoderClassifier
 
-from speechbrain_mrl.inference import onnx as engines
+from speechbrain_mrl import KaldiFbank, MatryoshkaEncoder, export_model
+from speechbrain_mrl.inference import graphs
 from speechbrain_mrl.inference.onnx import ExportedEncoder, export_onnx
 from speechbrain_mrl.inference.optimize import optimize_for_inference
 from speechbrain_mrl.models import redimnet
@@ -59,6 +62,48 @@ def test_redimnet2_is_exported_too(tiny_config2, random_model, engine, voices, t
         encoder(wavs[:, :719])
 
 
+def encoder_model(kind):
+    """A Matryoshka head on a toy encoder; "kaldi" is an ECAPA-TDNN on Kaldi's features."""
+    parts = encoders.parts("ecapa" if kind == "kaldi" else kind)
+    if kind == "kaldi":
+        parts |= {"compute_features": KaldiFbank(n_mels=24), "mean_var_norm": None}
+    return MatryoshkaEncoder(embed_dim=16, mrl_dims=(4, 16), **parts).eval()
+
+
+@pytest.mark.parametrize(
+    "kind, engine",
+    [("kaldi", "onnxruntime"), ("resnet", "openvino"), ("xvect", "onnxruntime")],
+)
+def test_any_encoder_is_exported_from_waveforms(kind, engine, voices, tmp_path):
+    pytest.importorskip(engine)
+    model, path = encoder_model(kind), tmp_path / "model.onnx"
+    export_onnx(model, path)
+    encoder = ExportedEncoder(path, engine, threads=1)
+    assert encoder.mrl_dims == (4, 16) and encoder.min_samples == model.min_samples
+    for batch, samples in ((1, max(model.min_samples, 400)), (3, 21111)):
+        wavs = torch.stack([voices(i, samples / 16000) for i in range(batch)])
+        with torch.no_grad():
+            torch.testing.assert_close(encoder(wavs), model(wavs), rtol=1e-3, atol=1e-3)
+    with torch.no_grad():
+        expected = model(wavs, torch.tensor([1.0, 0.7, 0.4]))
+    found = encoder(wavs, [1.0, 0.7, 0.4], target_dim=4)
+    torch.testing.assert_close(found, expected[:, :4], rtol=1e-3, atol=1e-3)
+
+
+def test_speechbrains_own_features_and_the_model_of_a_published_folder_are_exported(
+    voices, tmp_path
+):
+    model = encoder_model("ecapa")
+    architecture = encoders.hyperparams("ecapa")
+    folder = export_model(model, tmp_path / "model", architecture=architecture)
+    published = EncoderClassifier.from_hparams(folder)
+    export_onnx(published.mods.embedding_model, tmp_path / "model.onnx")
+    wavs = torch.stack([voices(i, 0.8) for i in range(3)])
+    with torch.no_grad():
+        found = ExportedEncoder(tmp_path / "model.onnx", threads=1)(wavs)
+        torch.testing.assert_close(found, model(wavs), rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("config", ["b2", "b5", "syn_att_convnext", "syn_conv_fwse", "mfa"])
 def test_the_graph_is_the_model_in_another_arrangement(
     config, tiny_config, parity, random_model, voices
@@ -73,7 +118,7 @@ def test_the_graph_is_the_model_in_another_arrangement(
             module.w.data.normal_()  # weights that differ between channels
     wavs = torch.stack([voices(i, 0.5) for i in range(2)])
     with torch.no_grad():
-        expected, (found, _) = model(wavs), engines._Graph(copy.deepcopy(model)).eval()(wavs)
+        expected, (found, _) = model(wavs), graphs.ReDimNetGraph(copy.deepcopy(model)).eval()(wavs)
     scale = expected.abs().max().clamp_min(1)
     assert (found - expected).abs().max() < 1e-4 * scale
 
@@ -126,7 +171,7 @@ def test_joined_groups_give_the_same_convolution(groups, inputs, outputs, left):
     conv = redimnet.Conv2d(groups * inputs, groups * outputs, 3, groups=groups)
     x = torch.randn(2, groups * inputs, 5, 6)
     expected = conv(x)
-    engines._join_groups(conv)
+    graphs.join_groups(conv)
     assert conv.groups == left and conv.weight.shape[1] <= max(inputs, 16)
     torch.testing.assert_close(conv(x), expected)
 
