@@ -162,17 +162,18 @@ def _verify_list(given: argparse.Namespace) -> Any:
     MODEL,
     FOLDER,
     option("--recordings", metavar="FOLDER", help="rotate to their principal components"),
-    option("--mrl_dims", type=int, nargs="+", default=[64, 128, 192], help="of the rotated model"),
+    option("--mrl_dims", type=int, nargs="+", help="of the rotated model (default: 64 128 192 …)"),
     option("--source", help="the release's file or its folder, instead of a download"),
     option("--report", help="report.json of the converted model, to publish it with"),
     option("--trials", default="", help="name of the report's trial list"),
 )
 def convert(given: argparse.Namespace) -> Any:
-    """Turn a ReDimNet or ReDimNet2 into a SpeechBrain model, as it is or rotated.
+    """Turn a ReDimNet into a SpeechBrain model, or make any speaker encoder Matryoshka by rotation.
 
     Examples:
       speechbrain-mrl convert b2-vox2-ft_lm models/b2
       speechbrain-mrl convert redimnet2_b2 models/redimnet2_b2
+      speechbrain-mrl convert speechbrain/spkrec-ecapa-voxceleb models/ecapa --recordings calls/
       speechbrain-mrl convert b2 models/b2-mrl --recordings calls/ --mrl_dims 64 128 192
 
     Without --recordings the weights stay as they are. With them, the embedding is rotated to the

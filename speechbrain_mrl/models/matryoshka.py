@@ -146,7 +146,7 @@ class MatryoshkaEncoder(MatryoshkaHead):
         """
         from speechbrain.inference.classifiers import EncoderClassifier  # slow to import
 
-        folder = _published_folder(source)
+        folder = published_folder(source)
         text = (folder / "hyperparams.yaml").read_text(encoding="utf-8")
         # The YAMLs on the Hub name their own repository, from where the weights would be fetched.
         overrides = {"pretrained_path": str(folder)} if "\npretrained_path:" in text else {}
@@ -362,7 +362,7 @@ def _takes_lengths(module: nn.Module) -> bool:
     return inspect.Parameter.VAR_POSITIONAL in kinds or sum(k in by_position for k in kinds) > 1
 
 
-def _published_folder(source: str | os.PathLike[str]) -> Path:
+def published_folder(source: str | os.PathLike[str]) -> Path:
     """A folder with a hyperparams.yaml; one on the Hub is downloaded, or found in its cache."""
     folder = Path(source)
     if not folder.is_dir():

@@ -15,10 +15,11 @@ from huggingface_hub import ModelCard
 from speechbrain.inference.classifiers import EncoderClassifier
 
 from speechbrain_mrl import KaldiFbank, MatryoshkaEncoder, Provenance, export_model, load_published
-from speechbrain_mrl.dataio.clips import Clip
+from speechbrain_mrl.dataio.clips import Clip, find_clips
 from speechbrain_mrl.inference.encoders import load_teacher
 from speechbrain_mrl.inference.extract import embed_clips
 from speechbrain_mrl.models.matryoshka import architecture_of
+from speechbrain_mrl.publish.convert import convert_release
 from speechbrain_mrl.publish.export import FILES, probe_wavs
 from speechbrain_mrl.publish.hub import push_to_hub
 from speechbrain_mrl.publish.load import model_info
@@ -178,6 +179,30 @@ def read(clip: Clip):
 
     wav, _ = soundfile.read(clip.wav, dtype="float32", stop=clip.stop)
     return torch.from_numpy(wav)
+
+
+@torch.no_grad()
+def test_a_published_encoder_becomes_matryoshka_by_rotation_alone(small_corpus, tmp_path):
+    source = encoders.write_published(tmp_path / "theirs", "xvect")
+    (source / "README.md").write_text("---\nlicense: apache-2.0\ndatasets: [voxceleb]\n---\n")
+    clips = find_clips(small_corpus)[:40]
+    own = embed_clips({"own": load_teacher(source)}, clips)["own"]
+
+    same = load_published(convert_release(str(source), tmp_path / "same"))
+    assert same.mrl_dims == (40,)
+    assert torch.cosine_similarity(same(read(clips[0])), own[:1]).item() > 0.999
+
+    folder = convert_release(
+        str(source), tmp_path / "rotated", recordings=small_corpus, mrl_dims=[8, 40]
+    )
+    info = model_info(folder)
+    assert info["license"] == "apache-2.0" and info["mrl_dims"] == [8, 40]
+    assert "`theirs`" in info["training_data"] and str(tmp_path) not in info["training_data"]
+    found = embed_clips({"found": load_published(folder)}, clips)["found"]
+    # A rotation about the mean keeps distances; its prefixes hold the most variance, in order.
+    torch.testing.assert_close(torch.pdist(found), torch.pdist(own), rtol=0.01, atol=1e-3)
+    variances = found.var(dim=0)
+    assert variances[:8].sum() > own.var(dim=0).topk(8).values.sum()
 
 
 # Padding
