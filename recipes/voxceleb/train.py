@@ -38,7 +38,7 @@ from speechbrain_mrl.evaluation.verification import read_trials
 from speechbrain_mrl.inference.encoders import choose_teachers, load_teachers
 from speechbrain_mrl.inference.extract import embed_clips
 from speechbrain_mrl.inference.store import TeacherStore
-from speechbrain_mrl.models.matryoshka import architecture_of
+from speechbrain_mrl.models.architecture import architecture_of
 from speechbrain_mrl.models.pretrained import load_checkpoint, load_released
 from speechbrain_mrl.models.resize import resize_model
 from speechbrain_mrl.training.checkpoints import starting_point

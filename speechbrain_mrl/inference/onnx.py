@@ -37,7 +37,8 @@ def export_onnx(model: nn.Module, path: str | os.PathLike[str]) -> None:
     Input ``wavs`` (B, T), float32 at 16 kHz, any B, and any T that the model takes; outputs
     ``embeddings`` (B, embed_dim) and ``feats``, (B, F, frames) or as the encoder's
     ``compute_features`` gives them. Utterances of a batch have equal lengths. The sizes are in the
-    file's metadata, as JSON under ``speechbrain_mrl``.
+    file's metadata, as JSON under ``speechbrain_mrl``. ONNX Runtime runs all models; OpenVINO runs
+    ReDimNets.
 
     Arguments
     ---------
@@ -235,7 +236,13 @@ def _openvino(path: str, options: _Options) -> tuple[_Run, Any]:
     import openvino
     from openvino import opset13
 
-    model = core.read_model(path)
+    try:
+        model = core.read_model(path)
+    except RuntimeError as error:
+        raise ValueError(
+            f"OpenVINO cannot read the graph of {path}, as that of SpeechBrain's own features; use "
+            "engine 'onnxruntime'"
+        ) from error
     if options.shape is not None:
         model.reshape(list(options.shape))
     where = ["framework", METADATA_KEY]

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import copy
 import inspect
-import io
 import os
 import warnings
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -145,6 +143,8 @@ class MatryoshkaEncoder(MatryoshkaHead):
             If there is no such folder or model, or no way to it.
         """
         from speechbrain.inference.classifiers import EncoderClassifier  # slow to import
+
+        from .architecture import architecture_of, published_folder  # which does not travel
 
         folder = published_folder(source)
         text = (folder / "hyperparams.yaml").read_text(encoding="utf-8")
@@ -360,47 +360,3 @@ def _takes_lengths(module: nn.Module) -> bool:
     kinds = [one.kind for one in inspect.signature(module.forward).parameters.values()]
     by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return inspect.Parameter.VAR_POSITIONAL in kinds or sum(k in by_position for k in kinds) > 1
-
-
-def published_folder(source: str | os.PathLike[str]) -> Path:
-    """A folder with a hyperparams.yaml; one on the Hub is downloaded, or found in its cache."""
-    folder = Path(source)
-    if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-
-        try:
-            folder = Path(snapshot_download(str(source)))
-        except (OSError, ValueError) as error:
-            raise FileNotFoundError(
-                f"{source} is no folder here, and the Hub does not give it ({error})"
-            ) from error
-    if not (folder / "hyperparams.yaml").is_file():
-        raise FileNotFoundError(
-            f"{source} lacks hyperparams.yaml, so it is no model that SpeechBrain published"
-        )
-    return folder
-
-
-def architecture_of(text: str, key: str | None = None) -> str:
-    r"""HyperPyYAML of an encoder's parts alone, from the whole text or the object ``key`` in it.
-
-    Example
-    -------
-    >>> text = "n: 8\nmodules:\n  embedding_model: !new:torch.nn.Linear [!ref <n>, 4]\n"
-    >>> print(architecture_of(text, "modules").strip())
-    embedding_model: !new:torch.nn.Linear [8, 4]
-    """
-    from hyperpyyaml import resolve_references
-    from ruamel.yaml import YAML
-
-    found = YAML().load(resolve_references(text).getvalue())
-    return parts_of(found if key is None else found[key])
-
-
-def parts_of(mapping: Any) -> str:
-    """The HyperPyYAML of an encoder's parts, from a mapping that ruamel.yaml has read."""
-    from ruamel.yaml import YAML
-
-    yaml, text = YAML(), io.StringIO()
-    yaml.dump({name: mapping[name] for name in PARTS if mapping.get(name) is not None}, text)
-    return text.getvalue()

@@ -17,10 +17,10 @@ from ruamel.yaml.tokens import AliasToken
 from speechbrain.dataio.encoder import CategoricalEncoder
 from torch import Tensor
 
-from speechbrain_mrl.models.matryoshka import MatryoshkaEncoder, parts_of
+from speechbrain_mrl.models.architecture import build_parts, of_package, parts_of
+from speechbrain_mrl.models.matryoshka import MatryoshkaEncoder
 from speechbrain_mrl.models.pretrained import ReDimNetMRL, load_strictly
 from speechbrain_mrl.models.redimnet import read_tensors
-from speechbrain_mrl.publish.architecture import build_parts, of_package
 from speechbrain_mrl.publish.card import Provenance
 from speechbrain_mrl.publish.export import FILES, export_model
 from speechbrain_mrl.utils import read_json

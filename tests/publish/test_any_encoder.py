@@ -18,9 +18,10 @@ from speechbrain_mrl import KaldiFbank, MatryoshkaEncoder, Provenance, export_mo
 from speechbrain_mrl.dataio.clips import Clip, find_clips
 from speechbrain_mrl.inference.encoders import load_teacher
 from speechbrain_mrl.inference.extract import embed_clips
-from speechbrain_mrl.models.matryoshka import architecture_of
+from speechbrain_mrl.models.architecture import architecture_of
 from speechbrain_mrl.publish.convert import convert_release
-from speechbrain_mrl.publish.export import FILES, probe_wavs
+from speechbrain_mrl.publish.definition import probe_wavs
+from speechbrain_mrl.publish.export import FILES
 from speechbrain_mrl.publish.hub import push_to_hub
 from speechbrain_mrl.publish.load import model_info
 
@@ -186,7 +187,8 @@ def test_a_published_encoder_becomes_matryoshka_by_rotation_alone(small_corpus, 
     source = encoders.write_published(tmp_path / "theirs", "xvect")
     (source / "README.md").write_text("---\nlicense: apache-2.0\ndatasets: [voxceleb]\n---\n")
     clips = find_clips(small_corpus)[:40]
-    own = embed_clips({"own": load_teacher(source)}, clips)["own"]
+    theirs = MatryoshkaEncoder.from_hparams(source)
+    own = embed_clips({"own": theirs}, clips)["own"]
 
     same = load_published(convert_release(str(source), tmp_path / "same"))
     assert same.mrl_dims == (40,)

@@ -1,17 +1,21 @@
-"""Reads an encoder's architecture out of HyperPyYAML that may only name layers."""
+"""Reads an encoder's architecture out of HyperPyYAML, and builds it from layers alone."""
 
+import io
+import os
 import pydoc
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-from hyperpyyaml import load_hyperpyyaml
+from huggingface_hub import snapshot_download
+from hyperpyyaml import load_hyperpyyaml, resolve_references
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 from torch import nn
 
 from speechbrain_mrl.models.kaldi import KaldiFbank
-from speechbrain_mrl.models.matryoshka import PARTS, architecture_of
+from speechbrain_mrl.models.matryoshka import PARTS
 
 # Where layers come from, as prefixes of the modules that define them; and the class that travels.
 PACKAGES = (
@@ -24,6 +28,43 @@ PACKAGES = (
 OWN = "speechbrain_mrl.KaldiFbank"
 PLAIN = {f"tag:yaml.org,2002:{kind}" for kind in "map seq str int float bool null".split()}
 PLAIN.add("!tuple")
+
+
+def published_folder(source: str | os.PathLike[str]) -> Path:
+    """A folder with a hyperparams.yaml; one on the Hub is downloaded, or found in its cache."""
+    folder = Path(source)
+    if not folder.is_dir():
+        try:
+            folder = Path(snapshot_download(str(source)))
+        except (OSError, ValueError) as error:
+            raise FileNotFoundError(
+                f"{source} is no folder here, and the Hub does not give it ({error})"
+            ) from error
+    if not (folder / "hyperparams.yaml").is_file():
+        raise FileNotFoundError(
+            f"{source} lacks hyperparams.yaml, so it is no model that SpeechBrain published"
+        )
+    return folder
+
+
+def architecture_of(text: str, key: str | None = None) -> str:
+    r"""HyperPyYAML of an encoder's parts alone, from the whole text or the object ``key`` in it.
+
+    Example
+    -------
+    >>> text = "n: 8\nmodules:\n  embedding_model: !new:torch.nn.Linear [!ref <n>, 4]\n"
+    >>> print(architecture_of(text, "modules").strip())
+    embedding_model: !new:torch.nn.Linear [8, 4]
+    """
+    found = YAML().load(resolve_references(text).getvalue())
+    return parts_of(found if key is None else found[key])
+
+
+def parts_of(mapping: Any) -> str:
+    """The HyperPyYAML of an encoder's parts, from a mapping that ruamel.yaml has read."""
+    yaml, text = YAML(), io.StringIO()
+    yaml.dump({name: mapping[name] for name in PARTS if mapping.get(name) is not None}, text)
+    return text.getvalue()
 
 
 def plain_architecture(text: str) -> str:
