@@ -89,8 +89,7 @@ def embed(given: argparse.Namespace) -> Any:
         with replacing(given.output) as part, open(part, "wb") as file:
             np.savez(file, ids=[clip.id for clip in clips], embeddings=embeddings)
     if given.json:
-        about = {"model": given.model, "target_dim": size, "output": given.output}
-        return about | {"recordings": found}
+        return dict(model=given.model, target_dim=size, output=given.output, recordings=found)
     few = ["  ".join(f"{x:+.3f}" for x in row[:6]) + " …" for row in embeddings]
     rows = [[f["id"], f["seconds"], start] for f, start in zip(found, few, strict=True)]
     _print_table(["recording", "seconds", "first dimensions"], rows)

@@ -147,8 +147,8 @@ def prepare_voxceleb(
         "seed": seed,
         "skip_bad_files": skip_bad_files,
     }
-    unfit = [] if skip_bad_files else None  # why names cannot stand in a list
-    paths = find_recordings(folders, unfit)
+    unfit = []  # why names cannot stand in a list
+    paths = find_recordings(folders, unfit if skip_bad_files else None)
     state = {"arguments": arguments, "files": _fingerprint(paths, trials, train_speakers)}
     if _done(save_folder, state):
         logger.info("%s is up to date; delete it to prepare again", save_folder)
@@ -201,18 +201,15 @@ def prepare_voxceleb(
     validated = {speaker_of(clip.id) for clip in valid}
     train = [clip for s, clips in pool.items() if s not in validated for clip in clips]
 
+    n_bad = len(bad) + len(unfit)
     state["test_trials"] = os.path.abspath(trials or save_folder / "test_trials.txt")
     state["counts"] = {
         "train": _count(train),
         "valid": _count(valid) | _count_trials(valid_trials),
         "test": _count(test) | _count_trials(trial_list),
-        "left_out": {
-            "bad": len(bad) + len(unfit or ()),
-            "short": len(short),
-            "test_speakers": len(overlap),
-        },
+        "left_out": {"bad": n_bad, "short": len(short), "test_speakers": len(overlap)},
     }
-    logger.info("left out: %d bad utterances, %d under %s s", len(bad), len(short), min_seconds)
+    logger.info("left out: %d bad utterances, %d under %s s", n_bad, len(short), min_seconds)
 
     (save_folder / "prepare.json").unlink(missing_ok=True)
     for name, clips in (("train", train), ("valid", valid), ("test", test)):
@@ -220,7 +217,7 @@ def prepare_voxceleb(
     _write_trials(save_folder / "valid_trials.txt", valid_trials)
     if not trials:
         _write_trials(save_folder / "test_trials.txt", trial_list)
-    reasons = [*(reason for _, reason in sorted((bad | short).items())), *(unfit or ())]
+    reasons = [*(reason for _, reason in sorted((bad | short).items())), *unfit]
     _write(save_folder / "bad_files.txt", "".join(f"{reason}\n" for reason in reasons))
     _write(save_folder / "prepare.json", json.dumps(state, indent=2))
     for journal in JOURNALS:

@@ -7,26 +7,22 @@ libsndfile reads exactly is read by soundfile, anything else (MP3, M4A, WebM) by
 import contextlib
 import math
 import os
-import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
-import soundfile
 import torch
 from torch import Tensor
 from torchaudio.functional import resample
 
-from speechbrain_mrl.utils import require
+from speechbrain_mrl.dataio.decoders import Recording, by_av, by_soundfile
 
 __all__ = ["AudioInfo", "audio_info", "check_audio", "read_audio", "read_sound"]
 
 Source = str | os.PathLike[str] | BinaryIO  # a path, or a file that is open and has a name
 RATES = 4000, 384000  # Hz, of a recording that may hold speech
 FULL_SCALE = 2.0**31  # no format's samples are larger
-BLOCK = 2**20  # samples that are decoded at a time
-STREAMED = 0x7F000000  # bytes; a header with so many was written before its end was known
 CANCELLED = 1e-4  # of the channels' power; their mean has less where they are in opposite phase
 LARGEST_KERNEL = 1000  # phases of torchaudio's resampler, which keeps a filter for each
 
@@ -87,6 +83,7 @@ def read_audio(
 
     Example
     -------
+    >>> import soundfile
     >>> path = getfixture("tmp_path") / "silence.wav"
     >>> soundfile.write(path, np.zeros((8000, 2)), samplerate=8000)  # one second, stereo
     >>> read_audio(path).shape
@@ -125,6 +122,7 @@ def read_sound(path: Source, start: int, stop: int, length: int) -> torch.Tensor
 
     Example
     -------
+    >>> import soundfile
     >>> path = getfixture("tmp_path") / "late.wav"
     >>> soundfile.write(path, np.repeat([0, 0.5], [40000, 8000]), 16000)
     >>> read_sound(path, 0, 48000, length=16000).count_nonzero().item()
@@ -169,6 +167,7 @@ def audio_info(path: str | os.PathLike[str], sample_rate: int = 16000) -> AudioI
 
     Example
     -------
+    >>> import soundfile
     >>> path = getfixture("tmp_path") / "silence.flac"
     >>> soundfile.write(path, np.zeros(44100), samplerate=44100)
     >>> audio_info(path)
@@ -206,6 +205,7 @@ def check_audio(path: str | os.PathLike[str]) -> AudioInfo:
 
     Example
     -------
+    >>> import soundfile
     >>> path = getfixture("tmp_path") / "silence.wav"
     >>> soundfile.write(path, np.zeros(16000), samplerate=16000)
     >>> check_audio(path)
@@ -233,21 +233,12 @@ def check_audio(path: str | os.PathLike[str]) -> AudioInfo:
 _BEYOND = "holds samples that are NaN, infinite or beyond any format's full scale"
 
 
-class _Recording(NamedTuple):
-    """An open recording: ``blocks(first, count)`` decodes it, float32 (channels, T) at ``rate``."""
-
-    rate: int
-    frames: int | None  # samples, as far as the header counts them
-    promised_seconds: float  # of the whole recording where the header says it, else 0
-    blocks: Callable[..., Iterator[np.ndarray]]
-
-
 def _name(path: Source) -> str:
     return os.fspath(path) if isinstance(path, (str, os.PathLike)) else path.name
 
 
 @contextlib.contextmanager
-def _opened(path: Source) -> Iterator[_Recording]:
+def _opened(path: Source) -> Iterator[Recording]:
     """A recording; whatever a library says of it is one sentence with the path and the reason."""
     with contextlib.ExitStack() as stack:
         if isinstance(path, (str, os.PathLike)) and not os.path.isfile(path):
@@ -257,7 +248,7 @@ def _opened(path: Source) -> Iterator[_Recording]:
                 file: BinaryIO = stack.enter_context(open(path, "rb", buffering=0))
             else:
                 file = path
-            recording = _by_soundfile(file, stack) or _by_av(file, stack)
+            recording = by_soundfile(file, stack) or by_av(file, stack)
             if not RATES[0] <= recording.rate <= RATES[1]:
                 raise ValueError(
                     f"its sample rate is {recording.rate} Hz, it must be {RATES[0]} to {RATES[1]}"
@@ -270,7 +261,7 @@ def _opened(path: Source) -> Iterator[_Recording]:
             raise ValueError(f"cannot decode {_name(path)}: {found or error}") from error
 
 
-def _info(recording: _Recording, frames: int, sample_rate: int = 16000) -> AudioInfo:
+def _info(recording: Recording, frames: int, sample_rate: int = 16000) -> AudioInfo:
     if frames == 0:
         raise ValueError("it holds no sample")
     return AudioInfo(math.ceil(Fraction(frames * sample_rate, recording.rate)), recording.rate)
@@ -315,93 +306,3 @@ def _native_segment(
         return first_second * native_rate, -1
     last_second = (start + num_frames) // sample_rate + 2
     return first_second * native_rate, (last_second - first_second) * native_rate
-
-
-def _by_soundfile(file: BinaryIO, stack: contextlib.ExitStack) -> _Recording | None:
-    """None for what libsndfile cannot read, or not exactly."""
-    head = file.read(3)
-    if head == b"ID3" or (head[:1] == b"\xff" and head[1:2] >= b"\xe0"):
-        return None  # MP3: it takes an estimate for the length
-    if head == b"Ogg" and b"OggS\0\2" in file.read():
-        return None  # several streams one after the other: it reads the first
-    file.seek(0)
-    try:  # a number in place of the path, or its suffix would count
-        handle = file.fileno() if _has_number(file) else file
-        found = stack.enter_context(soundfile.SoundFile(handle, closefd=False))
-    except (soundfile.SoundFileError, TypeError):
-        return None
-    if not found.seekable() or not 0 < found.frames < 2**62:  # a header without a count
-        return None
-    frames, rate = found.frames, found.samplerate
-
-    def blocks(first: int = 0, count: int = -1) -> Iterator[np.ndarray]:
-        left = frames - first if count == -1 else min(count, frames - first)
-        found.seek(min(first, frames))
-        while left > 0 and len(block := found.read(min(left, BLOCK), "float32", always_2d=True)):
-            left -= len(block)
-            yield block.T
-
-    seconds = frames / rate
-    sizes = re.findall(r"(\d+) \(should be (\d+)\)", found.extra_info)
-    if sizes and int(sizes[-1][0]) < STREAMED:  # bytes in the header, and in the file
-        seconds *= int(sizes[-1][0]) / max(1, int(sizes[-1][1]))
-    return _Recording(rate, frames, seconds, blocks)
-
-
-def _has_number(file: BinaryIO) -> bool:
-    try:
-        return file.fileno() >= 0
-    except OSError:  # in memory
-        return False
-
-
-def _by_av(file: BinaryIO, stack: contextlib.ExitStack) -> _Recording:
-    purpose = f"reading {file.name}, which is no WAV, FLAC or Ogg that soundfile reads,"
-    av = require("av", purpose)
-    file.seek(0)
-    # From a playlist nothing else is opened.
-    container = stack.enter_context(av.open(file, options={"protocol_whitelist": "none"}))
-    if not container.streams.audio:
-        raise ValueError("it holds no audio stream")
-    stream = container.streams.audio[0]
-    rate, name, seconds, frames = stream.rate, container.format.name, Fraction(0), None
-    if name.startswith("mov") and stream.duration:  # M4A and MP4 list every packet
-        seconds = stream.duration * stream.time_base
-        frames = math.ceil(seconds * rate)
-    elif name.startswith("matroska") and len(container.streams) == 1:
-        seconds = Fraction(container.duration or 0, av.time_base)
-
-    def blocks(first: int = 0, count: int = -1) -> Iterator[np.ndarray]:
-        """From the beginning: an AAC decoder's noise (PNS) depends on all frames before."""
-        end, position, kind = math.inf if count == -1 else first + count, 0, None
-        for frame in _frames(av, container, name):
-            if frame.sample_rate != rate:
-                raise ValueError(f"its sample rate changes from {rate} to {frame.sample_rate} Hz")
-            if (frame.format.name, frame.layout.name) != kind:
-                kind = frame.format.name, frame.layout.name
-                to_float = av.AudioResampler(format="fltp")  # sample format only
-            if position + frame.samples <= first:
-                position += frame.samples
-                continue
-            for part in to_float.resample(frame):
-                block = part.to_ndarray()
-                begin, position = position, position + block.shape[1]
-                if position > first:
-                    yield block[:, max(0, first - begin) : int(min(end - begin, block.shape[1]))]
-            if position >= end:
-                return
-
-    return _Recording(rate, frames, float(seconds), blocks)
-
-
-def _frames(av: Any, container: Any, name: str) -> Iterator[Any]:
-    """Decoded frames; of MP3s that were joined, the one is left out that lacks what it builds on."""
-    broken = 0
-    for packet in container.demux(audio=0):
-        try:
-            yield from packet.decode()
-            broken = 0
-        except av.error.InvalidDataError:
-            broken += 1
-            if name != "mp3" or broken > 2:
-                raise
