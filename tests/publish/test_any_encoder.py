@@ -71,7 +71,7 @@ def folders(models, tmp_path_factory):
     }
 
 
-STRANGER = """
+ISOLATED = """
 import json, sys
 sys.modules["speechbrain_mrl"] = None  # as if not installed
 import torch
@@ -101,7 +101,7 @@ print(json.dumps(found))
 def test_it_loads_without_this_package_at_every_size(models, folders, tmp_path):
     wavs = 0.1 * torch.randn(2, 16000)
     torch.save(wavs, tmp_path / "wavs.pt")
-    command = [sys.executable, "-c", STRANGER, tmp_path / "wavs.pt", *folders.values()]
+    command = [sys.executable, "-c", ISOLATED, tmp_path / "wavs.pt", *folders.values()]
     done = subprocess.run(
         list(map(str, command)),
         cwd=tmp_path,
