@@ -116,8 +116,7 @@ def verify(given: argparse.Namespace) -> Any:
 
     a trial list has lines "1 a b" (same speaker) or "0 a b"; a and b are paths below --data_folder.
     The decision is by the cosine at the model's equal error rate, unless --threshold says
-    otherwise. Intervals, score normalisation, calibration, comparison of models:
-    recipes/voxceleb/verify.py.
+    otherwise. Intervals, normalisation, calibration, comparison: recipes/voxceleb/verify.py.
     """
     if given.trials is not None:
         return _verify_list(given)
