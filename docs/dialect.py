@@ -7,7 +7,7 @@ import griffe
 
 NAMES = {"Arguments": "Parameters", "Example": "Examples"}
 SECTION = r"^[A-Z]\w+\n-+$"
-GROUP = re.compile(r"^((?:\w+, )+\w+)\n((?: {4}.*(?:\n|\Z))+)", re.M)
+GROUP = re.compile(r"^((?:\w+, )+\w+)( : .*)?\n((?: {4}.*(?:\n|\Z))+)", re.M)
 REFERENCE = re.compile(rf"\n*^Reference\n-+\n(.*?)(?=\n+{SECTION}|\Z)", re.M | re.S)
 
 
@@ -28,8 +28,10 @@ class Dialect(griffe.Extension):
             first = re.search(SECTION, text, re.M)
             at = first.start() if first else len(text)
             text = f"{text[:at].rstrip()}\n\n{source}\n\n{text[at:]}".rstrip()
-        # names that share a description get one each, with a type of their own
-        text = GROUP.sub(lambda m: "".join(f"{name}\n{m[2]}" for name in m[1].split(", ")), text)
+        # names that share a description get one each, with a default of their own
+        text = GROUP.sub(
+            lambda m: "".join(f"{name}{m[2] or ''}\n{m[3]}" for name in m[1].split(", ")), text
+        )
         for ours, numpydoc in NAMES.items():
             heading = f"{numpydoc}\n{'-' * len(numpydoc)}"
             text = re.sub(rf"^{ours}\n-+$", heading, text, flags=re.M)
