@@ -303,9 +303,9 @@ def run(document, stages, run_opts):
             model = f"{hparams['output_folder']}/model"
             one, two, *_ = (clip.wav for clip in read_clips(corpus.test_csv))
             print("Next:")
-            print(f"  python -m speechbrain_mrl info {model}")
-            print(f"  python -m speechbrain_mrl verify {model} {one} {two}")
-            print(f"  python -m speechbrain_mrl publish {model} ORG/NAME --dry_run")
+            print(f"  speechbrain-mrl info {model}")
+            print(f"  speechbrain-mrl verify {model} {one} {two}")
+            print(f"  speechbrain-mrl publish {model} ORG/NAME --dry_run")
         if demo:
             print(DEMO)
     return student
