@@ -15,5 +15,10 @@ def test_the_notebook_runs_and_shows_both_maps():
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
     assert any("image/png" in output.get("data", {}) for output in outputs)
     text = "".join(output.get("text", "") for output in outputs)
-    for expected in ("student: {64:", "teacher, PCA: {64:", "student, LDA: {64:", "at 64 dimensions"):
+    for expected in (
+        "student: {64:",
+        "teacher, PCA: {64:",
+        "student, LDA: {64:",
+        "at 64 dimensions",
+    ):
         assert expected in text
