@@ -60,6 +60,7 @@ class MatryoshkaIndex:
 
     Example
     -------
+    >>> import torch
     >>> index = MatryoshkaIndex(dim=3, prefix_dim=2)
     >>> index.add(["ann", "bob"], torch.tensor([[1.0, 0.0, 0.0], [0.0, 3.0, 4.0]]))
     >>> ids, scores = index.search(torch.tensor([[0.0, 1.0, 0.0]]), k=2)

@@ -68,7 +68,7 @@ def parts_of(mapping: Any) -> str:
 
 
 def plain_architecture(text: str) -> str:
-    """The parts of an architecture alone, its references resolved.
+    r"""The parts of an architecture alone, its references resolved.
 
     Example
     -------

@@ -102,7 +102,8 @@ def export_model(
 
     Example
     -------
-    >>> model = MatryoshkaReDimNet(embed_dim=64, mrl_dims=(32, 64), backbone="b0")
+    >>> from speechbrain_mrl import ReDimNetMRL
+    >>> model = ReDimNetMRL(embed_dim=64, mrl_dims=(32, 64), backbone="b0")
     >>> provenance = Provenance("Random weights", "cc0-1.0", "Nothing.")
     >>> folder = export_model(model, getfixture("tmp_path") / "model", provenance)
     >>> from speechbrain.inference.classifiers import EncoderClassifier

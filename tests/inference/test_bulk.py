@@ -78,7 +78,7 @@ def test_other_ids_than_were_embedded_are_refused(small_corpus, tmp_path):
     clips = tmp_path / "clips.csv"
     lines = clips.read_text().splitlines()
     clips.write_text("\n".join([lines[0], lines[2], lines[1], *lines[3:]]) + "\n")
-    with pytest.raises(ValueError, match=f"{tmp_path}/embeddings/.*is of other clips"):
+    with pytest.raises(ValueError, match=f"{tmp_path}/embeddings/.*is of other utterances"):
         as_dict(tmp_path)
 
 

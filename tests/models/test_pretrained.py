@@ -139,9 +139,14 @@ def test_a_release_is_named_by_model_dataset_and_training():
     assert parse_release("redimnet2_b6-vb2+vox2_v0-dis") == expected
 
 
-@pytest.mark.parametrize("name", ["b2", "b2-vox2", "b2-vox2-ft-lm", "b2-vox1-ptn", "vox2-b2-ptn"])
+def test_a_models_name_alone_is_its_usual_release():
+    assert parse_release("b2") == ("b2", "vox2", "ft_lm")
+    assert parse_release("redimnet2_b2") == ("redimnet2_b2", "vox2", "lm")
+
+
+@pytest.mark.parametrize("name", ["b2-vox2", "b2-vox2-ft-lm", "b2-vox1-ptn", "vox2-b2-ptn"])
 def test_what_is_no_release_is_told_how_one_is_named(name):
-    message = f"like b2-vox2-ft_lm or .*'vox2', 'vb2', 'vb2.vox2.cnc'.* got '{name}'$"
+    message = f"like b2, b2-vox2-ft_lm or .*'vox2', 'vb2', 'vb2.vox2.cnc'.* got '{name}'$"
     with pytest.raises(ValueError, match=message):
         parse_release(name)
 

@@ -703,7 +703,7 @@ import app
 
 pinned = app._read_json(app.Path(sys.argv[1], "model.json"))
 model = app.Model(pinned["model"], pinned["revision"])
-page = app.compare(model, sys.argv[2:], {})
+page = app.compare(model, *sys.argv[2:])
 print(json.dumps([model.name, len(app.build(model).blocks) > 10, page]))
 """
 
