@@ -48,6 +48,7 @@ def test_embeddings_agree_at_every_length_and_batch(exported, engine, voices):
         assert (encoder(wavs.numpy(), target_dim=8) == encoder(wavs.numpy())[:, :8]).all()
 
 
+@pytest.mark.slow
 def test_redimnet2_is_exported_too(tiny_config2, random_model, engine, voices, tmp_path):
     redimnet = random_model({**tiny_config2, "agg_gnorm": True, "dual_agg": True})
     model = ReDimNetMRL.from_redimnet(redimnet, embed_dim=32, mrl_dims=(8, 32)).eval()
@@ -70,7 +71,10 @@ def encoder_model(kind):
     return MatryoshkaEncoder(embed_dim=16, mrl_dims=(4, 16), **parts).eval()
 
 
-@pytest.mark.parametrize("kind", ["kaldi", "resnet", "xvect"])
+@pytest.mark.parametrize(
+    "kind",
+    ["resnet", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("kaldi", "xvect"))],
+)
 def test_any_encoder_is_exported_from_waveforms(kind, voices, tmp_path):
     pytest.importorskip("onnxruntime")
     model, path = encoder_model(kind), tmp_path / "model.onnx"
