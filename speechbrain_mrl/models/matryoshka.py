@@ -196,37 +196,7 @@ class MatryoshkaEncoder(MatryoshkaHead):
             norm.glob_mean, norm.glob_std = fn(norm.glob_mean), fn(norm.glob_std)
         return self
 
-    def forward(
-        self,
-        wavs: Tensor,
-        wav_lens: Tensor | None = None,
-        target_dim: int | None = None,
-        return_all_dims: bool = False,
-    ) -> Any:
-        """Embeddings of waveforms, or their prefixes; not length-normalised.
-
-        Arguments
-        ---------
-        wavs : torch.Tensor
-            Float, 16 kHz, in [-1, 1]; (T,), (B, T) or (B, 1, T), at least ``min_samples``.
-        wav_lens : torch.Tensor, optional
-            Lengths relative to T, in (0, 1], (B,). None: no clip is padded.
-        target_dim : int, optional
-            One of ``mrl_dims``: dimensions to return. None: all.
-        return_all_dims : bool
-            Return the prefix of every size instead.
-
-        Returns
-        -------
-        torch.Tensor or dict
-            (B, target_dim), or {d: (B, d)}. The prefixes are views of one embedding.
-
-        Raises
-        ------
-        ValueError
-            If ``target_dim`` is not one of ``mrl_dims``, or the signal is refused.
-        """
-        self.check_target_dim(target_dim)
+    def _whole(self, wavs: Tensor, wav_lens: Tensor | None) -> Tensor:
         wavs = check_wavs(wavs, self.min_samples)
         counts = sample_counts(wavs, wav_lens, self.min_samples, self.training)
         if counts is None:
@@ -236,8 +206,8 @@ class MatryoshkaEncoder(MatryoshkaHead):
         else:
             own = self._by_length(wavs, counts)
         with torch.autocast(wavs.device.type, enabled=False):
-            embeddings = self.linear(own.to(self.linear.weight.dtype))
-        return self.prefixes(embeddings, target_dim, return_all_dims)
+            embeddings: Tensor = self.linear(own.to(self.linear.weight.dtype))
+        return embeddings
 
     def _own_embeddings(self, wavs: Tensor, wav_lens: Tensor) -> Tensor:
         """What the encoder itself gives, (B, E)."""
@@ -250,7 +220,7 @@ class MatryoshkaEncoder(MatryoshkaHead):
         return embeddings.squeeze(1) if embeddings.ndim == 3 else embeddings
 
     def _by_length(self, wavs: Tensor, counts: Tensor) -> Tensor:
-        """Clips of one length at a time, without their padding, (B, E)."""
+        """Utterances of one length at a time, without their padding, (B, E)."""
         found, order = [], []
         for count in sorted(set(counts.tolist())):
             chosen = (counts == count).nonzero().flatten()
@@ -328,7 +298,7 @@ class MatryoshkaEncoder(MatryoshkaHead):
         return found.shape[1]
 
 
-class EncoderModel(OfOneSize, MatryoshkaEncoder):  # type: ignore[misc]
+class EncoderModel(OfOneSize, MatryoshkaEncoder):
     """``embedding_model`` of a published model: waveforms to embeddings of one size.
 
     Arguments

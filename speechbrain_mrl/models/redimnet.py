@@ -1421,7 +1421,7 @@ class MatryoshkaHead(nn.Module):
     """A network whose linear output layer gives an embedding that is truncated to its sizes.
 
     A subclass has a ``linear`` layer, the sizes ``mrl_dims`` that end in ``embed_dim``, the fewest
-    samples that it embeds, ``min_samples``, and ``of_sizes``.
+    samples that it embeds, ``min_samples``, ``of_sizes``, and a network beside it or ``_whole``.
     """
 
     linear: nn.Linear
@@ -1440,11 +1440,46 @@ class MatryoshkaHead(nn.Module):
                 f"target_dim must be one of mrl_dims {list(self.mrl_dims)}, got {target_dim!r}"
             )
 
-    def prefixes(self, embeddings: Tensor, target_dim: int | None, return_all_dims: bool) -> Any:
-        """Embeddings (B, D) truncated to one size, or {d: (B, d)} of all; views of one tensor."""
+    def forward(
+        self,
+        wavs: Tensor,
+        wav_lens: Tensor | None = None,
+        target_dim: int | None = None,
+        return_all_dims: bool = False,
+    ) -> Any:
+        """Embeddings of waveforms, or their prefixes; not length-normalised.
+
+        Arguments
+        ---------
+        wavs : torch.Tensor
+            Float, 16 kHz, in [-1, 1]; (T,), (B, T) or (B, 1, T), at least ``min_samples``.
+        wav_lens : torch.Tensor, optional
+            Lengths relative to T, in (0, 1], (B,). None: no utterance is padded.
+        target_dim : int, optional
+            One of ``mrl_dims``: dimensions to return. None: all.
+        return_all_dims : bool
+            Return the prefix of every size instead.
+
+        Returns
+        -------
+        torch.Tensor or dict
+            (B, target_dim), or {d: (B, d)}. The prefixes are views of one embedding.
+
+        Raises
+        ------
+        ValueError
+            If ``target_dim`` is not one of ``mrl_dims``, or the signal is refused.
+        """
+        self.check_target_dim(target_dim)
+        embeddings = self._whole(wavs, wav_lens)
         if return_all_dims:
             return {d: embeddings[:, :d] for d in self.mrl_dims}
         return embeddings[:, :target_dim]
+
+    def _whole(self, wavs: Tensor, wav_lens: Tensor | None) -> Tensor:
+        """All dimensions, (B, D): what the network that a subclass has beside this one gives."""
+        embeddings: Tensor = super().forward(wavs, wav_lens)
+        return embeddings
 
     @torch.no_grad()
     def rotate_head(self, matrix: Tensor, mean: Tensor | None = None) -> None:
@@ -1549,39 +1584,6 @@ class MatryoshkaReDimNet(MatryoshkaHead, ReDimNet):
     def of_sizes(self: _ReDimNetStudent, mrl_dims: tuple[int, ...]) -> _ReDimNetStudent:
         """Random weights in the same architecture."""
         return type(self)(mrl_dims[-1], mrl_dims, self.model_config)
-
-    def forward(
-        self,
-        wavs: Tensor,
-        wav_lens: Tensor | None = None,
-        target_dim: int | None = None,
-        return_all_dims: bool = False,
-    ) -> Any:
-        """Embeddings of waveforms, or their prefixes; not length-normalised.
-
-        Arguments
-        ---------
-        wavs : torch.Tensor
-            Float, 16 kHz, in [-1, 1]; (T,), (B, T) or (B, 1, T), at least 257 samples.
-        wav_lens : torch.Tensor, optional
-            Lengths relative to T, in (0, 1], (B,). None: no utterance is padded.
-        target_dim : int, optional
-            One of ``mrl_dims``: dimensions to return. None: all.
-        return_all_dims : bool
-            Return the prefix of every size instead.
-
-        Returns
-        -------
-        torch.Tensor or dict
-            (B, target_dim), or {d: (B, d)}. The prefixes are views of one embedding.
-
-        Raises
-        ------
-        ValueError
-            If ``target_dim`` is not one of ``mrl_dims``, or the signal is refused.
-        """
-        self.check_target_dim(target_dim)
-        return self.prefixes(super().forward(wavs, wav_lens), target_dim, return_all_dims)
 
 
 # The parts of a published model, under the names that SpeechBrain's EncoderClassifier calls
@@ -1730,7 +1732,7 @@ class OfOneSize(StrictlyLoaded, MatryoshkaHead):
         return (embeddings * is_sound).unsqueeze(1)
 
 
-class EmbeddingModel(OfOneSize, MatryoshkaReDimNet):  # type: ignore[misc]
+class EmbeddingModel(OfOneSize, MatryoshkaReDimNet):
     """``embedding_model``: waveforms to embeddings of one size, (B, 1, target_dim).
 
     Arguments

@@ -542,5 +542,5 @@ class MatryoshkaReDimNet2(MatryoshkaReDimNet, ReDimNet2):
     """
 
 
-class EmbeddingModel2(EmbeddingModel, MatryoshkaReDimNet2):  # type: ignore[misc]
+class EmbeddingModel2(EmbeddingModel, MatryoshkaReDimNet2):
     """``EmbeddingModel`` of a ReDimNet2; arguments are the same."""
