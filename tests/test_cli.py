@@ -17,6 +17,7 @@ from test_utils import full_disk
 
 from speechbrain_mrl import cli
 from speechbrain_mrl.cli import COMMANDS, _print_table, main, parser
+from speechbrain_mrl.inference.encoders import load_teacher
 from speechbrain_mrl.models.redimnet import MatryoshkaReDimNet
 from speechbrain_mrl.publish import hub
 from speechbrain_mrl.publish.card import Provenance
@@ -107,6 +108,7 @@ def test_what_cannot_be_written_is_refused_before_anything_is_embedded(
 def test_a_full_disk_leaves_the_old_embeddings(folder, recordings, tmp_path, capsys):
     output = tmp_path / "calls.npz"
     output.write_bytes(b"old")
+    load_teacher(str(folder))  # the first of a process writes the model's code to a temporary file
     with full_disk(tmp_path, size=100):
         code = main(["embed", str(folder), str(recordings), f"--output={output}"])
     assert code == 1 and f"cannot write {output}" in capsys.readouterr().err
