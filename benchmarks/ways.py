@@ -23,7 +23,7 @@ import train  # noqa: E402
 from corpus import prepare  # noqa: E402
 from read_hparams import is_demo, read_yaml  # noqa: E402
 
-from speechbrain_mrl.dataio.clips import read_clips, speaker_of  # noqa: E402
+from speechbrain_mrl.dataio.clips import read_clips, speaker_labels  # noqa: E402
 from speechbrain_mrl.evaluation.baselines import truncation_baselines  # noqa: E402
 from speechbrain_mrl.evaluation.verification import (  # noqa: E402
     evaluate,
@@ -177,12 +177,12 @@ def baselines(teachers, corpus, trials, hparams, device, n_bootstrap, folder):
             hparams["num_workers"],
         )
     test_embeddings = stores["test"].lookup(trials.clip_ids)
-    speakers = [speaker_of(clip_id) for clip_id in stores["train"].rows]
+    labels = speaker_labels(stores["train"].rows)
     results = {}
     for name, fit in stores["train"].embeddings.items():
         test = test_embeddings[name]
         sizes = [dim for dim in hparams["mrl_dims"] if dim <= fit.shape[1]]
-        truncated = truncation_baselines(test, fit, trials, sizes, n_bootstrap, speakers)
+        truncated = truncation_baselines(test, fit, trials, sizes, n_bootstrap, labels)
         results[name] = {
             "whole": evaluate(test, trials, [test.shape[1]], n_bootstrap),
             "truncated": truncated["naive_truncation"],

@@ -30,7 +30,7 @@ from speechbrain.utils.distributed import ddp_init_group, if_main_process
 from training_results import enrol, export, report_agreement, report_on
 
 from speechbrain_mrl import MatryoshkaEncoder, matryoshka_rotation, push_to_hub
-from speechbrain_mrl.dataio.clips import read_clips, speaker_of
+from speechbrain_mrl.dataio.clips import read_clips, speaker_labels
 from speechbrain_mrl.dataio.dataset import seed_draws, train_dataset, valid_dataset
 from speechbrain_mrl.dataio.lists import read_rows
 from speechbrain_mrl.dataio.shards import shard_loader
@@ -237,7 +237,7 @@ def run(document, stages, run_opts):
         "num_workers": hparams["num_workers"],
     }
     trained, starts, teachers = None, [], {}
-    fit_embeddings, fit_speakers, test_embeddings = {}, None, {}
+    fit_embeddings, fit_labels, test_embeddings = {}, None, {}
     for stage in stages:
         if debug:  # its rows would stay in the table of the training after it
             stage["train_logger"] = TrainingLog(Path(stage["output_folder"]) / "debug_log.txt")
@@ -261,7 +261,7 @@ def run(document, stages, run_opts):
             clip_ids, found = stores[sb.Stage.TRAIN].sample(FIT_CLIPS)
             fit_embeddings |= found
             if stage["labels"]:
-                fit_speakers = [speaker_of(clip_id) for clip_id in clip_ids]
+                fit_labels = speaker_labels(clip_ids)
         if taught and corpus.test_csv is not None:
             clip_ids = [clip.id for clip in read_clips(corpus.test_csv)]
             test_embeddings |= stores[sb.Stage.TEST].lookup(clip_ids)
@@ -285,7 +285,7 @@ def run(document, stages, run_opts):
                 starts[0],
                 test_embeddings,
                 fit_embeddings,
-                fit_speakers,
+                fit_labels,
                 corpus,
                 hparams,
                 started,

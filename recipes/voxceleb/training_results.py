@@ -44,7 +44,7 @@ def report_on(
     start,
     teachers,
     fit_embeddings,
-    fit_speakers,
+    fit_labels,
     corpus,
     hparams,
     started,
@@ -53,8 +53,8 @@ def report_on(
     """Verify student and baselines on the test trials; write and print the report.
 
     ``start`` is the student before its first step, or None. ``teachers`` and ``fit_embeddings`` are
-    the teachers' embeddings of test and training utterances; ``fit_speakers`` names the speaker of
-    each of the latter, or is None.
+    the teachers' embeddings of test and training utterances; ``fit_labels`` are the speakers of the
+    latter as numbers, or None.
     """
     trials, clips = read_trials(corpus.test_trials), read_clips(corpus.test_csv)
     trials.check_clips({clip.id for clip in clips})
@@ -76,7 +76,7 @@ def report_on(
         stack(teachers),
         fit_embeddings,
         N_BOOTSTRAP,
-        fit_speakers,
+        fit_labels,
     )
     report = make_report(
         trials=trials,

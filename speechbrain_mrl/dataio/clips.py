@@ -8,6 +8,9 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from speechbrain_mrl.dataio.audio import audio_info
@@ -220,6 +223,12 @@ def stem_of(clip_id: str) -> str:
 def speaker_of(clip_id: str) -> str:
     """The speaker in an utterance's ID, ``speaker/session/utterance.wav``."""
     return stem_of(clip_id).split("/")[0]
+
+
+def speaker_labels(clip_ids: Iterable[str]) -> Tensor:
+    """The speakers of utterances' IDs as numbers, (N,)."""
+    speakers = [speaker_of(clip_id) for clip_id in clip_ids]
+    return torch.from_numpy(np.unique(speakers, return_inverse=True)[1])
 
 
 def find_listed(clip_ids: Iterable[str], clips: Iterable[Clip]) -> list[Clip]:

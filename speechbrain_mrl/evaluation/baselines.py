@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from speechbrain_mrl.evaluation.verification import (
@@ -29,7 +28,7 @@ def evaluate_student(
     teachers: Mapping[str, Tensor] | None = None,
     fit_embeddings: Mapping[str, Tensor] | None = None,
     n_bootstrap: int = 0,
-    fit_speakers: Sequence[str] | None = None,
+    fit_labels: Tensor | None = None,
 ) -> dict[str, dict[str, Any]]:
     """A report's ``"dims"``, ``"baselines"`` and ``"gain"``: a student, and what it had to surpass.
 
@@ -49,8 +48,8 @@ def evaluate_student(
         rotations come from them.
     n_bootstrap : int
         Draws of speakers for the 95 % intervals; 0: none.
-    fit_speakers : sequence of str, optional
-        The speakers of the training utterances, (M,), for LDA beside PCA.
+    fit_labels : torch.Tensor, optional
+        The speakers, as numbers, of the training utterances, (M,), for LDA beside PCA.
 
     Returns
     -------
@@ -58,7 +57,7 @@ def evaluate_student(
         ``baselines`` has ``teachers``, each at its full size ``dim``; ``teacher``, the name of the
         one with the lowest EER; of that one ``naive_truncation`` and ``pca_truncation``;
         ``ensemble``, the principal components of all teachers together; and ``start``. With
-        ``fit_speakers`` there are ``lda_truncation`` and ``ensemble_lda`` too. ``gain`` is the
+        ``fit_labels`` there are ``lda_truncation`` and ``ensemble_lda`` too. ``gain`` is the
         student's EER minus that of each row but ``naive_truncation`` on the same draws of speakers;
         a size that a row lacks is compared with its largest.
 
@@ -81,13 +80,12 @@ def evaluate_student(
     rows: dict[str, Scores] = {}
     if start is not None:
         rows["start"] = _prefix_scores(start, trials, mrl_dims)
-    labels = _numbers(fit_speakers)
     if teachers:
         best = min(teachers, key=lambda name: baselines["teachers"][name]["eer"])
         baselines["teacher"] = best
-        rows |= _truncations(teachers[best], fit_embeddings[best], trials, mrl_dims, labels)
+        rows |= _truncations(teachers[best], fit_embeddings[best], trials, mrl_dims, fit_labels)
         numbered, fit = _numbered(teachers), _numbered(fit_embeddings)
-        fits = {"ensemble": None} if labels is None else {"ensemble": None, "ensemble_lda": labels}
+        fits = {"ensemble": None} | ({} if fit_labels is None else {"ensemble_lda": fit_labels})
         for name, of_each in fits.items():
             ensemble = EnsembleRotation(max(mrl_dims)).fit(fit, of_each)
             rows[name] = score_trials(ensemble(numbered), trials, mrl_dims)
@@ -124,13 +122,6 @@ def _gain(student: Scores, other: Scores, trials: Trials, n_bootstrap: int) -> d
     }
 
 
-def _numbers(speakers: Sequence[str] | None) -> Tensor | None:
-    """Speakers as numbers, (M,)."""
-    if speakers is None:
-        return None
-    return torch.from_numpy(np.unique(speakers, return_inverse=True)[1])
-
-
 def _truncations(
     teacher: Tensor,
     fit_embeddings: Tensor,
@@ -154,7 +145,7 @@ def truncation_baselines(
     trials: Trials,
     mrl_dims: Sequence[int],
     n_bootstrap: int = 0,
-    fit_speakers: Sequence[str] | None = None,
+    fit_labels: Tensor | None = None,
 ) -> dict[str, dict[str, Any]]:
     """What a teacher's own embedding gives when it is truncated, as it is and after PCA.
 
@@ -166,8 +157,8 @@ def truncation_baselines(
         Of training utterances, never the trials', (M, D_t); mean and rotation come from them.
     trials, mrl_dims, n_bootstrap
         See ``evaluate``; sizes above D_t are left out.
-    fit_speakers : sequence of str, optional
-        The speakers of the training utterances, (M,), for ``lda_truncation``.
+    fit_labels : torch.Tensor, optional
+        The speakers, as numbers, of the training utterances, (M,), for ``lda_truncation``.
 
     Returns
     -------
@@ -183,9 +174,7 @@ def truncation_baselines(
     >>> found["naive_truncation"]["1"]["eer"], found["pca_truncation"]["1"]["eer"]
     (0.5, 0.0)
     """
-    rows = _truncations(
-        teacher_embeddings, fit_embeddings, trials, mrl_dims, _numbers(fit_speakers)
-    )
+    rows = _truncations(teacher_embeddings, fit_embeddings, trials, mrl_dims, fit_labels)
     return {
         name: evaluate_scores(scores, trials, n_bootstrap) if scores else {}
         for name, scores in rows.items()

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from speechbrain_mrl.dataio.clips import Clip, speaker_of
+from speechbrain_mrl.dataio.clips import Clip, speaker_labels, speaker_of
 from speechbrain_mrl.evaluation.verification import Trials, evaluate
 from speechbrain_mrl.inference.extract import embed_clips
 from speechbrain_mrl.inference.store import TeacherStore
@@ -68,12 +68,6 @@ def _mean_eer(prefixes: Mapping[int, Tensor], trials: Trials) -> float:
     """Over sizes d, of embeddings (N, d) of the trials' utterances."""
     eers = [evaluate(x, trials, [d])[str(d)]["eer"] for d, x in prefixes.items()]
     return float(np.mean(eers))
-
-
-def speaker_labels(clip_ids: Sequence[str]) -> Tensor:
-    """The utterances' speakers as numbers, (N,)."""
-    speakers = [speaker_of(clip_id) for clip_id in clip_ids]
-    return torch.from_numpy(np.unique(speakers, return_inverse=True)[1])
 
 
 def start_from(

@@ -69,7 +69,7 @@ def compared(voices, rng):
         for name, x in teachers.items()
     }
     start = heard(16, 1.5)
-    speakers = [f"speaker {i % 20}" for i in range(300)]
+    speakers = torch.arange(300) % 20
     found = evaluate_student(student, trials, SIZES, start, teachers, fit, 60, speakers)
     return found, student, start, teachers, fit
 
