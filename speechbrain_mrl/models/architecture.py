@@ -30,16 +30,21 @@ PLAIN = {f"tag:yaml.org,2002:{kind}" for kind in "map seq str int float bool nul
 PLAIN.add("!tuple")
 
 
+def hub_folder(source: str | os.PathLike[str], allow_patterns: list[str] | None = None) -> Path:
+    """The folder ``source``, or the one that the Hub, or its cache, has under that name."""
+    if os.path.isdir(source):
+        return Path(source)
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=allow_patterns))
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"{source} is no folder here, and the Hub does not give it ({error})"
+        ) from error
+
+
 def published_folder(source: str | os.PathLike[str]) -> Path:
-    """A folder with a hyperparams.yaml; one on the Hub is downloaded, or found in its cache."""
-    folder = Path(source)
-    if not folder.is_dir():
-        try:
-            folder = Path(snapshot_download(str(source)))
-        except (OSError, ValueError) as error:
-            raise FileNotFoundError(
-                f"{source} is no folder here, and the Hub does not give it ({error})"
-            ) from error
+    """A folder with a hyperparams.yaml, here or on the Hub."""
+    folder = hub_folder(source)
     if not (folder / "hyperparams.yaml").is_file():
         raise FileNotFoundError(
             f"{source} lacks hyperparams.yaml, so it is no model that SpeechBrain published"

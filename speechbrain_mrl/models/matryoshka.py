@@ -162,7 +162,7 @@ class MatryoshkaEncoder(MatryoshkaHead):
                 f"embedding; keep them and read a prefix: {embed_dim} may be in mrl_dims"
             )
         if mrl_dims is None:
-            mrl_dims = (*(d for d in USUAL_DIMS if d < embed_dim), embed_dim)
+            mrl_dims = usual_dims(embed_dim)
         model._set_sizes(check_mrl_dims(mrl_dims, embed_dim))
         identity = nn.Linear(own_dim, own_dim)
         nn.init.eye_(identity.weight)
@@ -323,6 +323,11 @@ class EncoderModel(OfOneSize, MatryoshkaEncoder):
         super().__init__(embedding_model, dims[-1], dims, compute_features, mean_var_norm)
         self.check_target_dim(target_dim)
         self.target_dim = target_dim
+
+
+def usual_dims(embed_dim: int) -> tuple[int, ...]:
+    """64, 128, 192 and 256 as far as they are smaller, and ``embed_dim``."""
+    return (*(d for d in USUAL_DIMS if d < embed_dim), embed_dim)
 
 
 def _takes_lengths(module: nn.Module) -> bool:

@@ -15,7 +15,7 @@ from speechbrain_mrl.dataio.clips import find_clips
 from speechbrain_mrl.inference.encoders import HUB_ID
 from speechbrain_mrl.inference.extract import embed_clips
 from speechbrain_mrl.models.architecture import published_folder
-from speechbrain_mrl.models.matryoshka import USUAL_DIMS, MatryoshkaEncoder
+from speechbrain_mrl.models.matryoshka import MatryoshkaEncoder, usual_dims
 from speechbrain_mrl.models.pretrained import ReDimNetMRL, load_checkpoint, load_released
 from speechbrain_mrl.models.redimnet import check_mrl_dims
 from speechbrain_mrl.models.releases import PREFIX2, parse_release, releases_of
@@ -79,7 +79,7 @@ def convert_release(
     what = "in another container and otherwise unchanged."
     if recordings is not None:
         size = network.embed_dim
-        sizes = mrl_dims or (*(d for d in USUAL_DIMS if d < size), size)
+        sizes = mrl_dims or usual_dims(size)
         if isinstance(network, MatryoshkaEncoder):
             rotated: Any = resize_model(network, check_mrl_dims(sizes, size))
         else:

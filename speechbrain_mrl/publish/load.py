@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 from ruamel.yaml.tokens import AliasToken
 from speechbrain.dataio.encoder import CategoricalEncoder
 from torch import Tensor
 
-from speechbrain_mrl.models.architecture import build_parts, of_package, parts_of
+from speechbrain_mrl.models.architecture import build_parts, hub_folder, of_package, parts_of
 from speechbrain_mrl.models.matryoshka import MatryoshkaEncoder
 from speechbrain_mrl.models.pretrained import ReDimNetMRL, load_strictly
 from speechbrain_mrl.models.redimnet import read_tensors
@@ -34,14 +33,7 @@ def find_published(source: str | os.PathLike[str]) -> Path:
     FileNotFoundError
         If there is no such folder, no such model on the Hub or no way to it, or it is another kind.
     """
-    folder = Path(source)
-    if not folder.is_dir():
-        try:
-            folder = Path(snapshot_download(str(source), allow_patterns=[*FILES, "examples/*"]))
-        except (OSError, ValueError) as error:
-            raise FileNotFoundError(
-                f"{source} is no folder here, and the Hub does not give it ({error})"
-            ) from error
+    folder = hub_folder(source, [*FILES, "examples/*"])
     missing = [name for name in ("hyperparams.yaml", "config.json") if not (folder / name).exists()]
     if missing:
         raise FileNotFoundError(
