@@ -1719,7 +1719,7 @@ class OfOneSize(StrictlyLoaded, MatryoshkaHead):
 
     target_dim: int | None
 
-    def forward(self, wavs: Tensor, wav_lens: Tensor | None = None) -> Tensor:
+    def forward(self, wavs: Tensor, wav_lens: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """Embeddings (B, 1, target_dim). A ``wav_lens`` of one element holds for every utterance.
 
         An utterance of zeros, nobody's voice, has an embedding of zeros, which scores 0 with any

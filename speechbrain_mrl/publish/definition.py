@@ -74,7 +74,7 @@ def _published_encoder(sizes: tuple[int, ...], architecture: str | None) -> Enco
 def check_embedding(
     network: EmbeddingModel | EncoderModel, expected: Tensor, tolerance: float
 ) -> None:
-    """What state dicts do not hold (activations, features) may differ, and is heard."""
+    """ValueError where what state dicts do not hold (activations, features) changes the embedding."""
     difference = (network(probe_wavs()).flatten() - expected).norm() / expected.norm()
     if not difference <= tolerance:
         raise ValueError(

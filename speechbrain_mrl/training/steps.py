@@ -97,9 +97,8 @@ class SteppingBrain(sb.Brain):
         max_norm = self.max_grad_norm if self.max_grad_norm > 0 else math.inf
         norm = nn.utils.clip_grad_norm_(parameters, max_norm)
         if not self.scaler.is_enabled() and not norm.isfinite():  # on all processes alike
-            self.finite = (
-                bool(self.finite) and self.nonfinite
-            )  # an earlier batch is to blame, if one is
+            # An earlier batch is to blame, if one is.
+            self.finite = bool(self.finite) and self.nonfinite
             return self.zero_grad(set_to_none=True)
         scale = self.scaler.get_scale()
         self.scaler.step(self.optimizer)
