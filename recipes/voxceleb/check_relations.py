@@ -109,11 +109,8 @@ def _of_objective(given):
     if "n_classes" in arguments:
         yield "objective.n_classes is the number of speakers that training has; leave it out"
     terms = {term for term, weight in arguments.get("terms", {}).items() if weight}
-    if given["labels"] != ("aam" in terms):
-        yield (
-            f"labels is {given['labels']} and objective.terms are {sorted(terms)}; the term aam "
-            "needs labels, and no other term reads them"
-        )
+    if "aam" in terms and not given["labels"]:
+        yield "labels is False, but objective.terms has aam, which needs them; set one of the two"
     if given.get("margin_epochs") and "aam" not in terms:
         yield f"margin_epochs is {given['margin_epochs']}, but only the term aam has margins"
     named, teachers = given.get("teachers"), {}

@@ -153,7 +153,7 @@ def fill_stores(hparams, corpus, teachers, **embed_options):
     return stores
 
 
-def train_stage(previous, hparams, corpus, run_opts, teachers, stores, **embed_options):
+def train_stage(previous, hparams, corpus, trials, run_opts, teachers, stores, **embed_options):
     """Train one stage, from the (student, objective) of the stage before if there is one.
 
     Returns its own, and the student before the first step.
@@ -170,9 +170,10 @@ def train_stage(previous, hparams, corpus, run_opts, teachers, stores, **embed_o
         label_encoder.expect_len(n_classes)
     seed_draws(0)  # whatever a killed run had already done
     objective = hparams["objective"](n_classes=n_classes)
-    trials = None if corpus.valid_trials is None else read_trials(corpus.valid_trials)
     if stores and hparams["checkpointer"].find_checkpoint() is None:
-        labelled = (stores[sb.Stage.VALID], trials) if hparams["labels"] else ()
+        # LDA of natural utterances says nothing of the voices that teacher_augment makes
+        natural = hparams["labels"] and hparams.get("teacher_augment") is None
+        labelled = (stores[sb.Stage.VALID], trials) if natural else ()
         fit_objective(objective, stores[sb.Stage.TRAIN], *labelled)
     make = start_student if previous is None else partial(go_on, *previous)
     student = make(hparams, corpus, objective, stores, **embed_options)
@@ -229,6 +230,7 @@ def run(document, stages, run_opts):
     with writing(hparams["output_folder"]):
         sb.create_experiment_directory(hparams["output_folder"], kept, log_config=LOG_CONFIG)
     corpus = prepare(hparams, debug)
+    trials = None if corpus.valid_trials is None else read_trials(corpus.valid_trials)
 
     embed_options = {
         "device": choose_device(options.get("device")),
@@ -253,7 +255,7 @@ def run(document, stages, run_opts):
         if stage["prepare_only"]:
             continue
         trained, start = train_stage(
-            trained, stage, corpus, run_opts, taught, stores, **embed_options
+            trained, stage, corpus, trials, run_opts, taught, stores, **embed_options
         )
         starts.append(start)
         teachers |= taught
@@ -273,9 +275,7 @@ def run(document, stages, run_opts):
     student, _ = trained
     if if_main_process():
         report, speakers = None, {}
-        held_out, trials = (), None
-        if corpus.valid_trials is not None:
-            held_out, trials = read_clips(corpus.valid_csv), read_trials(corpus.valid_trials)
+        held_out = () if trials is None else read_clips(corpus.valid_csv)
         choose = spread_speakers if hparams["labels"] else spread
         clips = choose(read_clips(corpus.train_csv))
         finish_head(student, clips, held_out, trials, hparams["labels"], **embed_options)

@@ -54,7 +54,7 @@ def train_student(
     student : ReDimNetMRL or MatryoshkaEncoder
         Changed in place.
     objective : torch.nn.Module
-        Called as ``MatryoshkaDistillationLoss``; fitted on the training utterances' embeddings.
+        Called as ``MatryoshkaDistillationLoss``; fitted, unless a checkpoint is there.
     train_set : DynamicItemDataset or DataLoader
         As from ``train_dataset`` or ``shard_loader``.
     valid_set : DynamicItemDataset or None
@@ -77,8 +77,6 @@ def train_student(
     checkpointer.add_recoverables({"student": student, "objective": objective})
     if valid_set is not None and dist.is_initialized():
         valid_set.data_ids = valid_set.data_ids[dist.get_rank() :: dist.get_world_size()]
-    if stores and checkpointer.find_checkpoint() is None and not objective.fitted:
-        fit_objective(objective, stores[sb.Stage.TRAIN])
     part_lrs = hparams["unfreeze"] or {}
     frozen = [name for name in hparams["freeze"] or () if name not in part_lrs]
     _freeze(student, frozen, part_lrs)
@@ -247,6 +245,9 @@ def train_distilled_mrl(
         valid_set = valid_dataset(folder / "valid.csv", max_seconds)
         batch_size = min(batch_size, len(train_set))
         some = spread(splits[sb.Stage.TRAIN])
+    fresh = checkpointer.find_checkpoint() is None
+    if fresh and not objective.fitted:
+        fit_objective(objective, stores[sb.Stage.TRAIN])
 
     def rotate_to_teachers(student: MatryoshkaHead) -> None:
         store, dim = stores[sb.Stage.TRAIN], start.embed_dim
@@ -258,7 +259,6 @@ def train_distilled_mrl(
     elif valid_set is None:
         student = start_from(start, **sizes)
     else:
-        fresh = checkpointer.find_checkpoint() is None
         student = start_from(start, **sizes, rotate=rotate_to_teachers if fresh else None)
 
     hparams = {

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 FIT_CLIPS = 50_000  # utterances that rotations are fitted on, at most
 HEAD_CLIPS = 10_000  # training utterances that a head is fitted on, at most
-SPEAKER_CLIPS = 10  # of these from one speaker, where the fit is to labels
+SPEAKER_CLIPS = 10  # of these from one speaker at least, where the fit is to labels
 
 
 def fit_objective(
@@ -111,7 +111,7 @@ def align_head(
 ) -> None:
     """Rotate a pretrained student's first dimensions towards the teachers' target.
 
-    A rotation: no cosine of these dimensions changes. The objective is fitted if it is not yet.
+    A rotation: no cosine of these dimensions changes.
 
     Arguments
     ---------
@@ -120,7 +120,7 @@ def align_head(
     n_dims : int
         How many came with the pretrained weights, at most ``embed_dim``.
     objective : torch.nn.Module
-        Fitted on the ``store``.
+        Fitted.
     store : TeacherStore
         Holds the ``clips``.
     clips : sequence of Clip
@@ -128,8 +128,6 @@ def align_head(
     **embed_options
         As for ``finish_head``.
     """
-    if not objective.fitted:
-        fit_objective(objective, store)
     targets = objective.targets(store.lookup([clip.id for clip in clips]))
     target = targets[max(targets)][:, :n_dims]
     target = nn.functional.pad(target, (0, n_dims - target.shape[1]))
@@ -196,11 +194,12 @@ def spread(clips: Sequence[Clip]) -> Sequence[Clip]:
 
 
 def spread_speakers(clips: Sequence[Clip]) -> list[Clip]:
-    """At most 10,000 of the utterances, ten of a speaker, speakers evenly over the list."""
+    """At most 10,000 of the utterances, equally many of each speaker, but ten of one if there are."""
     by_speaker = defaultdict(list)
     for clip in clips:
         by_speaker[speaker_of(clip.id)].append(clip)
-    few = [found[:: -(-len(found) // SPEAKER_CLIPS)] for found in by_speaker.values()]
+    most = max(SPEAKER_CLIPS, HEAD_CLIPS // len(by_speaker))
+    few = [found[:: -(-len(found) // most)] for found in by_speaker.values()]
     step = -(-sum(map(len, few)) // HEAD_CLIPS)
     return [clip for found in few[::step] for clip in found]
 
