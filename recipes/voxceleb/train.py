@@ -172,7 +172,7 @@ def train_stage(previous, hparams, corpus, trials, run_opts, teachers, stores, *
     objective = hparams["objective"](n_classes=n_classes)
     if stores and hparams["checkpointer"].find_checkpoint() is None:
         # LDA of natural utterances says nothing of the voices that teacher_augment makes
-        natural = hparams["labels"] and hparams.get("teacher_augment") is None
+        natural = hparams["labels"] and hparams["teacher_augment"] is None
         labelled = (stores[sb.Stage.VALID], trials) if natural else ()
         fit_objective(objective, stores[sb.Stage.TRAIN], *labelled)
     make = start_student if previous is None else partial(go_on, *previous)

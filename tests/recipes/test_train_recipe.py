@@ -66,6 +66,7 @@ def run(small_corpus, release_file, tiny_config, tmp_path):
 
 def test_training_ends_in_a_report_of_every_size_and_its_baselines(run):
     _, folder = run()
+    assert "Target of the validation trials" in (folder / "log.txt").read_text()
     report = json.loads((folder / "report.json").read_text())
     assert sorted(report["dims"], key=int) == ["8", "16", "32", "48"]
     for results in report["dims"].values():
@@ -117,9 +118,13 @@ def test_lists_and_teachers_embeddings_may_be_made_before_the_training(run, monk
 
 
 def test_teachers_may_embed_augmented_segments(run):
+    """Labels then choose the finished axes, but no target; they need not be the objective's."""
     speed = "augmentations: [!new:speechbrain_mrl.training.augment.Speed {}], max_augmentations: 1"
     augment = f"!new:speechbrain_mrl.training.augment.UtteranceAugmenter {{{speed}}}"
-    _, folder = run(number_of_epochs=1, teacher_augment=augment)
+    without_aam = "{terms: {aam: 0}}"
+    _, folder = run(number_of_epochs=1, teacher_augment=augment, objective=without_aam)
+    log = (folder / "log.txt").read_text()
+    assert "Target of the validation trials" not in log and "Output layer: centred" in log
     with open(folder / "train_log.csv", newline="") as file:
         last = list(csv.DictReader(file))[-1]
     assert 0 < float(last["train cosine/48"]) < 2
