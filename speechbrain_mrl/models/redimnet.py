@@ -29,6 +29,7 @@ from torch import Tensor, nn
 SAMPLE_RATE = 16000  # Hz, that of every released model
 N_FFT, WIN_LENGTH = 512, 400  # samples
 MIN_SAMPLES = N_FFT // 2 + 1  # the shortest signal that reflect padding allows, and two frames
+WIDGET_SAMPLES = 160  # 10 ms, the shortest recording that the Hub's widget must answer
 
 # What the authors' constructor assumes where a checkpoint's model_config is silent.
 CONFIG_DEFAULTS = {
@@ -1691,11 +1692,15 @@ class WaveformInput(nn.Module):
     def forward(self, wavs: Tensor) -> Tensor:
         """(T,), (B, T), or channels along the shorter side of (B, T, channels), which are averaged.
 
-        ``TooShort`` for fewer samples than the network accepts.
+        ``TooShort`` for less than 10 ms. What is longer than that, but shorter than the network
+        accepts, is repeated.
         """
         if isinstance(wavs, Tensor) and wavs.ndim == 3:
             wavs = wavs.mean(dim=1 if wavs.shape[1] < wavs.shape[2] else 2)
-        return check_wavs(wavs, self.min_samples)
+        wavs = check_wavs(wavs, min(WIDGET_SAMPLES, self.min_samples))
+        if wavs.shape[1] < self.min_samples:
+            wavs = wavs.repeat(1, -(-self.min_samples // wavs.shape[1]))[:, : self.min_samples]
+        return wavs
 
 
 class SilentPadding(nn.Module):

@@ -116,10 +116,14 @@ def test_the_yaml_is_a_yaml_first_and_the_code_comes_last(folder):
     assert all(f"{path.name}: |" in after for path in TRAVELLERS[: 1 + ("redimnet2" in before)])
 
 
-def test_a_clip_too_short_for_the_network_is_refused(folder):
-    model = load(folder)
-    with pytest.raises(ValueError, match="too short for an embedding"):
-        model.classify_batch(torch.randn(1, 160), torch.ones(1))
+def test_ten_milliseconds_are_repeated_for_the_network_and_less_is_refused(folder):
+    model, wavs = load(folder), 0.1 * torch.randn(1, 160)
+    least = model.mods.compute_features.min_samples
+    repeated = torch.cat([wavs] * 200, dim=1)[:, :least]
+    torch.testing.assert_close(model.encode_batch(wavs), model.encode_batch(repeated))
+    for exception in (ValueError, RuntimeError):
+        with pytest.raises(exception, match="too short for an embedding"):
+            model.classify_batch(wavs[:, :159], torch.ones(1))
 
 
 @pytest.mark.parametrize("path", TRAVELLERS, ids=lambda path: path.name)
