@@ -10,7 +10,8 @@ import soundfile
 import torch
 
 from speechbrain_mrl.dataio.clips import Clip
-from speechbrain_mrl.models.redimnet import ReDimNet
+from speechbrain_mrl.inference.onnx import export_onnx
+from speechbrain_mrl.models.redimnet import MatryoshkaReDimNet, ReDimNet
 from speechbrain_mrl.models.redimnet2 import ReDimNet2
 
 torch.set_num_threads(1)
@@ -100,6 +101,17 @@ def _random_model(model_config, seed=0):
 def random_model():
     """``random_model(config)``: in eval mode, its BatchNorm statistics not the identity."""
     return _random_model
+
+
+@pytest.fixture(scope="session")
+def exported(tiny_config, tmp_path_factory):
+    """A tiny Matryoshka model and its ONNX file; one export takes longer than all that use it."""
+    pytest.importorskip("onnxscript")
+    redimnet = _random_model(tiny_config)
+    model = MatryoshkaReDimNet.from_redimnet(redimnet, embed_dim=32, mrl_dims=(8, 32)).eval()
+    path = tmp_path_factory.mktemp("onnx") / "model.onnx"
+    export_onnx(model, path)
+    return model, path
 
 
 @pytest.fixture

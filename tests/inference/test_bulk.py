@@ -1,4 +1,5 @@
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from speechbrain_mrl.inference.encoders import load_teacher
 from speechbrain_mrl.inference.extract import embed_clips
 from speechbrain_mrl.inference.fingerprint import fingerprint
 from speechbrain_mrl.inference.optimize import optimize_for_inference
+from speechbrain_mrl.models.redimnet import MatryoshkaReDimNet
 
 KILLED_AFTER_TWO_SHARDS = """
 import os, signal, sys
@@ -92,7 +94,9 @@ def test_embeddings_of_another_encoder_are_not_mixed_in(small_corpus, tmp_path):
 
 @pytest.fixture(scope="module")
 def model(random_model, tiny_config):
-    return random_model(tiny_config)
+    """Of the weights of the fixture ``exported``."""
+    redimnet = random_model(tiny_config)
+    return MatryoshkaReDimNet.from_redimnet(redimnet, embed_dim=32, mrl_dims=(8, 32)).eval()
 
 
 @pytest.fixture(scope="module")
@@ -117,11 +121,18 @@ def test_a_copy_made_for_inference_embeds_a_folder(model, expected, small_corpus
 
 @pytest.mark.parametrize("engine", ["torch", "openvino"])
 def test_the_command_embeds_with_a_model_folder(
-    engine, published, expected, small_corpus, tmp_path
+    engine, published, expected, small_corpus, tmp_path, request, monkeypatch
 ):
     if engine == "openvino":
         pytest.importorskip("openvino")
-        pytest.importorskip("onnxscript")
+        reference, file = request.getfixturevalue("exported")
+
+        def export(model, path):
+            for key, value in model.state_dict().items():
+                assert torch.equal(value, reference.state_dict()[key]), key
+            shutil.copyfile(file, path)
+
+        monkeypatch.setattr(embed, "export_onnx", export)
     arguments = [str(published), str(small_corpus), str(tmp_path), f"--engine={engine}"]
     embed.main([*arguments, "--num_workers=0"])
     found = as_dict(tmp_path)
