@@ -1,6 +1,7 @@
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import fill
@@ -114,18 +115,36 @@ def exported(tiny_config, tmp_path_factory):
     return model, path
 
 
+def _write_release(folder, model_config, state_dict=None, name="b2-vox2-ft_lm", seed=0):
+    if state_dict is None:
+        state_dict = _random_model(model_config, seed).state_dict()
+    path = folder / f"{name}.pt"
+    torch.save({"model_config": model_config, "state_dict": state_dict}, path)
+    return path
+
+
 @pytest.fixture
 def release_file(tmp_path):
     """``release_file(config)`` writes a checkpoint as released, and returns its path."""
+    return partial(_write_release, tmp_path)
 
-    def write(model_config, state_dict=None, name="b2-vox2-ft_lm", seed=0):
-        if state_dict is None:
-            state_dict = _random_model(model_config, seed).state_dict()
-        path = tmp_path / f"{name}.pt"
-        torch.save({"model_config": model_config, "state_dict": state_dict}, path)
-        return path
 
-    return write
+@pytest.fixture(scope="session")
+def two_teachers(tiny_config, tmp_path_factory):
+    """Checkpoints of a tiny ReDimNet of 32 dimensions and of one of 24: first.pt and second.pt."""
+    folder, smaller = tmp_path_factory.mktemp("teachers"), {**tiny_config, "embed_dim": 24}
+    return [
+        _write_release(folder, tiny_config, name="first", seed=1),
+        _write_release(folder, smaller, name="second", seed=2),
+    ]
+
+
+@pytest.fixture
+def short_runs(monkeypatch):
+    """Trainings of the recipes without what takes long beside them."""
+    from short_runs import shorten
+
+    shorten(monkeypatch.setattr)
 
 
 def _synthetic_voice(speaker, seconds, clip=0):

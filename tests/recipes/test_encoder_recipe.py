@@ -24,7 +24,7 @@ OBJECTS = {  # the YAML's own object at another size, or another in its place
 
 
 @pytest.fixture
-def run(small_corpus, release_file, tiny_config, tmp_path):
+def run(small_corpus, release_file, tiny_config, tmp_path, short_runs):
     """``run(kind, key=value, ...)``: two tiny ReDimNets teach an encoder on the small corpus."""
     teachers = [
         str(release_file({**tiny_config, "embed_dim": size}, name=f"of_{size}", seed=size))

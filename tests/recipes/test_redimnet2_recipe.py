@@ -15,7 +15,7 @@ from speechbrain_mrl.models.redimnet2 import ReDimNet2
 
 
 @pytest.fixture
-def run(small_corpus, release_file, tiny_config, tiny_config2, tmp_path):
+def run(small_corpus, release_file, tiny_config, tiny_config2, tmp_path, short_runs):
     """``run(backbone, key=value, ...)``: a ReDimNet and a ReDimNet2 teach on the small corpus."""
     teachers = {
         "one": release_file(tiny_config, name="one", seed=1),

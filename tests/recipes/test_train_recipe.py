@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,9 +14,11 @@ import pytest
 import speechbrain as sb
 import torch
 import train
+import training_results
 import verify
 from huggingface_hub import ModelCard
 from shards import write_shards
+from short_runs import shorten
 from speechbrain.inference.classifiers import EncoderClassifier
 from speechbrain.utils.parameter_transfer import Pretrainer
 
@@ -27,6 +30,7 @@ from speechbrain_mrl import (
 )
 from speechbrain_mrl.dataio.clips import read_clips, write_clips
 from speechbrain_mrl.dataio.dataset import SeededClips
+from speechbrain_mrl.evaluation.plots import write_plots
 from speechbrain_mrl.evaluation.verification import evaluate, read_trials
 from speechbrain_mrl.inference.extract import embed_clips
 from speechbrain_mrl.inference.store import TeacherStore
@@ -35,37 +39,61 @@ from speechbrain_mrl.training.brain import MRLBrain
 SIZES = {"embed_dim": 48, "mrl_dims": "[8, 16, 32, 48]"}
 
 
+def recipe(corpus, checkpoints, *flags, output_folder, yaml="hparams/mrl_distill.yaml", **changes):
+    """Train one epoch on the small corpus with two tiny teachers; the student and its folder."""
+    options = {
+        "data_folder": corpus,
+        "output_folder": output_folder,
+        "teachers": [str(path) for path in checkpoints],
+        "backbone": checkpoints[0],
+        "valid_speakers": 4,
+        "test_speakers": 6,
+        "chunk_seconds": 0.5,
+        "batch_size": 8,
+        "num_workers": 0,
+        "number_of_epochs": 1,
+        "device": "cpu",
+        **SIZES,
+        **changes,
+    }
+    given = {key: value for key, value in options.items() if value is not None}
+    student = train.main([yaml, *flags, *(f"--{k}={v}" for k, v in given.items())])
+    return student, Path(output_folder)
+
+
 @pytest.fixture
-def run(small_corpus, release_file, tiny_config, tmp_path):
-    """``run(key=value, ...)`` trains on the small corpus with two tiny teachers; its folder."""
-    first = release_file(tiny_config, name="first", seed=1)
-    second = release_file({**tiny_config, "embed_dim": 24}, name="second", seed=2)
-
-    def call(*flags, yaml="hparams/mrl_distill.yaml", **changes):
-        options = {
-            "data_folder": small_corpus,
-            "output_folder": tmp_path / "run",
-            "teachers": [str(first), str(second)],
-            "backbone": first,
-            "valid_speakers": 4,
-            "test_speakers": 6,
-            "chunk_seconds": 0.5,
-            "batch_size": 8,
-            "num_workers": 0,
-            "number_of_epochs": 2,
-            "device": "cpu",
-            **SIZES,
-            **changes,
-        }
-        given = {key: value for key, value in options.items() if value is not None}
-        student = train.main([yaml, *flags, *(f"--{k}={v}" for k, v in given.items())])
-        return student, Path(options["output_folder"])
-
-    return call
+def run(small_corpus, two_teachers, tmp_path, short_runs):
+    """``run(key=value, ...)``, another YAML or other keys: the student and its folder."""
+    return partial(recipe, small_corpus, two_teachers, output_folder=tmp_path / "run")
 
 
-def test_training_ends_in_a_report_of_every_size_and_its_baselines(run):
-    _, folder = run()
+@pytest.fixture(scope="module")
+def trained(small_corpus, two_teachers, tmp_path_factory):
+    """One run that leaves all that a run may leave; it is read, and run again, by many tests."""
+    begun, pushed = [], []
+    start_student = train.start_student
+
+    def watched(*arguments, **options):
+        student = start_student(*arguments, **options)
+        begun.append({key: value.clone() for key, value in student.state_dict().items()})
+        return student
+
+    def run():
+        extra = {"tensorboard": True, "push_to_hub": "org/tiny", "card_examples": 2}
+        with pytest.MonkeyPatch.context() as patch:
+            shorten(patch.setattr)
+            patch.setattr(training_results, "write_plots", write_plots)
+            patch.setattr(train, "start_student", watched)
+            patch.setattr(train, "push_to_hub", lambda *arguments: pushed.append(arguments))
+            return recipe(small_corpus, two_teachers, output_folder=folder, **extra)
+
+    folder = tmp_path_factory.mktemp("trained")
+    student, _ = run()
+    return SimpleNamespace(student=student, folder=folder, begun=begun[0], pushed=pushed, again=run)
+
+
+def test_training_ends_in_a_report_of_every_size_and_its_baselines(trained):
+    folder = trained.folder
     assert "Target of the validation trials" in (folder / "log.txt").read_text()
     report = json.loads((folder / "report.json").read_text())
     assert sorted(report["dims"], key=int) == ["8", "16", "32", "48"]
@@ -91,8 +119,8 @@ def test_training_ends_in_a_report_of_every_size_and_its_baselines(run):
         assert (folder / name).stat().st_size > 0
 
 
-def test_training_is_recorded_as_a_table_and_as_curves(run):
-    _, folder = run(number_of_epochs=1, tensorboard=True)
+def test_training_is_recorded_as_a_table_and_as_curves(trained):
+    folder = trained.folder
     with open(folder / "train_log.csv", newline="") as file:
         start, row = csv.DictReader(file)
     assert start["epoch"] == "0" and start["train loss"] == "" and float(start["valid loss"]) > 0
@@ -112,7 +140,7 @@ def test_lists_and_teachers_embeddings_may_be_made_before_the_training(run, monk
         path: path.stat().st_mtime_ns for path in (folder / "teachers").rglob("*.safetensors")
     }
     assert len({path.parent for path in shards}) == 6  # two teachers, three lists
-    run(number_of_epochs=1)
+    run()
     assert shards == {path: path.stat().st_mtime_ns for path in shards}
     assert (folder / "report.json").exists()
 
@@ -122,7 +150,7 @@ def test_teachers_may_embed_augmented_segments(run):
     speed = "augmentations: [!new:speechbrain_mrl.training.augment.Speed {}], max_augmentations: 1"
     augment = f"!new:speechbrain_mrl.training.augment.UtteranceAugmenter {{{speed}}}"
     without_aam = "{terms: {aam: 0}}"
-    _, folder = run(number_of_epochs=1, teacher_augment=augment, objective=without_aam)
+    _, folder = run(teacher_augment=augment, objective=without_aam)
     log = (folder / "log.txt").read_text()
     assert "Target of the validation trials" not in log and "Output layer: centred" in log
     with open(folder / "train_log.csv", newline="") as file:
@@ -130,8 +158,8 @@ def test_teachers_may_embed_augmented_segments(run):
     assert 0 < float(last["train cosine/48"]) < 2
 
 
-def test_the_model_folder_loads_with_speechbrain_and_gives_the_students_embeddings(run):
-    student, folder = run(number_of_epochs=1)
+def test_the_model_folder_loads_with_speechbrain_and_gives_the_students_embeddings(trained):
+    student, folder = trained.student, trained.folder
     wavs, wav_lens = torch.randn(2, 16000) * 0.1, torch.tensor([1.0, 0.6])
     loaded = EncoderClassifier.from_hparams(source=str(folder / "model"))
     with torch.no_grad():
@@ -142,11 +170,9 @@ def test_the_model_folder_loads_with_speechbrain_and_gives_the_students_embeddin
     assert set(loaded.hparams.label_encoder.lab2ind) == train_speakers
 
 
-def test_training_may_end_with_the_upload_of_a_model_with_examples(run, monkeypatch):
-    pushed = []
-    monkeypatch.setattr(train, "push_to_hub", lambda *arguments: pushed.append(arguments))
-    _, folder = run(number_of_epochs=1, push_to_hub="org/tiny", card_examples=2)
-    assert pushed == [(folder / "model", "org/tiny")]
+def test_training_may_end_with_the_upload_of_a_model_with_examples(trained):
+    folder = trained.folder
+    assert trained.pushed[0] == (folder / "model", "org/tiny")
     card = ModelCard.load(folder / "model" / "README.md")
     assert [Path(widget["src"]).suffix for widget in card.data.widget] == [".wav", ".wav"]
     assert all(widget["output"] for widget in card.data.widget)
@@ -155,8 +181,8 @@ def test_training_may_end_with_the_upload_of_a_model_with_examples(run, monkeypa
     assert {results["eer"] for results in report["dims"].values()} <= measured
 
 
-def test_epoch_0_is_the_validation_of_the_student_before_its_first_step(run, tiny_config):
-    _, folder = run(number_of_epochs=1)
+def test_epoch_0_is_the_validation_of_the_student_before_its_first_step(trained, tiny_config):
+    folder = trained.folder
     student = ReDimNetMRL(48, [8, 16, 32, 48], tiny_config)
     kept = torch.load(folder / "checkpoints" / "start.ckpt", weights_only=True)
     student.load_state_dict(kept)
@@ -170,9 +196,11 @@ def test_epoch_0_is_the_validation_of_the_student_before_its_first_step(run, tin
         assert float(start[f"valid eer/{size}"]) == pytest.approx(result["eer"], abs=1e-6)
 
 
-def test_a_list_has_one_eer_in_training_and_in_verification(run, small_corpus, tmp_path):
+def test_a_list_has_one_eer_in_training_and_in_verification(
+    run, small_corpus, two_teachers, tmp_path
+):
     """Utterances of 1.2 s are whole in both, whatever training and validation read of an utterance."""
-    _, folder = run(number_of_epochs=1, max_seconds=0.6)
+    _, folder = run(max_seconds=0.6)
     trained = json.loads((folder / "report.json").read_text())
     options = {
         "data_folder": small_corpus,
@@ -182,7 +210,7 @@ def test_a_list_has_one_eer_in_training_and_in_verification(run, small_corpus, t
         "device": "cpu",
     }
     verified = {}
-    for name, source in (("student", folder / "model"), ("second", tmp_path / "second.pt")):
+    for name, source in (("student", folder / "model"), ("second", two_teachers[1])):
         options |= {"source": source, "output_folder": tmp_path / name}
         verify.main(["hparams/verify.yaml", *(f"--{k}={v}" for k, v in options.items())])
         verified[name] = json.loads((tmp_path / name / "report.json").read_text())["dims"]
@@ -193,22 +221,11 @@ def test_a_list_has_one_eer_in_training_and_in_verification(run, small_corpus, t
         assert result["threshold"] == pytest.approx(expected[size]["threshold"], abs=1e-4)
 
 
-def test_start_is_the_student_before_its_first_step(run, tiny_config, monkeypatch):
-    """Also in the report of a run that only goes on."""
-    seen = []
-    real = train.start_student
-
-    def start_student(*arguments, **options):
-        student = real(*arguments, **options)
-        seen.append({key: value.clone() for key, value in student.state_dict().items()})
-        return student
-
-    monkeypatch.setattr(train, "start_student", start_student)
-    _, folder = run(number_of_epochs=1)
-    run(number_of_epochs=1)  # which finds the start of the first run
+def test_start_is_the_student_before_its_first_step(trained, tiny_config):
+    folder = trained.folder
     kept = torch.load(folder / "checkpoints" / "start.ckpt", weights_only=True)
     for key, value in kept.items():
-        torch.testing.assert_close(value, seen[0][key], rtol=0, atol=0)
+        torch.testing.assert_close(value, trained.begun[key], rtol=0, atol=0)
     student = ReDimNetMRL(48, [8, 16, 32, 48], tiny_config)
     student.load_state_dict(kept)
     clips = read_clips(folder / "lists" / "test.csv")
@@ -220,12 +237,13 @@ def test_start_is_the_student_before_its_first_step(run, tiny_config, monkeypatc
         assert start[size]["eer"] == pytest.approx(result["eer"], abs=1e-6)
 
 
-def test_the_same_command_again_only_reports(run, monkeypatch):
-    student, folder = run()
+def test_the_same_command_again_only_reports(trained):
+    """With the start of the first run."""
+    student, folder = trained.student, trained.folder
     weights = {key: value.clone() for key, value in student.state_dict().items()}
     log = (folder / "train_log.txt").read_text()
     report = json.loads((folder / "report.json").read_text())
-    again, _ = run()
+    again, _ = trained.again()
     assert (folder / "train_log.txt").read_text() == log
     again_reported = json.loads((folder / "report.json").read_text())
     assert again_reported["baselines"]["start"] == report["baselines"]["start"]
@@ -234,8 +252,8 @@ def test_the_same_command_again_only_reports(run, monkeypatch):
         torch.testing.assert_close(value, weights[key], rtol=0, atol=0)
 
 
-def test_teachers_are_in_neither_optimizer_nor_checkpoint(run):
-    student, folder = run(number_of_epochs=1)
+def test_teachers_are_in_neither_optimizer_nor_checkpoint(trained):
+    student, folder = trained.student, trained.folder
     (checkpoint,) = (folder / "checkpoints").glob("CKPT*")
     tensors = torch.load(checkpoint / "student.ckpt", weights_only=True)
     assert tensors.keys() == student.state_dict().keys()
@@ -259,16 +277,14 @@ def test_debug_runs_two_batches_and_the_same_command_without_it_trains(run, monk
     _, folder = run("--debug", push_to_hub="org/tiny")
     assert not list((folder / "checkpoints").glob("CKPT*")) and not pushed
     assert json.loads((folder / "report.json").read_text())["trials"]["target"] <= 8
-    run(number_of_epochs=1, push_to_hub="org/tiny")
+    run(push_to_hub="org/tiny")
     assert list((folder / "checkpoints").glob("CKPT*")) and pushed
     assert len((folder / "train_log.csv").read_text().splitlines()) == 3  # heads, epochs 0 and 1
     assert json.loads((folder / "report.json").read_text())["trials"]["target"] > 8
 
 
 def test_labels_train_without_any_teacher(run):
-    student, folder = run(
-        yaml="hparams/mrl_supervised.yaml", teachers=None, stages="null", number_of_epochs=1
-    )
+    student, folder = run(yaml="hparams/mrl_supervised.yaml", teachers=None, stages="null")
     assert "train aam/8" in (folder / "train_log.txt").read_text()
     baselines = json.loads((folder / "report.json").read_text())["baselines"]
     assert baselines["teacher"] is None and baselines["teachers"] == baselines["ensemble"] == {}
@@ -286,7 +302,7 @@ def test_training_from_shards_ends_in_a_report(run, tmp_path, monkeypatch):
         return drawn(clips, position, row)
 
     monkeypatch.setattr(SeededClips, "draw", draw)
-    _, folder = run(shards=written, number_of_epochs=1)
+    _, folder = run(shards=written)
     assert len(dict(heard)) == len(heard) == 56  # of 60 clips, seven batches of 8
     assert all(".tar/" in name for _, name in heard)
     report = json.loads((folder / "report.json").read_text())
@@ -294,7 +310,7 @@ def test_training_from_shards_ends_in_a_report(run, tmp_path, monkeypatch):
 
 
 def test_bf16_trains_to_finite_weights(run):
-    student, _ = run("--precision=bf16", number_of_epochs=1)
+    student, _ = run("--precision=bf16")
     assert all(value.isfinite().all() for value in student.state_dict().values())
 
 
@@ -448,7 +464,7 @@ def test_weights_of_a_student_may_come_through_speechbrains_pretrainer(
 
 
 def test_what_a_run_keeps_of_its_yaml_can_be_trained_again(run, tmp_path):
-    student, folder = run(number_of_epochs=1, stages="[{stage: a}, {stage: b, lr: 0.0001}]")
+    student, folder = run(stages="[{stage: a}, {stage: b, lr: 0.0001}]")
     before = student.state_dict()
     log = (folder / "train_log.txt").read_text()
     again = train.main([str(folder / "resolved.yaml"), "--device=cpu"])
@@ -462,18 +478,19 @@ def test_what_a_run_keeps_of_its_yaml_can_be_trained_again(run, tmp_path):
 
 
 def test_run_options_of_a_yaml_are_those_of_the_training(run, tmp_path, monkeypatch):
-    given, fit = [], MRLBrain.fit
+    given = []
 
     def watched(brain, *arguments, **options):
         given.append((brain.max_grad_norm, brain.grad_accumulation_factor, brain.precision))
-        return fit(brain, *arguments, **options)
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(MRLBrain, "fit", watched)
     own = tmp_path / "own.yaml"
     text = Path("hparams/mrl_distill.yaml").read_text()
     own.write_text(text + "max_grad_norm: 3.0\ngrad_accumulation_factor: 2\nprecision: bf16\n")
-    run(yaml=str(own), number_of_epochs=1)
-    run("--max_grad_norm=2.0", yaml=str(own), number_of_epochs=1, output_folder=tmp_path / "two")
+    for flags in ([], ["--max_grad_norm=2.0"]):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(MRLBrain, "fit", watched)
+            run(*flags, yaml=str(own))
     assert given == [(3.0, 2, "bf16"), (2.0, 2, "bf16")]
     own.write_text(text + "optimizer_step_limit: 3\ndebug_epochs: 1\n")
     _, folder = run(yaml=str(own), output_folder=tmp_path / "three")

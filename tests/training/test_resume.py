@@ -19,6 +19,7 @@ import pytest
 import torch
 import train
 from shards import write_shards
+from short_runs import shorten
 from voxceleb_prepare import prepare_voxceleb
 
 from speechbrain_mrl.training.checkpoints import AtomicCheckpointer
@@ -33,16 +34,14 @@ STAGES = [
 
 
 @pytest.fixture
-def argv(small_corpus, release_file, tiny_config):
+def argv(small_corpus, two_teachers, tiny_config, short_runs):
     """``argv(folder)``: a training of two stages from random weights, with augmentation."""
-    first = release_file(tiny_config, name="first", seed=1)
-    second = release_file({**tiny_config, "embed_dim": 24}, name="second", seed=2)
 
     def make(folder, **changes):
         options = {
             "data_folder": small_corpus,
             "output_folder": folder,
-            "teachers": [str(first), str(second)],
+            "teachers": [str(path) for path in two_teachers],
             "backbone": json.dumps(tiny_config),
             "pretrained": False,
             "stages": json.dumps(STAGES),
@@ -79,6 +78,7 @@ def _run(argv, prepare):
     multiprocessing.set_start_method("fork", force=True)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     torch.set_num_threads(1)
+    shorten()
     if prepare is not None:
         prepare()
     train.main(argv)

@@ -37,17 +37,15 @@ from speechbrain_mrl.training.projection import (
 
 
 @pytest.fixture
-def run(small_corpus, release_file, tiny_config, tmp_path):
+def run(small_corpus, two_teachers, tmp_path, short_runs):
     """``run(yaml, key=value, ...)`` trains on the small corpus with two tiny teachers; its folder."""
-    first = release_file(tiny_config, name="first", seed=1)
-    second = release_file({**tiny_config, "embed_dim": 24}, name="second", seed=2)
 
     def call(yaml, **changes):
         options = {
             "data_folder": small_corpus,
             "output_folder": tmp_path / "run",
-            "teachers": [str(first), str(second)],
-            "backbone": first,
+            "teachers": [str(path) for path in two_teachers],
+            "backbone": two_teachers[0],
             "embed_dim": 32,
             "mrl_dims": "[8, 32]",
             "chunk_seconds": 0.3,
@@ -401,14 +399,14 @@ def test_a_stage_goes_on_with_the_classifier_of_the_last():
     assert torch.equal(large.classifier.weight[:, 2:], tail)
 
 
-def test_a_frozen_backbone_keeps_every_tensor_until_a_stage_unfreezes_it(run, tmp_path):
+def test_a_frozen_backbone_keeps_every_tensor_until_a_stage_unfreezes_it(run, two_teachers):
     _, folder = run(
         "mrl_supervised",
         lr=0.001,
         freeze="[backbone]",
         stages="[{stage: head}, {stage: all, unfreeze: {backbone: 0.0001}}]",
     )
-    released = torch.load(tmp_path / "first.pt", weights_only=True)["state_dict"]
+    released = torch.load(two_teachers[0], weights_only=True)["state_dict"]
     head, whole = (checkpoint(folder, stage, "student") for stage in ("head", "all"))
     backbone = [key for key in head if key.startswith("backbone.")]
     assert any(key.endswith("running_var") for key in backbone)
@@ -512,11 +510,8 @@ def test_a_student_smaller_than_its_backbone_keeps_what_the_teachers_say_first(r
 # Which is best
 
 
-def test_one_command_compares_the_ways(small_corpus, release_file, tiny_config, tmp_path):
-    teachers = [
-        str(release_file(tiny_config, name="first", seed=1)),
-        str(release_file({**tiny_config, "embed_dim": 24}, name="second", seed=2)),
-    ]
+def test_one_command_compares_the_ways(small_corpus, two_teachers, tmp_path, short_runs):
+    teachers = [str(path) for path in two_teachers]
     arguments = [
         f"--output_folder={tmp_path / 'ways'}",
         "--ways",
