@@ -1,4 +1,7 @@
-"""The command line: speechbrain-mrl embed | verify | convert | export | publish | info."""
+"""The command line: speechbrain-mrl embed | verify | convert | export | publish | info.
+
+A command imports what it needs when it runs, so that ``info`` and ``--help`` do not wait for torch.
+"""
 
 import argparse
 import contextlib
@@ -10,24 +13,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 from tqdm import tqdm
 
-from speechbrain_mrl.dataio.clips import SAMPLE_RATE, Clip, clips_at, find_clips
-from speechbrain_mrl.evaluation.report import make_report, print_report, write_report
-from speechbrain_mrl.evaluation.verification import evaluate, read_trials
-from speechbrain_mrl.inference.encoders import load_teacher, sizes_and_thresholds
-from speechbrain_mrl.inference.extract import embed_clips
-from speechbrain_mrl.inference.optimize import prepare_cpu
-from speechbrain_mrl.publish.convert import convert_release
-from speechbrain_mrl.publish.hub import publish_model
-from speechbrain_mrl.publish.load import export_again, model_info
-from speechbrain_mrl.utils import attempt, check_device, check_writable, replacing
+from speechbrain_mrl.publish.folder import model_info, print_info
+from speechbrain_mrl.utils import attempt, check_device, check_writable, print_table, replacing
 
 PROGRAM = "speechbrain-mrl"
 COMMANDS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {}
@@ -73,15 +62,19 @@ def embed(given: argparse.Namespace) -> Any:
 
     the .npz holds ids (N,) and embeddings (N, target_dim), float32 at unit length
     """
+    import numpy as np
+    from torch.nn.functional import normalize
+
+    from speechbrain_mrl.dataio.clips import SAMPLE_RATE, clips_at
+
     if given.output is not None:
         check_writable(given.output)
     clips = clips_at(given.recordings)
-    encoder, embeddings = _embed(given, clips)
+    embeddings, _, sizes, _ = _embed(given, clips)
     size = given.target_dim or embeddings.shape[1]
-    sizes, _ = sizes_and_thresholds(encoder, embeddings.shape[1])
     if size not in sizes:
         raise ValueError(f"--target_dim must be one of {sizes}, the model's sizes, got {size}")
-    embeddings = F.normalize(embeddings[:, :size], dim=1).numpy()
+    embeddings = normalize(embeddings[:, :size], dim=1).numpy()
     found = [{"id": c.id, "seconds": round(c.num_frames / SAMPLE_RATE, 2)} for c in clips]
     if given.output is None:
         found = [f | {"embedding": e.tolist()} for f, e in zip(found, embeddings, strict=True)]
@@ -92,7 +85,7 @@ def embed(given: argparse.Namespace) -> Any:
         return dict(model=given.model, target_dim=size, output=given.output, recordings=found)
     few = ["  ".join(f"{x:+.3f}" for x in row[:6]) + " …" for row in embeddings]
     rows = [[f["id"], f["seconds"], start] for f, start in zip(found, few, strict=True)]
-    _print_table(["recording", "seconds", "first dimensions"], rows)
+    print_table(["recording", "seconds", "first dimensions"], rows)
     where = f"written to {given.output}" if given.output else "to keep them, give --output"
     print(f"{len(clips)} embeddings of {size} dimensions, at unit length; {where}")
 
@@ -120,32 +113,39 @@ def verify(given: argparse.Namespace) -> Any:
     """
     if given.trials is not None:
         return _verify_list(given)
-    encoder, (first, second) = _embed(given, clips_at(given.recordings, folders=False))
-    sizes, thresholds = sizes_and_thresholds(encoder, len(first))
+    from torch.nn.functional import cosine_similarity
+
+    from speechbrain_mrl.dataio.clips import clips_at
+
+    clips = clips_at(given.recordings, folders=False)
+    (first, second), _, sizes, thresholds = _embed(given, clips)
     scores = []
     for size in sizes:
-        cosine = F.cosine_similarity(first[:size], second[:size], dim=0).item()
+        cosine = cosine_similarity(first[:size], second[:size], dim=0).item()
         threshold = thresholds.get(size) if given.threshold is None else given.threshold
         same = None if threshold is None else cosine >= threshold
         scores.append({"size": size, "score": cosine, "threshold": threshold, "same": same})
     if given.json:
         return {"model": given.model, "recordings": given.recordings, "scores": scores}
     rows = [[s["size"], s["score"], s["threshold"], DECISIONS[s["same"]]] for s in scores]
-    _print_table(["dimensions", "cosine", "threshold", "decision"], rows)
+    print_table(["dimensions", "cosine", "threshold", "decision"], rows)
     if not thresholds and given.threshold is None:
         print("The model brings no threshold; give --threshold, fitted to recordings like yours.")
 
 
 def _verify_list(given: argparse.Namespace) -> Any:
+    from speechbrain_mrl.dataio.clips import find_clips
+    from speechbrain_mrl.evaluation.report import make_report, print_report, write_report
+    from speechbrain_mrl.evaluation.verification import evaluate, read_trials
+
     started = time.time()
     if given.output is not None:
         check_writable(Path(given.output, "report.json"))
     trials = read_trials(given.trials)
     clips = find_clips(given.data_folder, trials.clip_ids)
     trials.check_clips({clip.id for clip in clips})
-    encoder, embeddings = _embed(given, clips)
+    embeddings, encoder, sizes, _ = _embed(given, clips)
     found = trials.stack(dict(zip((clip.id for clip in clips), embeddings, strict=True)))
-    sizes, _ = sizes_and_thresholds(encoder, found.shape[1])
     dims, params = evaluate(found, trials, sizes), sum(p.numel() for p in encoder.parameters())
     seconds = round(time.time() - started, 1)
     report = make_report(dims, trials, {}, given.data_folder, params, seconds)
@@ -178,6 +178,8 @@ def convert(given: argparse.Namespace) -> Any:
     principal components of these recordings, so that its first 64 dimensions are an embedding too;
     a few thousand recordings are good, nobody needs to know who speaks, and it takes no training.
     """
+    from speechbrain_mrl.publish.convert import convert_release
+
     convert_release(**_options(given))
     return _written(given)
 
@@ -197,6 +199,10 @@ def export(given: argparse.Namespace) -> Any:
 
     Half precision is for the disk: weights are loaded as float32 and computed with as such.
     """
+    import torch
+
+    from speechbrain_mrl.publish.load import export_again
+
     export_again(given.model, given.folder, given.target_dim, getattr(torch, given.dtype))
     return _written(given)
 
@@ -228,6 +234,8 @@ def publish(given: argparse.Namespace) -> Any:
     The login is huggingface_hub's: hf auth login, or HF_TOKEN. A model without report.json or
     licence is refused. A Space is a page on the Hub where visitors try the model out.
     """
+    from speechbrain_mrl.publish.hub import publish_model
+
     # With --json what it prints, which is for people, goes to stderr.
     with contextlib.redirect_stdout(sys.stderr if given.json else sys.stdout):
         published = publish_model(**_options(given))
@@ -249,28 +257,7 @@ def info(given: argparse.Namespace) -> Any:
     found = model_info(given.model)
     if given.json:
         return found
-    teachers = [f"{name} ({license})" for name, license in found["teachers"].items()]
-    rows = [
-        ["source", found["source"]],
-        ["sizes", f"{', '.join(map(str, found['mrl_dims']))} dimensions"],
-        ["weights", f"{found['params'] / 1e6:.2f} million, {found['megabytes']:.2f} MB"],
-        ["speakers", f"{found['speakers']} known by name"],
-        ["teachers", ", ".join(teachers) or "none"],
-        ["trained on", found["training_data"]],
-        ["licence", found["license"]],
-    ]
-    if found["dims"]:
-        counts = "{target} target, {impostor} impostor trials".format(**found["trials"])
-        rows.append(["measured on", f"{found['corpus']}: {counts} ({found['list']})"])
-    print(found["title"])
-    _print_table(None, rows)
-    if not found["dims"]:
-        print("No report: nobody has measured it, or the report was not exported with it.")
-        return
-    print()
-    measured = found["dims"].items()
-    rows = [[d, f"{100 * r['eer']:.2f}", r["min_dcf"], r["threshold"]] for d, r in measured]
-    _print_table(["dimensions", "EER %", "minDCF", "threshold (cosine)"], rows)
+    print_info(found)
 
 
 def _options(given: argparse.Namespace) -> dict[str, Any]:
@@ -278,22 +265,17 @@ def _options(given: argparse.Namespace) -> dict[str, Any]:
     return {key: value for key, value in vars(given).items() if key not in ("command", "json")}
 
 
-def _embed(given: argparse.Namespace, clips: Sequence[Clip]) -> tuple[Any, Any]:
-    """The encoder, and its embeddings of the utterances, (N, D)."""
+def _embed(given: argparse.Namespace, clips: Sequence[Any]) -> tuple[Any, Any, Any, Any]:
+    """Embeddings of the utterances, (N, D); their encoder, its sizes and its thresholds."""
+    from speechbrain_mrl.inference.encoders import load_teacher, sizes_and_thresholds
+    from speechbrain_mrl.inference.extract import embed_clips
+
     device = check_device(given.device)
     encoder = load_teacher(given.model, device=device)
     with tqdm(total=len(clips), unit="clip", desc="Embedding", disable=None) as bar:
         options = {"device": device, "max_seconds": given.max_seconds, "progress": bar}
-        return encoder, embed_clips({"model": encoder}, clips, **options)["model"]
-
-
-def _print_table(heads: Sequence[str] | None, rows: Sequence[Sequence[Any]]) -> None:
-    table = Table(*(heads or []), box=None, show_header=heads is not None, pad_edge=False)
-    for row in rows:
-        cells = (f"{cell:.3f}" if isinstance(cell, float) else str(cell or "-") for cell in row)
-        table.add_row(*map(Text, cells))
-    wide = None if sys.stdout.isatty() else 1000  # nothing is folded in a file or a pipe
-    Console(file=sys.stdout, width=wide).print(table)
+        embeddings = embed_clips({"model": encoder}, clips, **options)["model"]
+    return embeddings, encoder, *sizes_and_thresholds(encoder, embeddings.shape[1])
 
 
 def parser() -> argparse.ArgumentParser:
@@ -345,6 +327,9 @@ def _run(given: argparse.Namespace) -> None:
 
 
 def run() -> None:
-    """The console script: one command with the process prepared for networks on the CPU."""
-    prepare_cpu()
+    """The console script: one command, for networks with the process prepared for the CPU."""
+    if {"embed", "verify"} & {*sys.argv[1:2]}:
+        from speechbrain_mrl.inference.optimize import prepare_cpu
+
+        prepare_cpu()
     sys.exit(main())

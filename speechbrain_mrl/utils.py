@@ -1,4 +1,7 @@
-"""Atomic files, locks between runs, devices, optional imports, and mistakes in one sentence."""
+"""Atomic files, locks between runs, devices, optional imports, tables, and mistakes in one sentence.
+
+torch and SpeechBrain take seconds to import, so that only what uses them imports them.
+"""
 
 import contextlib
 import ctypes
@@ -9,16 +12,18 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub  # its classes cost a second and load on first use
 import ruamel.yaml.error
-import torch
 import yaml
 from filelock import FileLock, Timeout
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 from safetensors import SafetensorError
-from speechbrain.utils.distributed import if_main_process
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +36,6 @@ MISTAKES = (
     ImportError,
     yaml.YAMLError,
     ruamel.yaml.error.YAMLError,
-    torch.OutOfMemoryError,
     KeyboardInterrupt,
 )
 
@@ -163,6 +167,8 @@ def only_run(folder: str | os.PathLike[str], patience: float = PATIENCE) -> Iter
     ValueError
         If another run has the folder all that time.
     """
+    from speechbrain.utils.distributed import if_main_process
+
     if not if_main_process():
         yield
         return
@@ -191,6 +197,8 @@ def choose_device(device: str | None = None) -> str:
     ('cpu', 'cuda:0', 'cuda:3')
     """
     if device is None:
+        import torch
+
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device
 
@@ -210,6 +218,8 @@ def check_device(device: str | None = None) -> str:
     ...
     ValueError: device 'gpu' cannot be used here, give cpu, cuda or cuda:N (Expected one of ...
     """
+    import torch
+
     device = choose_device(device)
     try:
         torch.zeros(1, device=device).cpu()
@@ -228,7 +238,7 @@ def attempt(run: Callable[[], Any], exit_code: int) -> int:
     """
     try:
         run()
-    except MISTAKES as error:
+    except (*MISTAKES, *_out_of_memory()) as error:
         if os.environ.get(TRACEBACK):
             raise
         print(f"error: {_sentence(error)}", file=sys.stderr)
@@ -236,10 +246,15 @@ def attempt(run: Callable[[], Any], exit_code: int) -> int:
     return 0
 
 
+def _out_of_memory() -> tuple[type[Exception], ...]:
+    """What torch raises where a GPU's memory is full, if torch is in use."""
+    return (sys.modules["torch"].OutOfMemoryError,) if "torch" in sys.modules else ()
+
+
 def _sentence(error: Any) -> str:
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
-    if isinstance(error, torch.OutOfMemoryError):
+    if isinstance(error, _out_of_memory()):
         return (
             "the GPU's memory is full; lower batch_size (and raise grad_accumulation_factor as much) "
             "or batch_seconds, or give --precision=bf16"
@@ -285,3 +300,35 @@ def require(module: str, purpose: str, package: str | None = None) -> Any:
         raise ImportError(
             f"{purpose} needs {module}, which {reason}: pip install {package or module}"
         ) from error
+
+
+def hub_folder(source: str | os.PathLike[str], allow_patterns: list[str] | None = None) -> Path:
+    """The folder ``source``, or the one that the Hub, or its cache, has under that name."""
+    if os.path.isdir(source):
+        return Path(source)
+    try:
+        return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=allow_patterns))
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"{source} is no folder here, and the Hub does not give it ({error})"
+        ) from error
+
+
+def published_folder(source: str | os.PathLike[str]) -> Path:
+    """A folder with a hyperparams.yaml, here or on the Hub."""
+    folder = hub_folder(source)
+    if not (folder / "hyperparams.yaml").is_file():
+        raise FileNotFoundError(
+            f"{source} lacks hyperparams.yaml, so it is no model that SpeechBrain published"
+        )
+    return folder
+
+
+def print_table(heads: Sequence[str] | None, rows: Sequence[Sequence[Any]]) -> None:
+    """A table on stdout; floats have three decimals, what is missing is a dash."""
+    table = Table(*(heads or []), box=None, show_header=heads is not None, pad_edge=False)
+    for row in rows:
+        cells = (f"{cell:.3f}" if isinstance(cell, float) else str(cell or "-") for cell in row)
+        table.add_row(*map(Text, cells))
+    wide = None if sys.stdout.isatty() else 1000  # nothing is folded in a file or a pipe
+    Console(file=sys.stdout, width=wide).print(table)

@@ -15,13 +15,14 @@ import torch.nn.functional as F
 from huggingface_hub import ModelCard
 from test_utils import full_disk
 
-from speechbrain_mrl import cli
-from speechbrain_mrl.cli import COMMANDS, _print_table, main, parser
+from speechbrain_mrl.cli import COMMANDS, main, parser
+from speechbrain_mrl.inference import encoders
 from speechbrain_mrl.inference.encoders import load_teacher
 from speechbrain_mrl.models.redimnet import MatryoshkaReDimNet
 from speechbrain_mrl.publish import hub
 from speechbrain_mrl.publish.card import Provenance
 from speechbrain_mrl.publish.export import export_model
+from speechbrain_mrl.utils import print_table
 
 SIZES = (8, 16, 32)
 EERS = {"8": 0.125, "16": 0.0625, "32": 0.03125}
@@ -100,7 +101,7 @@ def test_what_cannot_be_written_is_refused_before_anything_is_embedded(
 ):
     (tmp_path / "file").touch()
     (tmp_path / "a_folder").mkdir()
-    monkeypatch.setattr(cli, "load_teacher", lambda *_, **__: pytest.fail("loaded the model"))
+    monkeypatch.setattr(encoders, "load_teacher", lambda *_, **__: pytest.fail("loaded the model"))
     assert main(["embed", str(folder), str(recordings), f"--output={tmp_path / place}"]) == 1
     assert f"cannot write {tmp_path / place}: " in capsys.readouterr().err
 
@@ -257,6 +258,19 @@ def test_info_tells_what_report_and_card_tell(student, folder, capsys):
         assert part in text
 
 
+def test_info_and_help_do_not_wait_for_torch(folder):
+    code = f"""
+import contextlib, sys
+from speechbrain_mrl.cli import main
+main(["info", {str(folder)!r}])
+with contextlib.suppress(SystemExit):
+    main(["embed", "--help"])
+print({{"torch", "speechbrain", "numpy", "sklearn"}} & {{*sys.modules}})"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "Tiny ReDimNet" in done.stdout and "usage:" in done.stdout, done.stderr
+    assert done.stdout.splitlines()[-1] == "set()"
+
+
 def test_publish_lists_what_would_be_uploaded(folder, capsys):
     assert main(["publish", str(folder), "org/tiny", "--dry_run"]) == 0
     text = capsys.readouterr().out
@@ -356,7 +370,7 @@ def test_a_table_in_a_pipe_folds_nothing_and_takes_names_as_they_are(folder, cap
     assert main(["info", str(folder)]) == 0
     assert max(map(len, capsys.readouterr().out.splitlines())) < 200
     name = "[bold]" + 150 * "x" + ".wav"
-    _print_table(["recording", "seconds"], [[name, "1.00"]])
+    print_table(["recording", "seconds"], [[name, "1.00"]])
     assert capsys.readouterr().out.splitlines()[1].split() == [name, "1.00"]
 
 

@@ -1,14 +1,11 @@
 """Reads an encoder's architecture out of HyperPyYAML, and builds it from layers alone."""
 
 import io
-import os
 import pydoc
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
 from hyperpyyaml import load_hyperpyyaml, resolve_references
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
@@ -28,28 +25,6 @@ PACKAGES = (
 OWN = "speechbrain_mrl.KaldiFbank"
 PLAIN = {f"tag:yaml.org,2002:{kind}" for kind in "map seq str int float bool null".split()}
 PLAIN.add("!tuple")
-
-
-def hub_folder(source: str | os.PathLike[str], allow_patterns: list[str] | None = None) -> Path:
-    """The folder ``source``, or the one that the Hub, or its cache, has under that name."""
-    if os.path.isdir(source):
-        return Path(source)
-    try:
-        return Path(snapshot_download(str(source), allow_patterns=allow_patterns))
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(
-            f"{source} is no folder here, and the Hub does not give it ({error})"
-        ) from error
-
-
-def published_folder(source: str | os.PathLike[str]) -> Path:
-    """A folder with a hyperparams.yaml, here or on the Hub."""
-    folder = hub_folder(source)
-    if not (folder / "hyperparams.yaml").is_file():
-        raise FileNotFoundError(
-            f"{source} lacks hyperparams.yaml, so it is no model that SpeechBrain published"
-        )
-    return folder
 
 
 def architecture_of(text: str, key: str | None = None) -> str:

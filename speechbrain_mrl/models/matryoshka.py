@@ -144,7 +144,8 @@ class MatryoshkaEncoder(MatryoshkaHead):
         """
         from speechbrain.inference.classifiers import EncoderClassifier  # slow to import
 
-        from .architecture import architecture_of, published_folder  # which does not travel
+        from ..utils import published_folder
+        from .architecture import architecture_of  # neither travels
 
         folder = published_folder(source)
         text = (folder / "hyperparams.yaml").read_text(encoding="utf-8")

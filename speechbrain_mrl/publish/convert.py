@@ -14,7 +14,6 @@ from tqdm import tqdm
 from speechbrain_mrl.dataio.clips import find_clips
 from speechbrain_mrl.inference.encoders import HUB_ID
 from speechbrain_mrl.inference.extract import embed_clips
-from speechbrain_mrl.models.architecture import published_folder
 from speechbrain_mrl.models.matryoshka import MatryoshkaEncoder, usual_dims
 from speechbrain_mrl.models.pretrained import ReDimNetMRL, load_checkpoint, load_released
 from speechbrain_mrl.models.redimnet import check_mrl_dims
@@ -22,9 +21,10 @@ from speechbrain_mrl.models.releases import PREFIX2, parse_release, releases_of
 from speechbrain_mrl.models.resize import resize_model
 from speechbrain_mrl.publish.card import Provenance
 from speechbrain_mrl.publish.export import check_replaceable, export_model
-from speechbrain_mrl.publish.load import load_published, read_provenance
+from speechbrain_mrl.publish.folder import read_provenance
+from speechbrain_mrl.publish.load import load_published
 from speechbrain_mrl.rotation import matryoshka_rotation
-from speechbrain_mrl.utils import read_json
+from speechbrain_mrl.utils import published_folder, read_json
 
 CORPORA = {"vox2": "VoxCeleb2", "vb2": "VoxBlink2", "cnc": "CN-Celeb", "cnc2": "CN-Celeb 2"}
 

@@ -29,13 +29,8 @@ from speechbrain_mrl.publish.definition import (
     probe_wavs,
     published_network,
 )
+from speechbrain_mrl.publish.folder import CHECKPOINTS, FILES, sha256
 from speechbrain_mrl.utils import exchange, writing
-
-# All that a published folder may hold; examples is a folder of recordings.
-FILES = (
-    "README.md calibration.json check.json classifier.ckpt config.json custom.py eer_by_dim.png "
-    "embedding_model.ckpt examples hyperparams.yaml label_encoder.ckpt report.json"
-).split()
 
 
 @torch.no_grad()
@@ -159,8 +154,15 @@ def export_model(
             _write_json(new / "report.json", {**report, "corpus": corpus_name(report)})
         tolerance = tolerance if dtype == torch.float32 else max(1e-2, tolerance)
         _write_json(new / "check.json", {"embedding": expected.tolist(), "tolerance": tolerance})
-        config = {"speechbrain_interface": "EncoderClassifier", "padding_cosine": cosine}
-        _write_json(new / "config.json", {**config, "provenance": asdict(provenance)})
+        config = {
+            "speechbrain_interface": "EncoderClassifier",
+            "padding_cosine": cosine,
+            "params": sum(p.numel() for p in network.parameters()),
+            "speakers": len(labels),
+            "sha256": {name: sha256(new / name) for name in CHECKPOINTS},
+            "provenance": asdict(provenance),
+        }
+        _write_json(new / "config.json", config)
         widget = _widget(examples or {}, new / "examples", network, classifier, labels.ind2lab)
         texts = {
             "README.md": write_card(

@@ -21,7 +21,8 @@ import torch
 from speechbrain_mrl.evaluation.calibration import check_calibration
 from speechbrain_mrl.publish.card import card_for, card_problems
 from speechbrain_mrl.publish.definition import probe_wavs
-from speechbrain_mrl.publish.export import FILES, foreign_files
+from speechbrain_mrl.publish.export import foreign_files
+from speechbrain_mrl.publish.folder import FILES
 from speechbrain_mrl.utils import read_json, replacing
 
 # What space.py imports, besides Gradio

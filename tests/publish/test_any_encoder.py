@@ -21,9 +21,8 @@ from speechbrain_mrl.inference.extract import embed_clips
 from speechbrain_mrl.models.architecture import architecture_of
 from speechbrain_mrl.publish.convert import convert_release
 from speechbrain_mrl.publish.definition import probe_wavs
-from speechbrain_mrl.publish.export import FILES
+from speechbrain_mrl.publish.folder import FILES, model_info
 from speechbrain_mrl.publish.hub import push_to_hub
-from speechbrain_mrl.publish.load import model_info
 
 SIZES = (4, 16)
 KINDS = (*encoders.ENCODERS, "kaldi")
@@ -303,6 +302,6 @@ def test_a_folder_that_names_anything_but_layers_is_not_read(folders, tmp_path, 
     evil = re.sub("( +std_norm:) false\n", rf"\1 {tag.format(mark=mark)}\n", text, count=1)
     assert evil != text
     (folder / "hyperparams.yaml").write_text(evil)
-    with pytest.raises(ValueError, match="hyperparams.yaml is none that export_model wrote"):
+    with pytest.raises(ValueError, match="hyperparams.yaml is not as export_model wrote it"):
         load_published(folder)
     assert not mark.exists()
