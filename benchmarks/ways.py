@@ -3,7 +3,7 @@
 python benchmarks/ways.py --data_folder=/data/VoxCeleb --trials=/data/veri_test2.txt --steps=50000
 
 Any key of hparams/mrl_distill.yaml may follow (--backbone=b2 --batch_size=128). Without data_folder
-it runs on the demo's voices and teachers. A run that was killed goes on; one that ended is kept.
+it runs on the demo's voices and teachers. A killed run resumes; one that ended is kept.
 """
 
 import argparse

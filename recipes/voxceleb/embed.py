@@ -1,4 +1,4 @@
-"""Embed every recording of a folder with a model, to shards on disk; a killed run goes on.
+"""Embed every recording of a folder with a model, to shards on disk; a killed run resumes.
 
 python recipes/voxceleb/embed.py results/mrl_distill/1986/model /data/recordings results/embeddings
 """

@@ -1,4 +1,4 @@
-"""Write a training list's recordings into tar shards, in random order; a killed run goes on.
+"""Write a training list's recordings into tar shards, in random order; a killed run resumes.
 
 python recipes/voxceleb/shards.py results/mrl_distill/1986/lists/train.csv /net/shards
 """

@@ -3,7 +3,7 @@
 python recipes/voxceleb/verify.py hparams/verify.yaml --source=<folder or Hub id> \\
     --data_folder=/data/VoxCeleb1 --trials=veri_test2.txt
 
-Embeddings are kept on disk: a run that died goes on, and another list costs only its new
+Embeddings are kept on disk: a killed run resumes, and another list costs only its new
 utterances.
 """
 

@@ -24,7 +24,7 @@ def plda_scores(
 ) -> dict[int, np.ndarray]:
     """Log-likelihood ratio of every trial by a PLDA of its own at every prefix.
 
-    Prefixes are centred by the mean of the fit utterances and brought to unit length. SpeechBrain
+    Prefixes are centred by the mean of the fit utterances and L2-normalised. SpeechBrain
     fits the model; its own scoring fills a matrix of all pairs of utterances, so the trials are
     scored here.
 

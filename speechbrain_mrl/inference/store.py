@@ -27,7 +27,7 @@ class TeacherStore:
     """Embeddings of a set of utterances by several teachers, on disk, each computed once.
 
     A teacher has a folder of shards (safetensors) and a manifest that says of which weights and
-    which utterances they are. Shards are written whole or not at all, so a killed run goes on where
+    which utterances they are. Shards are written whole or not at all, so a killed run resumes where
     it was; with several processes (``torchrun``) each fills its part. Another run that wants the
     same store waits, and finds it filled.
 
@@ -234,7 +234,7 @@ def embed_folder(
 ) -> Path:
     """Embeddings of all recordings of a folder, in shards on disk that ``read_embeddings`` reads.
 
-    Clips of like length travel together; no more than one shard is in memory. A killed call goes on
+    Utterances of similar length share a batch; at most one shard is in memory. A killed call resumes
     at the shard where it was, and with several processes (``torchrun``) each computes its part.
 
     Arguments

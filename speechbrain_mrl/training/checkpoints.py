@@ -80,7 +80,7 @@ class AtomicCheckpointer(Checkpointer):
 
 
 def starting_point(student: nn.Module, checkpointer: Checkpointer) -> nn.Module | None:
-    """A copy of a student before its first step, on the CPU; a run that goes on has the same.
+    """A copy of a student before its first step, on the CPU; a resumed run has the same.
 
     It is kept beside the checkpoints. None where there are checkpoints, but no such file.
 

@@ -87,7 +87,7 @@ class TrainingLog(FileTrainLogger):
     def _add_points(
         self, step: int, stats_meta: Mapping[str, Any], named: Mapping[str, Any]
     ) -> None:
-        """Go on after ``step`` epochs; a training that was killed goes on with its curves."""
+        """Resume after ``step`` epochs, and with them the curves of a killed training."""
         folder = self.table.with_name("tensorboard")
         if self.curves is None:
             with writing(folder):

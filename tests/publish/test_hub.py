@@ -225,9 +225,10 @@ def test_target_dim_gives_that_size_of_everything(published, speakers, student, 
     assert label == ["id3"] and index.item() == 3
 
 
-def test_a_size_that_was_not_trained_is_refused_by_name(published):
-    with pytest.raises(ValueError, match=r"\[8, 16, 32\], got 100"):
-        EncoderClassifier.from_hparams(source=published, overrides={"target_dim": 100})
+@pytest.mark.parametrize("size", [100, 8.0])
+def test_a_size_that_was_not_trained_is_refused_by_name(published, size):
+    with pytest.raises(ValueError, match=rf"\[8, 16, 32\], got {size}"):
+        EncoderClassifier.from_hparams(source=published, overrides={"target_dim": size})
 
 
 def test_normalised_embeddings_have_unit_length(loaded, voices):
