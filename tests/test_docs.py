@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 from configparser import ConfigParser
-from contextlib import chdir
 from pathlib import Path
 
 import encoders
@@ -127,8 +126,8 @@ def at_work(workplace, monkeypatch, tiny_config):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: MODEL)
     epochs = training.EpochCounter
     monkeypatch.setattr(training, "EpochCounter", lambda limit: epochs(1))
-    with chdir(workplace):
-        yield workplace
+    monkeypatch.chdir(workplace)
+    return workplace
 
 
 def names_of_a_page(workplace):

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from speechbrain.nnet.losses import LogSoftmaxWrapper
 from torch import nn
+from torch.multiprocessing import start_processes
 
 from speechbrain_mrl.classification import MatryoshkaLoss, PrefixClassifier
 from speechbrain_mrl.losses import MatryoshkaDistillationLoss
@@ -388,7 +389,7 @@ def distributed_step(rank, world_size, folder, clips_each=4):
 
 def test_two_processes_learn_what_one_learns_from_both_batches(tmp_path):
     distributed_step(0, 1, tmp_path, clips_each=8)
-    torch.multiprocessing.spawn(distributed_step, args=(2, tmp_path), nprocs=2)
+    start_processes(distributed_step, args=(2, tmp_path), nprocs=2, start_method="forkserver")
     loss, gradients = torch.load(tmp_path / "1-0.pt")
     ranks = [torch.load(tmp_path / f"2-{rank}.pt") for rank in (0, 1)]
     torch.testing.assert_close(sum(x[0] for x in ranks) / 2, loss, atol=1e-6, rtol=0)

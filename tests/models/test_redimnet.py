@@ -270,7 +270,7 @@ def test_padding_is_not_trained_on(tiny_config, random_model, block_1d_type, blo
     )
 
 
-@pytest.mark.parametrize("name", ["b0", "b2", "b5"])
+@pytest.mark.parametrize("name", ["b0", "b2", pytest.param("b5", marks=pytest.mark.slow)])
 def test_released_architectures_do_not_train_on_padding(parity, name):
     assert_trained_as_without_padding(parity(name).model(), [16000, 5000, 9000, 12001])
 

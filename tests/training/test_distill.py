@@ -69,7 +69,7 @@ def test_workers_may_be_new_processes(dataset, clips_csv):
         4,
         collate_fn=PaddedBatch,
         num_workers=1,
-        multiprocessing_context="spawn",
+        multiprocessing_context="forkserver",
     )
     for found, expected in zip(loader, DataLoader(dataset(clips_csv), 4, collate_fn=PaddedBatch)):
         assert found.id == expected.id

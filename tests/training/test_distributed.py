@@ -8,6 +8,7 @@ import speechbrain as sb
 import torch
 import torch.distributed as dist
 from speechbrain.dataio.batch import PaddedBatch
+from torch.multiprocessing import start_processes
 
 from speechbrain_mrl import MatryoshkaDistillationLoss, ReDimNetMRL
 from speechbrain_mrl.inference.store import TeacherStore
@@ -100,7 +101,7 @@ def runs(tiny_config, tmp_path_factory):
     """What one process saved, and what each of two did."""
     folder = tmp_path_factory.mktemp("ranks")
     train(0, 1, tiny_config, folder)
-    torch.multiprocessing.spawn(train, args=(2, tiny_config, folder), nprocs=2)
+    start_processes(train, args=(2, tiny_config, folder), nprocs=2, start_method="forkserver")
     return [torch.load(folder / name) for name in ("1-0.pt", "2-0.pt", "2-1.pt")]
 
 
@@ -140,7 +141,7 @@ def own_embeddings(rank):
 
 
 def test_two_processes_distil_to_the_target_that_the_first_has_fitted(tmp_path):
-    torch.multiprocessing.spawn(fit_apart, args=(tmp_path,), nprocs=2)
+    start_processes(fit_apart, args=(tmp_path,), nprocs=2, start_method="forkserver")
     expected = MatryoshkaDistillationLoss([4, 8], "all").fit(own_embeddings(0)).state_dict()
     for rank in (0, 1):
         found = torch.load(tmp_path / f"objective-{rank}.pt")

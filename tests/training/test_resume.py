@@ -26,7 +26,6 @@ from speechbrain_mrl.training.checkpoints import AtomicCheckpointer
 
 # Not forks of this process: torch refuses to train in one if another test's backward had threads.
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["speechbrain_mrl.training.distill"])
 STAGES = [
     {"stage": "small", "embed_dim": 16, "mrl_dims": [8, 16]},
     {"stage": "full", "embed_dim": 32, "mrl_dims": [8, 16, 32], "taught_by": [-1]},
