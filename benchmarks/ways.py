@@ -24,10 +24,14 @@ from corpus import prepare  # noqa: E402
 from read_hparams import is_demo, read_yaml  # noqa: E402
 
 from speechbrain_mrl.dataio.clips import read_clips, speaker_labels  # noqa: E402
-from speechbrain_mrl.evaluation.baselines import truncation_baselines  # noqa: E402
+from speechbrain_mrl.evaluation.baselines import truncation_scores  # noqa: E402
+from speechbrain_mrl.evaluation.metrics import Ranking  # noqa: E402
 from speechbrain_mrl.evaluation.verification import (  # noqa: E402
+    BOOTSTRAP_SEED,
+    bootstrap,
     evaluate,
-    evaluate_runs,
+    evaluate_scores,
+    interval,
     read_trials,
     score_trials,
 )
@@ -182,13 +186,46 @@ def baselines(teachers, corpus, trials, hparams, device, n_bootstrap, folder):
     for name, fit in stores["train"].embeddings.items():
         test = test_embeddings[name]
         sizes = [dim for dim in hparams["mrl_dims"] if dim <= fit.shape[1]]
-        truncated = truncation_baselines(test, fit, trials, sizes, n_bootstrap, labels)
-        results[name] = {
-            "whole": evaluate(test, trials, [test.shape[1]], n_bootstrap),
-            "truncated": truncated["naive_truncation"],
-            "PCA truncated": truncated["pca_truncation"],
-            "LDA truncated": truncated["lda_truncation"],
-        }
+        whole = evaluate(test, trials, [test.shape[1]], n_bootstrap)
+        truncated = truncation_scores(test, fit, trials, sizes, labels).values()
+        truncated = [evaluate_scores(scores, trials, n_bootstrap) for scores in truncated]
+        ways = ("truncated", "PCA truncated", "LDA truncated")
+        results[name] = {"whole": whole, **dict(zip(ways, truncated, strict=True))}
+    return results
+
+
+def evaluate_runs(runs, trials, n_bootstrap):
+    """Mean error rates and costs of several trainings of one kind, with their intervals.
+
+    Each draw of speakers is also a draw of trainings, so that the intervals tell of both.
+
+    >>> from speechbrain_mrl.evaluation.verification import Trials
+    >>> trials = Trials.parse(["1 a/1 a/2", "0 a/1 b/1", "1 b/1 b/2"])
+    >>> runs = [{2: np.array([0.9, 0.1, 0.8])}, {2: np.array([0.1, 0.9, 0.1])}]
+    >>> result = evaluate_runs(runs, trials, n_bootstrap=200)["2"]
+    >>> result["eer"], result["eer_ci"], result["eer_runs"]
+    (0.5, [0.0, 1.0], [0.0, 1.0])
+    """
+    rankings = [
+        {str(size): Ranking(values, trials.labels) for size, values in run.items()} for run in runs
+    ]
+    rng = np.random.default_rng(BOOTSTRAP_SEED)
+
+    def means(weights=None):
+        drawn, found = rankings, {}
+        if weights is not None:
+            drawn = [rankings[i] for i in rng.integers(len(rankings), size=len(rankings))]
+        for run in drawn:
+            for size, ranking in run.items():
+                for name, value in ranking.summary(weights).items():
+                    found.setdefault((size, name), []).append(value)
+        return {key: float(np.mean(values)) for key, values in found.items()}
+
+    results = {size: {"eer_runs": [run[size].eer()[0] for run in rankings]} for size in rankings[0]}
+    for (size, name), value in means().items():
+        results[size][name] = value
+    for (size, name), values in bootstrap(trials, n_bootstrap, means).items():
+        results[size][f"{name}_ci"] = interval(values)
     return results
 
 
@@ -279,9 +316,8 @@ def main(argv=None):
             scores_of(way, 1986 + i, common, corpus, steps, hparams, args.device, trials, folder)
             for i in range(args.seeds)
         ]
-        results["ways"][way] = evaluate_runs(
-            [scores for scores, _ in runs], trials, args.n_bootstrap
-        )
+        scores = [scores for scores, _ in runs]
+        results["ways"][way] = evaluate_runs(scores, trials, args.n_bootstrap)
         results["seconds"][way] = sum(seconds for _, seconds in runs) / args.seeds
         (folder / "ways.json").write_text(json.dumps(results, indent=2) + "\n")
         write_tables(results, folder / "ways.md")

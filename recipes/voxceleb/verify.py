@@ -255,8 +255,9 @@ def verify(hparams, device):
         steps = pipeline.scores(one)
         cosines[name], parts[name] = steps["cosine"], pipeline.results(one, steps)
         if other is not None:
-            pair = one.stack(embeddings), one.stack(other)
-            differences = compare(*pair, one, mrl_dims, pipeline.n_bootstrap, other_dim)
+            sizes = mrl_dims if other_dim is None else [other_dim]
+            others = score_trials(one.stack(other), one, sizes)
+            differences = compare(cosines[name], others, one, pipeline.n_bootstrap)
             about = {"source": _name(hparams["compare_to"]), "size": other_dim}
             parts[name]["comparison"] = about | {"dims": differences}
 

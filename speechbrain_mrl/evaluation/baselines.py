@@ -10,7 +10,7 @@ from torch import Tensor
 
 from speechbrain_mrl.evaluation.verification import (
     Trials,
-    compare_scores,
+    compare,
     evaluate_scores,
     score_trials,
 )
@@ -83,7 +83,9 @@ def evaluate_student(
     if teachers:
         best = min(teachers, key=lambda name: baselines["teachers"][name]["eer"])
         baselines["teacher"] = best
-        rows |= _truncations(teachers[best], fit_embeddings[best], trials, mrl_dims, fit_labels)
+        rows |= truncation_scores(
+            teachers[best], fit_embeddings[best], trials, mrl_dims, fit_labels
+        )
         numbered, fit = _numbered(teachers), _numbered(fit_embeddings)
         fits = {"ensemble": None} | ({} if fit_labels is None else {"ensemble_lda": fit_labels})
         for name, of_each in fits.items():
@@ -115,67 +117,55 @@ def _numbered(teachers: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _gain(student: Scores, other: Scores, trials: Trials, n_bootstrap: int) -> dict[str, Any]:
     names = {"difference": "eer", "difference_ci": "eer_ci"}
-    found = compare_scores(student, other, trials, n_bootstrap)
+    found = compare(student, other, trials, n_bootstrap)
     return {
         size: {names[key]: value for key, value in result.items() if key in names}
         for size, result in found.items()
     }
 
 
-def _truncations(
+def truncation_scores(
     teacher: Tensor,
     fit_embeddings: Tensor,
     trials: Trials,
     mrl_dims: Sequence[int],
-    labels: Tensor | None,
-) -> dict[str, Scores]:
-    rows = {"naive_truncation": _prefix_scores(teacher, trials, mrl_dims), "pca_truncation": {}}
-    if labels is not None:
-        rows["lda_truncation"] = {}
-    if sizes := list(rows["naive_truncation"]):
-        for name, of_each in zip(list(rows)[1:], (None, labels)):
-            rotated = matryoshka_rotation(fit_embeddings, sizes, of_each)(teacher.detach())
-            rows[name] = score_trials(rotated, trials, sizes)
-    return rows
-
-
-def truncation_baselines(
-    teacher_embeddings: Tensor,
-    fit_embeddings: Tensor,
-    trials: Trials,
-    mrl_dims: Sequence[int],
-    n_bootstrap: int = 0,
     fit_labels: Tensor | None = None,
-) -> dict[str, dict[str, Any]]:
-    """What a teacher's own embedding gives when it is truncated, as it is and after PCA.
+) -> dict[str, Scores]:
+    """Scores of a teacher's own embedding, truncated as it is, after PCA and after LDA.
 
     Arguments
     ---------
-    teacher_embeddings : torch.Tensor
-        Of the trials' utterances, (N, D_t).
+    teacher : torch.Tensor
+        Embeddings of the trials' utterances, (N, D_t).
     fit_embeddings : torch.Tensor
-        Of training utterances, never the trials', (M, D_t); mean and rotation come from them.
-    trials, mrl_dims, n_bootstrap
-        See ``evaluate``; sizes above D_t are left out.
+        Of training utterances, never the trials', (M, D_t); mean and rotations come from them.
+    trials, mrl_dims
+        See ``score_trials``; sizes above D_t are left out.
     fit_labels : torch.Tensor, optional
         The speakers, as numbers, of the training utterances, (M,), for ``lda_truncation``.
 
     Returns
     -------
     dict
-        ``{"naive_truncation": {"64": {...}}, "pca_truncation": {"64": {...}}}``
+        ``{"naive_truncation": {64: (n_trials,)}, "pca_truncation": {...}}``.
 
     Example
     -------
     >>> import torch
     >>> trials = Trials.parse(["1 a/1 a/2", "0 a/1 b/1"])
     >>> teacher = torch.tensor([[0.1, 1.0], [0.1, 1.0], [0.1, -1.0]])  # 2 separates speakers
-    >>> found = truncation_baselines(teacher, teacher, trials, mrl_dims=[1])
-    >>> found["naive_truncation"]["1"]["eer"], found["pca_truncation"]["1"]["eer"]
-    (0.5, 0.0)
+    >>> found = truncation_scores(teacher, teacher, trials, mrl_dims=[1])
+    >>> {name: scores[1].round(2).tolist() for name, scores in found.items()}
+    {'naive_truncation': [1.0, 1.0], 'pca_truncation': [1.0, -1.0]}
     """
-    rows = _truncations(teacher_embeddings, fit_embeddings, trials, mrl_dims, fit_labels)
-    return {
-        name: evaluate_scores(scores, trials, n_bootstrap) if scores else {}
-        for name, scores in rows.items()
+    rows: dict[str, Scores] = {
+        "naive_truncation": _prefix_scores(teacher, trials, mrl_dims),
+        "pca_truncation": {},
     }
+    if fit_labels is not None:
+        rows["lda_truncation"] = {}
+    if sizes := list(rows["naive_truncation"]):
+        for name, labels in zip(list(rows)[1:], (None, fit_labels)):
+            rotated = matryoshka_rotation(fit_embeddings, sizes, labels)(teacher.detach())
+            rows[name] = score_trials(rotated, trials, sizes)
+    return rows

@@ -271,60 +271,6 @@ def evaluate_scores(
     return results
 
 
-def evaluate_runs(
-    runs: Sequence[Mapping[int, np.ndarray]], trials: Trials, n_bootstrap: int = 200
-) -> dict[str, dict[str, Any]]:
-    """Mean error rates and costs of several trainings of one kind, with their intervals.
-
-    Arguments
-    ---------
-    runs : sequence of mapping of int to array
-        For each training, size -> scores, (n_trials,).
-    trials : Trials
-    n_bootstrap : int
-        Draws of speakers, as in ``evaluate_scores``, and with each a draw of trainings, so that the
-        95 % intervals tell of both.
-
-    Returns
-    -------
-    dict
-        For ``"64"`` and so on: ``eer``, ``min_dcf``, ``min_dcf_0.05``, their ``eer_ci`` and so on,
-        and ``eer_runs``, of each training.
-
-    Example
-    -------
-    >>> trials = Trials.parse(["1 a/1 a/2", "0 a/1 b/1", "1 b/1 b/2"])
-    >>> runs = [{2: np.array([0.9, 0.1, 0.8])}, {2: np.array([0.1, 0.9, 0.1])}]
-    >>> result = evaluate_runs(runs, trials)["2"]
-    >>> result["eer"], result["eer_ci"], result["eer_runs"]
-    (0.5, [0.0, 1.0], [0.0, 1.0])
-    """
-    rankings = [
-        {str(size): Ranking(values, trials.labels) for size, values in run.items()} for run in runs
-    ]
-    rng = np.random.default_rng(BOOTSTRAP_SEED)
-
-    def means(weights: np.ndarray | None = None) -> dict[Any, float]:
-        drawn = rankings
-        if weights is not None:
-            drawn = [rankings[i] for i in rng.integers(len(rankings), size=len(rankings))]
-        found: dict[Any, list[float]] = {}
-        for run in drawn:
-            for size, ranking in run.items():
-                for name, value in ranking.summary(weights).items():
-                    found.setdefault((size, name), []).append(value)
-        return {key: float(np.mean(values)) for key, values in found.items()}
-
-    results: dict[str, dict[str, Any]] = {size: {} for size in rankings[0]}
-    for (size, name), value in means().items():
-        results[size][name] = value
-    for size, found in results.items():
-        found["eer_runs"] = [run[size].eer()[0] for run in rankings]
-    for (size, name), values in bootstrap(trials, n_bootstrap, means).items():
-        results[size][f"{name}_ci"] = interval(values)
-    return results
-
-
 def bootstrap(
     trials: Trials, n_bootstrap: int, measure: Callable[[np.ndarray], Mapping[Any, float]]
 ) -> dict[Any, list[float]]:
@@ -363,12 +309,10 @@ def interval(values: Sequence[float]) -> list[float]:
 
 
 def compare(
-    embeddings_a: Tensor,
-    embeddings_b: Tensor,
+    scores_a: Mapping[int, np.ndarray],
+    scores_b: Mapping[int, np.ndarray],
     trials: Trials,
-    mrl_dims: Sequence[int],
     n_bootstrap: int = 1000,
-    size_b: int | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Difference in EER of two models on one list, with its interval over speakers.
 
@@ -377,14 +321,11 @@ def compare(
 
     Arguments
     ---------
-    embeddings_a, embeddings_b : torch.Tensor
-        Of the trials' utterances, (N, D_a) and (N, D_b).
-    trials, mrl_dims
-        See ``score_trials``.
+    scores_a, scores_b : mapping of int to array
+        Size -> scores, (n_trials,). A size that b lacks is compared with b's largest.
+    trials : Trials
     n_bootstrap : int
         See ``evaluate_scores``; 0 gives no interval.
-    size_b : int, optional
-        The one prefix of b that every prefix of a is compared with; None: the same size.
 
     Returns
     -------
@@ -394,60 +335,29 @@ def compare(
 
     Example
     -------
-    >>> trials = Trials.parse(["1 a/1 a/2", "0 a/1 b/1", "1 b/1 b/2", "0 b/2 a/2"])
-    >>> a = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.1, 1.0]])
-    >>> compare(a, a, trials, mrl_dims=[2])["2"]["difference_ci"]
-    [0.0, 0.0]
-    """
-    scores_a = score_trials(embeddings_a, trials, mrl_dims)
-    scores_b = score_trials(embeddings_b, trials, mrl_dims if size_b is None else [size_b])
-    return compare_scores(scores_a, scores_b, trials, n_bootstrap)
-
-
-def compare_scores(
-    scores_a: Mapping[int, np.ndarray],
-    scores_b: Mapping[int, np.ndarray],
-    trials: Trials,
-    n_bootstrap: int = 1000,
-) -> dict[str, dict[str, Any]]:
-    """As ``compare``, of scores; a size that b lacks is compared with b's largest.
-
-    Arguments
-    ---------
-    scores_a, scores_b : mapping of int to array
-        Size -> scores, (n_trials,).
-    trials, n_bootstrap
-        See ``compare``.
-
-    Example
-    -------
     >>> trials = Trials.parse(["1 a/1 a/2", "0 a/1 b/1"])
     >>> right, wrong = np.array([0.9, 0.1]), np.array([0.1, 0.9])
-    >>> found = compare_scores({2: right, 4: right}, {2: wrong}, trials, n_bootstrap=0)
-    >>> found["4"]
+    >>> compare({2: right, 4: right}, {2: wrong}, trials, n_bootstrap=0)["4"]
     {'eer_a': 0.0, 'eer_b': 1.0, 'difference': -1.0}
     """
     rankings_a = {size: Ranking(scores, trials.labels) for size, scores in scores_a.items()}
     rankings_b = {size: Ranking(scores, trials.labels) for size, scores in scores_b.items()}
     largest = max(rankings_b)
 
-    def eers(weights: np.ndarray | None = None) -> dict[int, tuple[float, float]]:
+    def eers(weights: np.ndarray | None = None) -> dict[str, tuple[float, float]]:
         """(a's, b's) by a's sizes."""
         of_a, of_b = (
             {size: eer_of_rates(*ranking.rates(weights))[0] for size, ranking in rankings.items()}
             for rankings in (rankings_a, rankings_b)
         )
-        return {size: (eer_a, of_b.get(size, of_b[largest])) for size, eer_a in of_a.items()}
+        return {str(size): (eer, of_b.get(size, of_b[largest])) for size, eer in of_a.items()}
 
     results: dict[str, dict[str, Any]] = {
-        str(size): {"eer_a": eer_a, "eer_b": eer_b, "difference": eer_a - eer_b}
-        for size, (eer_a, eer_b) in eers().items()
+        size: {"eer_a": a, "eer_b": b, "difference": a - b} for size, (a, b) in eers().items()
     }
     if n_bootstrap:
         draws = bootstrap(
-            trials,
-            n_bootstrap,
-            lambda weights: {str(size): a - b for size, (a, b) in eers(weights).items()},
+            trials, n_bootstrap, lambda w: {size: a - b for size, (a, b) in eers(w).items()}
         )
         for size, differences in draws.items():
             results[size]["difference_ci"] = interval(differences)

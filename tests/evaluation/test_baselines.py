@@ -5,7 +5,8 @@ from reference_metrics import reference_eer
 from sklearn.decomposition import PCA
 from toy_trials import toy_trials
 
-from speechbrain_mrl.evaluation.baselines import evaluate_student, truncation_baselines
+from speechbrain_mrl.evaluation.baselines import evaluate_student, truncation_scores
+from speechbrain_mrl.evaluation.verification import evaluate_scores
 from speechbrain_mrl.rotation import matryoshka_rotation
 
 SIZES = [4, 16, 32]
@@ -33,21 +34,22 @@ def test_pca_truncation_centres_and_rotates_by_the_fit_clips_and_naive_truncatio
     trials, embeddings = voices
     embeddings = embeddings + 1.0
     fit = torch.from_numpy(rng.normal(size=(200, 16)) * np.linspace(1, 3, 16) + 0.5)
-    cuts = truncation_baselines(embeddings, fit, trials, [4, 16, 32])
+    cuts = truncation_scores(embeddings, fit, trials, [4, 16, 32])
     directions = np.linalg.svd((fit - fit.mean(0)).numpy())[2]
     rotated = (embeddings - fit.mean(0)) @ torch.from_numpy(directions.T)
     for name, teacher in (("naive_truncation", embeddings), ("pca_truncation", rotated)):
-        assert list(cuts[name]) == ["4", "16"]  # the teacher has no 32
+        results = evaluate_scores(cuts[name], trials)
+        assert list(results) == ["4", "16"]  # the teacher has no 32
         for size in (4, 16):
             prefixes = torch.nn.functional.normalize(teacher[:, :size], dim=1)
             scores = (prefixes[trials.enrol] * prefixes[trials.test]).sum(1).numpy()
             expected = reference_eer(scores, trials.labels)
-            assert cuts[name][str(size)]["eer"] == pytest.approx(expected, abs=1e-6)
+            assert results[str(size)]["eer"] == pytest.approx(expected, abs=1e-6)
 
 
 def test_teacher_smaller_than_every_size_has_no_cuts(voices):
     trials, embeddings = voices
-    cuts = truncation_baselines(embeddings, embeddings, trials, [32])
+    cuts = truncation_scores(embeddings, embeddings, trials, [32])
     assert cuts == {"naive_truncation": {}, "pca_truncation": {}}
 
 

@@ -7,7 +7,7 @@ from toy_trials import toy_trials
 
 from speechbrain_mrl.evaluation.baselines import evaluate_student
 from speechbrain_mrl.evaluation.report import make_report, print_report, write_report
-from speechbrain_mrl.evaluation.verification import compare
+from speechbrain_mrl.evaluation.verification import compare, score_trials
 
 
 @pytest.fixture
@@ -123,7 +123,8 @@ def test_steps_of_a_verification_are_rows_and_calibrated_ones_have_their_costs(r
 
 def test_a_comparison_is_printed_in_percent_points(report, voices, capsys):
     trials, embeddings = voices
-    dims = compare(embeddings, embeddings, trials, [4], n_bootstrap=5, size_b=16)
+    one, other = (score_trials(embeddings, trials, [size]) for size in (4, 16))
+    dims = compare(one, other, trials, n_bootstrap=5)
     dims["4"] |= {"difference": 0.0125, "difference_ci": [-0.005, 0.02]}
     print_report({**report, "comparison": {"source": "other", "size": 16, "dims": dims}})
     lines = capsys.readouterr().out.splitlines()

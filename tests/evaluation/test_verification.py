@@ -158,11 +158,17 @@ def test_calibrated_scores_have_costs_with_intervals(voices):
         assert low < result[name] < high
 
 
+def compared(one, other, trials, sizes, n_bootstrap):
+    """Two models by their embeddings."""
+    scores = (score_trials(embeddings, trials, sizes) for embeddings in (one, other))
+    return compare(*scores, trials, n_bootstrap)
+
+
 def test_the_difference_of_two_models_is_that_of_their_eers(voices):
     trials, embeddings = voices
     rng = np.random.default_rng(0)
     noisy = embeddings + torch.from_numpy(rng.normal(size=embeddings.shape))
-    found = compare(noisy, embeddings, trials, [4, 16], n_bootstrap=50)
+    found = compared(noisy, embeddings, trials, [4, 16], n_bootstrap=50)
     for size in (4, 16):
         result = found[str(size)]
         for name, model in (("eer_a", noisy), ("eer_b", embeddings)):
@@ -178,23 +184,24 @@ def test_the_difference_is_taken_within_each_draw(voices):
     trials, embeddings = voices
     noisy = embeddings + 0.3 * torch.from_numpy(np.random.default_rng(0).normal(size=(60, 16)))
     alone = evaluate(embeddings, trials, [16], n_bootstrap=200)["16"]["eer_ci"]
-    paired = compare(noisy, embeddings, trials, [16], n_bootstrap=200)["16"]["difference_ci"]
+    paired = compared(noisy, embeddings, trials, [16], n_bootstrap=200)["16"]["difference_ci"]
     assert paired[1] - paired[0] < alone[1] - alone[0]  # what is hard for both cancels out
 
 
 def test_a_model_does_not_differ_from_itself_and_swapping_turns_the_sign(voices):
     trials, embeddings = voices
-    same = compare(embeddings, 2 * embeddings, trials, [4], n_bootstrap=20)["4"]
+    same = compared(embeddings, 2 * embeddings, trials, [4], n_bootstrap=20)["4"]
     assert same["difference"] == 0 and same["difference_ci"] == [0, 0]
     shifted = embeddings + 1
-    forth = compare(embeddings, shifted, trials, [4], n_bootstrap=20)["4"]
-    back = compare(shifted, embeddings, trials, [4], n_bootstrap=20)["4"]
+    forth = compared(embeddings, shifted, trials, [4], n_bootstrap=20)["4"]
+    back = compared(shifted, embeddings, trials, [4], n_bootstrap=20)["4"]
     assert back["difference_ci"] == pytest.approx([-x for x in forth["difference_ci"][::-1]])
 
 
 def test_every_size_can_be_compared_with_one_size_of_another_model(voices):
     trials, embeddings = voices
-    found = compare(embeddings, embeddings[:, :8], trials, [4, 16], n_bootstrap=0, size_b=8)
+    scores = score_trials(embeddings, trials, [4, 16])
+    found = compare(scores, score_trials(embeddings, trials, [8]), trials, n_bootstrap=0)
     expected = reference_eer(score_trials(embeddings, trials, [8])[8], trials.labels)
     assert [found[size]["eer_b"] for size in ("4", "16")] == pytest.approx([expected] * 2, abs=1e-6)
     assert "difference_ci" not in found["4"]
