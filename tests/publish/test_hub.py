@@ -25,9 +25,10 @@ from speechbrain_mrl.models.redimnet import MatryoshkaReDimNet
 from speechbrain_mrl.models.redimnet2 import ReDimNet2
 from speechbrain_mrl.publish import hub
 from speechbrain_mrl.publish.card import Provenance
+from speechbrain_mrl.publish.check import check_folder
 from speechbrain_mrl.publish.export import export_model
 from speechbrain_mrl.publish.folder import FILES
-from speechbrain_mrl.publish.hub import check_folder, push_to_hub
+from speechbrain_mrl.publish.hub import push_to_hub
 from speechbrain_mrl.publish.load import load_published
 
 SIZES = (8, 16, 32)
