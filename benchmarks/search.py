@@ -1,7 +1,7 @@
 """Speed, recall and memory of prefix search against exact and HNSW search, side by side.
 
-Speakers are drawn around real embeddings (--embeddings), else from a Gaussian whose variance falls
-with the dimension, as PCA finds it in real ones. Each method is timed right after exact search
+Speakers are drawn from a Gaussian whose variance falls with the dimension, as PCA finds it in real
+embeddings. Each method is timed right after exact search
 over the full embeddings, so that a busy machine slows both; the ratio is that of the two.
 
     python benchmarks/search.py --n_speakers 1000000 --output search.json
@@ -23,43 +23,29 @@ import faiss
 import numpy as np
 import torch
 
-from speechbrain_mrl.inference.milvus import MilvusIndex
 from speechbrain_mrl.inference.search import MatryoshkaIndex
-from speechbrain_mrl.rotation import matryoshka_rotation
 
 CHUNK = 50_000
-METHODS = ("flat", "ivf", "4bit", "float32", "int8", "milvus", "hnsw")
-SHORTLISTS = {"ivf": 1000, "4bit": 700, "float32": 100, "int8": 100, "milvus": 100}
+METHODS = ("flat", "ivf", "4bit", "float32", "int8", "hnsw")
+SHORTLISTS = {"ivf": 1000, "4bit": 700, "float32": 100, "int8": 100}
 K = 10
 
 
 class Speakers:
-    """A Gaussian of speakers, or one around the rows of ``real`` with Scott's bandwidth."""
+    """A Gaussian of speakers; the variance of dimension i is (i + 10) ** -decay."""
 
-    def __init__(self, dim, decay, real, seed):
+    def __init__(self, dim, decay, seed):
         self.rng = np.random.default_rng(seed)
-        self.real = real
-        if real is None:
-            variances = (np.arange(1, dim + 1) + 10.0) ** -decay
-            self.mean, self.bandwidth = np.float32(0), np.float32(1)
-            self.factor = np.diag(np.sqrt(variances / variances.sum())).astype(np.float32)
-        else:
-            self.mean = real.mean(axis=0)
-            self.bandwidth = np.float32(len(real) ** (-1 / (dim + 4)))
-            variances, axes = np.linalg.eigh(np.cov(real.T))
-            self.factor = (axes * np.sqrt(variances.clip(0))).T.astype(np.float32)
-        spectrum = np.linalg.eigvalsh((self.factor.T @ self.factor).astype(float))
-        self.effective_rank = float(spectrum.sum() ** 2 / (spectrum**2).sum())
+        variances = (np.arange(1, dim + 1) + 10.0) ** -decay
+        self.deviations = np.sqrt(variances / variances.sum()).astype(np.float32)
+        self.effective_rank = float(variances.sum() ** 2 / (variances**2).sum())
 
     def noise(self, n):
-        return self.rng.standard_normal((n, len(self.factor)), dtype=np.float32) @ self.factor
+        shape = n, len(self.deviations)
+        return self.rng.standard_normal(shape, dtype=np.float32) * self.deviations
 
     def draw(self, n):
-        drawn = self.mean + self.bandwidth * self.noise(n)
-        if self.real is not None:
-            rows = self.real[self.rng.integers(0, len(self.real), n)] - self.mean
-            drawn += np.float32((1 - self.bandwidth**2) ** 0.5) * rows
-        return unit(drawn)
+        return unit(self.noise(n))
 
     def queries(self, speakers, cosine):
         """At exactly this cosine from their speakers, in directions drawn like the speakers'."""
@@ -107,19 +93,10 @@ def build(method, speakers, path, args):
             index.add(chunk)
         faiss.write_index(index, str(path))
         return
-    if method == "milvus":
-        from milvus_lite.server_manager import server_manager_instance
-
-        index = MilvusIndex(str(path), dim, args.prefix_dim)
-    else:
-        index = MatryoshkaIndex(dim, args.prefix_dim, codes=method)
+    index = MatryoshkaIndex(dim, args.prefix_dim, codes=method)
     for i, chunk in chunks:
         index.add([str(j) for j in range(i, i + len(chunk))], torch.from_numpy(chunk))
-    if method == "milvus":
-        index.close()
-        server_manager_instance.release_server(str(path))  # for the process that opens it next
-    else:
-        index.save(path)
+    index.save(path)
 
 
 def open_index(method, path, args):
@@ -129,10 +106,7 @@ def open_index(method, path, args):
         if method == "hnsw":
             index.hnsw.efSearch = args.ef_search
         return lambda queries: index.search(queries, K)[1]
-    if method == "milvus":
-        index = MilvusIndex(str(path), args.dim, args.prefix_dim)
-    else:
-        index = MatryoshkaIndex.load(path)
+    index = MatryoshkaIndex.load(path)
     return lambda queries: as_numbers(index.search(queries, K, args.shortlists[method])[0])
 
 
@@ -145,7 +119,7 @@ def ram_bytes(method, path, args, query):
 
 
 def measure(method, flat, speakers, queries, exact, args, folder):
-    path = folder / (f"{method}.db" if method == "milvus" else method)
+    path = folder / method
     start = time.perf_counter()
     build(method, speakers, path, args)
     result = {"shortlist": args.shortlists.get(method, 0)}
@@ -155,15 +129,14 @@ def measure(method, flat, speakers, queries, exact, args, folder):
     result["ram_bytes_per_speaker"] = ram / len(speakers)
     result["disk_bytes_per_speaker"] = disk_bytes(path) / len(speakers)
     search = open_index(method, path, args)
-    n_batch = args.milvus_queries if method == "milvus" else len(queries)
-    for label, n, batch in (("single", args.single_queries, 1), ("batch", n_batch, len(queries))):
+    n_all = len(queries)
+    for label, n, batch in (("single", args.single_queries, 1), ("batch", n_all, n_all)):
         search(queries[:2])
-        n_exact = n if batch == 1 else len(queries)
-        exact_qps, _ = queries_per_second(flat, queries[:n_exact], batch)
+        exact_qps, _ = queries_per_second(flat, queries[:n], batch)
         qps, found = queries_per_second(search, queries[:n], batch)
         result |= {f"{label}_qps": qps, f"{label}_exact_qps": exact_qps}
         result[f"{label}_ratio"] = qps / exact_qps
-    pairs = list(zip(exact, found))  # Milvus is given fewer queries
+    pairs = list(zip(exact, found))
     result["recall_at_1"] = float(np.mean([e[0] == f[0] for e, f in pairs]))
     result["recall_at_10"] = float(np.mean([len(np.intersect1d(e, f)) / K for e, f in pairs]))
     del search
@@ -182,24 +155,6 @@ def print_row(method, r):
     )
 
 
-def read_embeddings(path, dim, rotate):
-    if path.suffix == ".safetensors":
-        from safetensors.numpy import load_file
-
-        tensors = load_file(path)
-        if len(tensors) != 1:
-            raise ValueError(f"{path} must hold one tensor, got {sorted(tensors)}")
-        (real,) = tensors.values()
-    else:
-        real = np.load(path)
-    real = unit(real.astype(np.float32))
-    if rotate:
-        real = matryoshka_rotation(torch.from_numpy(real), [dim])(torch.from_numpy(real)).numpy()
-    if real.ndim != 2 or real.shape[1] != dim:
-        raise ValueError(f"{path} must hold (N, {dim}), got {real.shape}; set --dim")
-    return unit(real)
-
-
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -209,15 +164,12 @@ def main():
     parser.add_argument("--prefix_dim", type=int, default=64)
     parser.add_argument("--queries", type=int, default=2048, help="of the batch")
     parser.add_argument("--single_queries", type=int, default=50, help="one at a time")
-    parser.add_argument("--milvus_queries", type=int, default=200, help="of its batch")
     parser.add_argument("--query_cosine", type=float, default=0.7, help="of a query, its speaker")
     parser.add_argument(
         "--shortlists", type=json.loads, default={}, help=f"JSON by method, default {SHORTLISTS}"
     )
     parser.add_argument("--ef_search", type=int, default=256, help="of HNSW")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
-    parser.add_argument("--embeddings", type=Path, help=".npy or .safetensors, (N, dim)")
-    parser.add_argument("--rotate", action="store_true", help="PCA the embeddings first")
     parser.add_argument(
         "--decay", type=float, default=2.0, help="synthetic variance of dimension i: (i + 10)^-x"
     )
@@ -228,8 +180,7 @@ def main():
     args.shortlists = SHORTLISTS | args.shortlists
     faiss.omp_set_num_threads(args.threads)
     torch.set_num_threads(args.threads)
-    real = args.embeddings and read_embeddings(args.embeddings, args.dim, args.rotate)
-    source = Speakers(args.dim, args.decay, real, args.seed)
+    source = Speakers(args.dim, args.decay, args.seed)
     flat = faiss.IndexFlatIP(args.dim)
     for start in range(0, args.n_speakers, CHUNK):
         flat.add(source.draw(min(CHUNK, args.n_speakers - start)))
@@ -237,10 +188,7 @@ def main():
     speakers = faiss.rev_swig_ptr(flat.get_xb(), size).reshape(-1, args.dim)  # a view
     own = source.rng.integers(0, args.n_speakers, args.queries)
     queries = source.queries(speakers[own], args.query_cosine)
-    about = f"a synthetic Gaussian, variance of dimension i as (i + 10)^-{args.decay:g}"
-    if real is not None:
-        about = f"{len(real)} real embeddings{', rotated by PCA' if args.rotate else ''}"
-    print(f"{args.n_speakers} speakers of size {args.dim} around {about}")
+    print(f"{args.n_speakers} speakers of size {args.dim}")
     print(
         f"effective rank {source.effective_rank:.0f}; {args.queries} queries at cosine "
         f"{args.query_cosine:g} from their speakers; prefix {args.prefix_dim}; "
@@ -270,7 +218,6 @@ def main():
     settings = {key: str(v) if isinstance(v, Path) else v for key, v in vars(args).items()}
     report = {
         "settings": settings,
-        "speakers": about,
         "effective_rank": source.effective_rank,
         "own_speaker_first": first,
         "results": results,
