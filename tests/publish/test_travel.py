@@ -5,6 +5,7 @@ import copy
 import multiprocessing
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import types
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from speechbrain.inference.speaker import SpeakerRecognition
+from test_utils import full_disk
 
 from speechbrain_mrl import ReDimNetMRL, export_model
 from speechbrain_mrl.models import kaldi, matryoshka, redimnet, redimnet2
@@ -107,6 +109,15 @@ def test_what_the_process_wrote_to_import_it_is_gone_when_it_ends(folder, tmp_pa
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
     assert done.stdout.startswith(package(folder))
     assert not list(tmp_path.rglob("redimnet*"))
+
+
+def test_a_full_disk_is_a_sentence_that_names_the_file(folder, tmp_path):
+    copied = shutil.copytree(folder, tmp_path / "model")
+    yaml = copied / "hyperparams.yaml"  # of a package that this process has not written yet
+    yaml.write_text(yaml.read_text().replace(package(folder), "redimnet_of_a_full_disk"))
+    message = r"cannot write .*redimnet\.py: .*; make room, or set TMPDIR"
+    with full_disk(tmp_path), pytest.raises(OSError, match=message):
+        load(copied)
 
 
 def test_the_yaml_is_a_yaml_first_and_the_code_comes_last(folder):
