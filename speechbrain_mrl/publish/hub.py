@@ -19,8 +19,8 @@ from speechbrain_mrl.publish.check import check_folder
 from speechbrain_mrl.publish.folder import FILES
 from speechbrain_mrl.utils import read_json, replacing
 
-# What space.py imports, besides Gradio
-SPACE_PACKAGES = ("speechbrain", "torch", "torchaudio", "av", "matplotlib", "scikit-learn")
+# What space.py and verdicts.py import, besides Gradio
+SPACE_PACKAGES = ("speechbrain", "torch", "torchaudio", "av", "scikit-learn")
 
 
 def push_to_hub(
@@ -205,12 +205,13 @@ def push_space(
     ConnectionError
         If the Hub refuses or cannot be reached.
     """
-    api = huggingface_hub.HfApi(token=token)
+    api, space = huggingface_hub.HfApi(token=token), Path(__file__).with_name("space.py")
     with _asking(f"{repo_id} does not show {model}"):
         commit = api.model_info(model, revision=revision).sha
         pinned = [f"{name}=={version(name).split('+')[0]}" for name in SPACE_PACKAGES]
         contents = {
-            "app.py": Path(__file__).with_name("space.py").read_text(encoding="utf-8"),
+            "app.py": space.read_text(encoding="utf-8").replace(f"from {__package__}.", "from "),
+            "verdicts.py": space.with_name("verdicts.py").read_text(encoding="utf-8"),
             "model.json": json.dumps({"model": model, "revision": commit}) + "\n",
             "requirements.txt": "\n".join(pinned) + "\n",
             "README.md": SPACE_CARD.format(

@@ -1,8 +1,6 @@
-import html
 import http.server
 import json
 import os
-import re
 import shutil
 import tempfile
 import threading
@@ -18,11 +16,12 @@ import torch.nn.functional as F
 from speechbrain_mrl.dataio.audio import read_audio
 from speechbrain_mrl.evaluation.calibration import Calibration, write_calibrations
 from speechbrain_mrl.models.redimnet import MatryoshkaReDimNet
-from speechbrain_mrl.publish import space
 from speechbrain_mrl.publish.export import export_model
 
 pytest.importorskip("av")
 pytest.importorskip("gradio")
+
+from speechbrain_mrl.publish import space, verdicts  # noqa: E402
 
 SIZES = (8, 16, 32)
 THRESHOLD = 0.4
@@ -53,7 +52,7 @@ def exported(student, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(exported):
-    return space.Model(str(exported))
+    return verdicts.Model(str(exported))
 
 
 @pytest.fixture
@@ -87,7 +86,7 @@ def test_a_recording_of_any_rate_and_channels_is_read_as_the_package_reads_it(
     times = np.arange(66150) / 44100
     stereo = np.stack([np.interp(times, np.arange(24000) / 16000, wav)] * 2, axis=1)
     soundfile.write(path, stereo, 44100)
-    found, expected = space.read_voice(path), read_audio(path)
+    found, expected = verdicts.read_voice(path), read_audio(path)
     n = min(len(found), len(expected))
     assert abs(len(found) - 24000) < 1600 and found.dtype == torch.float32
     shared = torch.cosine_similarity(found[:n], expected[:n], dim=0)
@@ -96,7 +95,7 @@ def test_a_recording_of_any_rate_and_channels_is_read_as_the_package_reads_it(
 
 def test_no_more_than_a_minute_is_read(tmp_path):
     soundfile.write(tmp_path / "long.wav", 0.1 * np.ones(16000 * 65), 16000)
-    assert len(space.read_voice(tmp_path / "long.wav")) == 60 * 16000
+    assert len(verdicts.read_voice(tmp_path / "long.wav")) == 60 * 16000
 
 
 def _write_text(path, other):
@@ -133,9 +132,9 @@ def test_a_bad_recording_is_one_sentence_and_is_deleted(model, tmp_path, write, 
     other, path = tmp_path / "other.wav", tmp_path / "bad.wav"
     soundfile.write(other, 0.1 * np.ones(32000), 16000)
     write(path, other)
-    with pytest.raises(space.Refusal) as refusal:
+    with pytest.raises(verdicts.Refusal) as refusal:
         model.embed(str(path))
-    assert str(refusal.value) == sentence
+    assert refusal.value.message == sentence
     assert not path.exists() and other.exists()
 
 
@@ -145,13 +144,15 @@ def test_a_bad_recording_is_one_sentence_and_is_deleted(model, tmp_path, write, 
 def test_verdicts_without_calibration_are_the_reports_thresholds(model, student, recording):
     pair = recording(1), recording(2)
     expected = cosines(student, *pair)
-    page = space.compare(model, *pair)
+    rows = verdicts.compare(model, *pair).set_index("dimensions")
+    assert list(rows.index) == list(SIZES) and "probability" not in rows
     for size, cosine in expected.items():
-        card = page.partition(f"<h3>{size} dimensions</h3>")[2].partition("</div>")[0]
-        assert f"cosine <b>{cosine:.2f}</b><br>threshold 0.40" in card
-        assert ("Same person" in card) == (cosine >= THRESHOLD)
-        assert f"{100_000 * size * 4 / 1e6:.0f} MB" in card
-    assert "Not calibrated" in page and "(demo)" in page and "Probability" not in page
+        row = rows.loc[size]
+        assert (row["cosine"], row["threshold"]) == (f"{cosine:.2f}", "0.40")
+        assert row["verdict"] == ("same person" if cosine >= THRESHOLD else "different people")
+        assert row["memory"] == f"{100_000 * size * 4 / 1e6:.0f} MB"
+        assert row["search of 100,000"].endswith(" ms")
+    assert "Not calibrated" in model.basis() and "(demo)" in model.basis()
 
 
 def test_calibrated_verdicts_are_the_calibrations_probabilities(
@@ -162,28 +163,27 @@ def test_calibrated_verdicts_are_the_calibrations_probabilities(
     folder = shutil.copytree(exported, tmp_path / "calibrated")
     write_calibrations(fitted, folder / "calibration.json")
     pair = recording(1, seconds=2.5), recording(2, seconds=1.5)
-    expected, page = cosines(student, *pair), None
-    page = space.compare(space.Model(str(folder)), *pair)
+    expected, model = cosines(student, *pair), verdicts.Model(str(folder))
+    rows = verdicts.compare(model, *pair).set_index("dimensions")
     for size, cosine in expected.items():
         log_ratio = fitted[size](np.array([cosine]), np.log([[1.5, 2.5]])).item()
-        card = page.partition(f"<h3>{size} dimensions</h3>")[2].partition("</div>")[0]
-        percent = float(card.partition("person: <b>")[2].partition(" %")[0])
+        percent = float(rows.loc[size, "probability"].removesuffix(" %"))
         assert percent == pytest.approx(100 / (1 + np.exp(-log_ratio)), abs=0.1)
-        assert ("Same person" in card) == (log_ratio > 0)
-    assert "Not calibrated" not in page
+        assert rows.loc[size, "verdict"] == ("same person" if log_ratio > 0 else "different people")
+    assert "threshold" not in rows and model.basis().startswith("Calibrated")
 
 
 def test_a_model_without_a_report_gives_cosines_and_no_verdict(student, recording, tmp_path):
-    model = space.Model(str(export_model(student, tmp_path / "bare")))
-    page = space.compare(model, recording(1), recording(2))
-    assert "No verdict" in page and "threshold 0" not in page
+    model = verdicts.Model(str(export_model(student, tmp_path / "bare")))
+    rows = verdicts.compare(model, recording(1), recording(2))
+    assert set(rows["verdict"]) == {"no verdict"} and "threshold" not in rows
 
 
 def test_a_recording_is_compared_again_after_its_file_is_gone(model, recording):
     first = recording(1)
-    space.compare(model, first, recording(1, clip=1))
+    verdicts.compare(model, first, recording(1, clip=1))
     assert not os.path.exists(first)
-    assert "dimensions" in space.compare(model, first, recording(2))
+    assert len(verdicts.compare(model, first, recording(2))) == len(SIZES)
 
 
 def test_the_enrolled_are_in_the_order_of_the_cosines_with_their_mean(model, student, recording):
@@ -204,20 +204,22 @@ def test_the_enrolled_are_in_the_order_of_the_cosines_with_their_mean(model, stu
         for speaker in (1, 2, 3)
     }
     for speaker, clip in clips:
-        space.enrol(model, recording(speaker, clip), f"<Ann {speaker}>", people)
-    page = space.find(model, recording(*asked), people)
-    for place, size in enumerate(SIZES):
-        column = re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", page)[len(SIZES) + 2 + place :: 4]
+        verdicts.enrol(model, recording(speaker, clip), f"<Ann {speaker}>", people)
+    verdict, columns = verdicts.find(model, recording(*asked), people)
+    for size, column in zip(SIZES, columns, strict=True):
         ranked = sorted(expected, key=lambda name: expected[name][size], reverse=True)
-        cells = [f"{html.escape(name)} {expected[name][size]:.2f}" for name in ranked]
-        assert column == cells
-    assert f"Most like {html.escape(ranked[0])}" in page and "<Ann" not in page
+        cells = [f"{name} {expected[name][size]:.2f}" for name in ranked]
+        assert column == f"{size} dimensions"
+        assert [cell.removesuffix(" ✓") for cell in columns[column]] == cells
+        same = [expected[name][size] >= THRESHOLD for name in ranked]
+        assert [cell.endswith(" ✓") for cell in columns[column]] == same
+    assert verdict.startswith(f"Most like {ranked[0]}, ")
 
 
 def test_a_search_takes_the_shortest_of_its_runs(monkeypatch):
     clock = iter([0, 5, 10, 13, 20, 29, 30, 37])
-    monkeypatch.setattr(space.time, "perf_counter", lambda: next(clock))
-    assert space.time_searches([64, 256], n=10, runs=2) == {64: 3, 256: 7}
+    monkeypatch.setattr(verdicts.time, "perf_counter", lambda: next(clock))
+    assert verdicts.time_searches([64, 256], n=10, runs=2) == {64: 3, 256: 7}
 
 
 @pytest.mark.parametrize(("n", "how"), [(4, "PCA"), (12, "t-SNE")])
@@ -225,12 +227,17 @@ def test_a_map_has_a_point_for_each_recording_and_a_colour_for_each_voice(model,
     rng = np.random.default_rng(0)
     centres = np.eye(32)[:2] + 0.5 * np.eye(32)[2:4]
     voices = [(f"v{i}", centres[i % 2] + 0.01 * rng.standard_normal(32)) for i in range(n)]
-    figure, about = space.draw_map(model, 32, voices)
-    (axes,) = figure.axes
-    points = [collection.get_offsets() for collection in axes.collections]
-    assert [len(group) for group in points] == [n // 2, n // 2]
+    points, about = verdicts.draw_map(model, 32, voices)
+    assert points["voice"].value_counts().tolist() == [n // 2, n // 2]
     assert f"{n} recordings by {how} of 32" in about and "2 voices" in about
-    assert {text.get_text() for text in axes.texts} == {name for name, _ in voices}
+    assert points["recording"].tolist() == [name for name, _ in voices]
+    one, other = (points[points["voice"] == f"voice {i}"][["x", "y"]].mean() for i in (1, 2))
+    assert np.linalg.norm(one - other) > 0
+
+
+def test_a_map_of_two_recordings_says_how_many_it_needs(model):
+    points, about = verdicts.draw_map(model, 32, [("a", np.ones(32)), ("b", np.ones(32))])
+    assert points is None and about == "A map needs at least 3 recordings; there are 2."
 
 
 # What a request may name
@@ -254,7 +261,7 @@ class Request:
         self.address, self.page = address.rstrip("/"), page
 
     def compare(self, one, two):
-        button = next(fn for fn in self.page.fns.values() if fn.api_name == "call")  # the first
+        button = next(fn for fn in self.page.fns.values() if fn.api_name == "compare")
         body = {"data": [one, two], "fn_index": button._id, "session_hash": "s"}
         self._ask("/gradio_api/queue/join", body)
         with urllib.request.urlopen(
@@ -308,8 +315,8 @@ def test_an_address_that_a_visitor_names_is_not_fetched(request_, elsewhere):
     address, asked = elsewhere
     answer = request_.compare(_stream(address), _stream(address))
     assert "Only recordings that you upload here are read." in answer
-    with pytest.raises(space.Refusal, match="cannot be read as audio"):
-        space.read_voice(address)
+    with pytest.raises(verdicts.Refusal, match="cannot be read as audio"):
+        verdicts.read_voice(address)
     assert asked == []
 
 
@@ -321,9 +328,9 @@ def test_a_file_of_the_server_that_a_visitor_names_is_neither_read_nor_deleted(r
 
 def test_a_file_that_takes_too_long_is_given_up(recording, monkeypatch):
     ticks = iter(range(0, 1000, 7))
-    monkeypatch.setattr(space.time, "monotonic", lambda: next(ticks))
-    with pytest.raises(space.Refusal, match="takes too long to read; give a shorter one"):
-        space.read_voice(recording(1))
+    monkeypatch.setattr(verdicts.time, "monotonic", lambda: next(ticks))
+    with pytest.raises(verdicts.Refusal, match="takes too long to read; give a shorter one"):
+        verdicts.read_voice(recording(1))
 
 
 def test_the_queue_has_an_end(request_):
@@ -335,8 +342,8 @@ def test_one_file_uploaded_twice_is_embedded_twice(model, recording, monkeypatch
     first, again = model.embed(path), model.embed(path)
     np.testing.assert_array_equal(first[0], again[0])
     assert not os.path.exists(path)
-    monkeypatch.setattr(space, "KEPT_SECONDS", 0)
-    with pytest.raises(space.Refusal):
+    monkeypatch.setattr(verdicts, "KEPT_SECONDS", 0)
+    with pytest.raises(verdicts.Refusal):
         model.embed(path)
 
 
@@ -345,7 +352,7 @@ def test_samples_that_are_no_sound_are_refused(model, tmp_path, value):
     samples = 0.1 * np.ones(32000, np.float32)
     samples[9000] = value
     soundfile.write(tmp_path / "bad.wav", samples, 16000, "FLOAT")
-    with pytest.raises(space.Refusal, match="holds samples that are no audio"):
+    with pytest.raises(verdicts.Refusal, match="holds samples that are no audio"):
         model.embed(str(tmp_path / "bad.wav"))
 
 
@@ -423,10 +430,17 @@ class Visitor:
         self.until(shown, xpath).click()
 
     def wait_for(self, place, text):
-        """What is on screen at ``place`` once ``text`` is."""
-        element = self.browser.find_element(self.by.ID, place)
-        self.until(lambda _: text in element.text, text)
-        return element.text
+        """What is on screen at ``place``, its text boxes included, once ``text`` is."""
+
+        boxes = "[...page.querySelectorAll('textarea, input')].map(box => box.value)"
+
+        def shown(browser):
+            script = f"let page = arguments[0]; return [page.innerText, ...{boxes}].join('\\n')"
+            element = browser.find_element(self.by.CSS_SELECTOR, place)
+            found = browser.execute_script(script, element)
+            return text in found and found
+
+        return self.until(shown, text)
 
 
 @pytest.fixture
@@ -450,18 +464,17 @@ def test_two_uploads_and_a_click_give_a_verdict_and_leave_no_file(
 
     visitor.open("Compare")
     visitor.click("Same or different?")
-    visitor.wait_for("comparison", "Record or upload the first voice too.")
+    visitor.wait_for("body", "Record or upload the first voice too.")
     visitor.upload("first", bad)
     visitor.give("second", other)
     visitor.click("Same or different?")
-    visitor.wait_for("comparison", "“bad.wav” cannot be read as audio")
+    visitor.wait_for("body", "“bad.wav” cannot be read as audio")
     visitor.replace("first", good)
     visitor.click("Same or different?")
-    seen = visitor.wait_for("comparison", "Not calibrated")
+    seen = " ".join(visitor.wait_for("#comparison", " MB").split())
     for size, cosine in expected.items():
-        card = seen.partition(f"{size} dimensions")[2].partition("MB")[0]
-        assert f"cosine {cosine:.2f}" in card and "100,000 voices" in card
-        assert ("Same person" in card) == (cosine >= THRESHOLD)
+        verdict = "same person" if cosine >= THRESHOLD else "different people"
+        assert f"{size} {verdict} {cosine:.2f} 0.40 " in seen
     assert kept(uploads) == []
 
 
@@ -473,13 +486,13 @@ def test_an_enrolled_voice_is_found_and_forgotten(visitor, recording, uploads):
         name = visitor.browser.find_element(visitor.by.CSS_SELECTOR, "#name textarea, #name input")
         name.send_keys(f"Speaker {speaker}")
         visitor.click("Enrol")
-        visitor.wait_for("enrolled", f"Speaker {speaker} (1)")
+        visitor.wait_for("#enrolled", f"Speaker {speaker} (1)")
     visitor.give("asked", recording(2, clip=4))
     visitor.click("Find the nearest")
-    visitor.wait_for("nearest", "Most like Speaker 2")
+    visitor.wait_for("#nearest", "Most like Speaker 2")
     assert kept(uploads) == []
     visitor.click("Forget all")
-    visitor.wait_for("enrolled", "nobody yet")
+    visitor.wait_for("#enrolled", "nobody yet")
 
 
 @needs_chromium
@@ -488,10 +501,10 @@ def test_dropped_files_become_a_map_and_leave_no_file(visitor, recording, upload
     bad.write_text("not a voice")
     visitor.open("Map")
     visitor.upload("files", *[recording(speaker) for speaker in range(4)], bad)
-    seen = visitor.wait_for("map", "4 recordings by PCA of 8 dimensions")
-    assert "“notes.txt” cannot be read as audio" in seen
-    images = visitor.browser.find_elements(visitor.by.CSS_SELECTOR, "img[alt], .plot img, img")
-    assert any(int(image.get_property("naturalWidth")) > 300 for image in images)
+    visitor.wait_for("#map", "4 recordings by PCA of 8 dimensions")
+    visitor.wait_for("body", "“notes.txt” cannot be read as audio")
+    drawn = visitor.browser.find_element(visitor.by.CSS_SELECTOR, "#plot canvas, #plot svg.marks")
+    assert drawn.size["width"] > 300
     assert kept(uploads) == []
 
 
