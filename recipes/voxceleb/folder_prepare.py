@@ -8,6 +8,7 @@ from headers import read_headers
 from voxceleb_prepare import PreparedCorpus
 
 from speechbrain_mrl.dataio.clips import (
+    SAMPLE_RATE,
     Clip,
     find_listed,
     find_recordings,
@@ -18,7 +19,6 @@ from speechbrain_mrl.dataio.clips import (
 from speechbrain_mrl.evaluation.verification import read_trials
 from speechbrain_mrl.utils import replacing
 
-SAMPLE_RATE = 16000  # Hz, at which start and stop are counted
 VALID_SHARE, MAX_VALID_CLIPS = 1 / 20, 500
 
 

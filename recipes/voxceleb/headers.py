@@ -7,22 +7,13 @@ import os
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
-from tqdm import tqdm
-
 from speechbrain_mrl.dataio.audio import audio_info, check_audio
+from speechbrain_mrl.dataio.clips import THREADS, in_threads
 from speechbrain_mrl.utils import writing
 
 logger = logging.getLogger(__name__)
 
-THREADS = 16  # header reading waits for the disk more than it computes
 JOURNALS = ("headers.tsv", "decoded.tsv")  # length, size, time and path of what was read
-
-
-def in_threads(function, items, description):
-    """What the function gives for each item, in order, as it comes; shows progress."""
-    with ThreadPool(THREADS) as pool:
-        results = pool.imap(function, items, chunksize=16)
-        yield from tqdm(results, description, len(items), disable=None)
 
 
 def read_headers(

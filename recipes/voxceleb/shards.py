@@ -15,11 +15,11 @@ import soundfile
 from tqdm import tqdm
 
 from speechbrain_mrl.dataio.audio import audio_info, read_audio
-from speechbrain_mrl.dataio.clips import SAMPLE_RATE
+from speechbrain_mrl.dataio.clips import SAMPLE_RATE, THREADS
 from speechbrain_mrl.dataio.dataset import ClipDataset
+from speechbrain_mrl.inference.store import claim
 from speechbrain_mrl.utils import only_run, replacing, require
 
-THREADS = 16  # that wait for the disk
 READ_AHEAD = 64  # utterances in memory
 
 
@@ -56,7 +56,8 @@ def write_shards(csv_path, folder, n_shards=512):
     order = np.random.default_rng(0).permutation(len(rows))
     names = [f"{number:0{len(str(n_shards - 1))}d}" for number in range(n_shards)]
     with only_run(folder), tqdm(total=len(rows), unit="clip", disable=None) as bar:
-        _claim(folder / "shards.json", csv_path, n_shards)
+        digest = hashlib.sha256(Path(csv_path).read_bytes()).hexdigest()
+        claim(folder / "shards.json", {"shards": n_shards, "list": digest})
         for part in folder.glob(".*.tar"):  # of a killed run
             part.unlink()
         for number, name in enumerate(names):
@@ -77,19 +78,6 @@ def write_shards(csv_path, folder, n_shards=512):
             else:
                 bar.update(len(own))
     return f"{folder}/{{{names[0]}..{names[-1]}}}.tar" if n_shards > 1 else f"{folder}/0.tar"
-
-
-def _claim(path, csv_path, n_shards):
-    """Write what the folder's shards are made of, or compare with it."""
-    made_of = {"shards": n_shards, "list": hashlib.sha256(Path(csv_path).read_bytes()).hexdigest()}
-    if not path.exists():
-        with replacing(path) as part:
-            part.write_text(json.dumps(made_of))
-    if json.loads(path.read_text()) != made_of:
-        raise ValueError(
-            f"{path.parent} holds shards of another list or number of shards; delete that folder or "
-            "name another one"
-        )
 
 
 def _sample(number, row):

@@ -21,9 +21,9 @@ from headers import read_headers
 from hyperpyyaml import load_hyperpyyaml
 from read_hparams import help_text, parse, read_yaml, resolved, run_options
 from speechbrain.utils.distributed import ddp_init_group, if_main_process
-from voxceleb_prepare import SAMPLE_RATE, find_recordings
+from voxceleb_prepare import find_recordings
 
-from speechbrain_mrl.dataio.clips import Clip, speaker_of, stem_of
+from speechbrain_mrl.dataio.clips import SAMPLE_RATE, Clip, speaker_of, stem_of
 from speechbrain_mrl.evaluation.calibration import (
     Calibration,
     log_durations,

@@ -13,12 +13,14 @@ from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
-from headers import JOURNALS, in_threads, read_headers
+from headers import JOURNALS, read_headers
 from held_out import eligible_speakers, hold_out, make_trials
 
 from speechbrain_mrl.dataio.clips import (
+    SAMPLE_RATE,
     Clip,
     check_names,
+    in_threads,
     preference,
     recordings_in,
     speaker_of,
@@ -31,7 +33,6 @@ from speechbrain_mrl.utils import replacing
 
 logger = logging.getLogger(__name__)
 
-SAMPLE_RATE = 16000  # Hz, at which start, stop and durations are counted
 _ROOTS = ("wav", "aac", "dev/wav", "dev/aac", "test/wav", "test/aac")
 
 
@@ -103,11 +104,6 @@ def prepare_voxceleb(
         given trial's utterance is never left out.
     skip_prep : bool
         Trust what ``save_folder`` holds, for ranks that wait while another prepares.
-
-    Returns
-    -------
-    PreparedCorpus
-        Paths and counts.
 
     Raises
     ------

@@ -3,10 +3,10 @@
 import csv
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from speechbrain_mrl.utils import replacing
 logger = logging.getLogger(__name__)
 
 SAMPLE_RATE = 16000  # Hz
-THREADS = 16  # header reading waits for the disk more than it computes
+THREADS = 16  # that wait for the disk more than they compute
 COLUMNS = ["ID", "wav", "start", "stop"]
 # Of recordings, which PyAV decodes; of one utterance in several formats, the first is taken.
 AUDIO_SUFFIXES = tuple(
@@ -178,10 +178,14 @@ def find_clips(folder: str | os.PathLike[str], clip_ids: Iterable[str] | None = 
     clips = [Clip(os.path.relpath(path, folder), path, 0, 0) for path in paths]
     if clip_ids is not None:
         clips = find_listed(clip_ids, clips)
+    headers = in_threads(audio_info, [clip.wav for clip in clips], "read headers")
+    return [clip._replace(stop=header.num_frames) for clip, header in zip(clips, headers)]
+
+
+def in_threads(function: Callable[..., Any], items: Sequence[Any], what: str) -> Iterator[Any]:
+    """What the function gives for each item, in order, as it comes; shows progress."""
     with ThreadPool(THREADS) as pool:
-        headers = pool.imap(audio_info, [clip.wav for clip in clips], chunksize=16)
-        headers = tqdm(headers, "Reading headers", len(clips), unit="file", disable=None)
-        return [clip._replace(stop=header.num_frames) for clip, header in zip(clips, headers)]
+        yield from tqdm(pool.imap(function, items, chunksize=16), what, len(items), disable=None)
 
 
 def clips_at(paths: Iterable[str], folders: bool = True) -> list[Clip]:

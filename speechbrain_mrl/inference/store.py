@@ -116,7 +116,7 @@ class TeacherStore:
                     "max_seconds": max_seconds,
                     "shard_size": SHARD_SIZE,
                 }
-                self._claim(name, manifest)
+                claim(self.folder / name / "manifest.json", manifest)
             ddp_barrier()
 
             rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -190,21 +190,21 @@ class TeacherStore:
     def _path(self, name: str, shard: int) -> Path:
         return self.folder / name / f"{shard:05d}.safetensors"
 
-    def _claim(self, name: str, manifest: dict[str, Any]) -> None:
-        """Write a teacher's manifest, or compare with the one that is there."""
-        path = self.folder / name / "manifest.json"
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(path) as part:
-                part.write_text(json.dumps(manifest, indent=1))
-        found = read_json(path)
-        same = isinstance(found, dict)
-        changed = [key for key in manifest if not same or found.get(key) != manifest[key]]
-        if changed:
-            raise ValueError(
-                f"{path.parent} was filled with other {' and '.join(changed)}; delete that folder "
-                "or name another one"
-            )
+
+def claim(path: Path, manifest: dict[str, Any]) -> None:
+    """Write what a folder is filled with, or raise ValueError if it was filled with something else."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as part:
+            part.write_text(json.dumps(manifest, indent=1))
+    found = read_json(path)
+    same = isinstance(found, dict)
+    changed = [key for key in manifest if not same or found.get(key) != manifest[key]]
+    if changed:
+        raise ValueError(
+            f"{path.parent} was filled with other {' and '.join(changed)}; delete that folder or "
+            "name another one"
+        )
 
 
 def _fingerprint_clips(clips: Sequence[Clip]) -> str:

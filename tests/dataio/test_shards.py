@@ -151,7 +151,7 @@ def test_killed_writing_goes_on_at_the_shard_where_it_was(csv_path, tmp_path, mo
 
 
 def test_a_folder_holds_one_list(written, csv_path):
-    with pytest.raises(ValueError, match="shards of another list or number of shards"):
+    with pytest.raises(ValueError, match="filled with other (shards|list); delete that folder"):
         shards.write_shards(csv_path, csv_path.with_name("shards"), 5)
 
 

@@ -175,7 +175,7 @@ def read_paths(monkeypatch):
         return audio_info(path)
 
     monkeypatch.setattr("headers.audio_info", recording)
-    monkeypatch.setattr("headers.THREADS", 1)
+    monkeypatch.setattr("speechbrain_mrl.dataio.clips.THREADS", 1)
     return read, kill_at
 
 
