@@ -1,8 +1,11 @@
 """What holds for the package as a whole."""
 
+import ast
+import re
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 
@@ -48,3 +51,33 @@ def test_importing_the_package_does_not_import_what_comes_on_first_use():
     modules = set(done.stdout.split())
     later = {f"speechbrain_mrl.{module}" for module in speechbrain_mrl._ON_FIRST_USE.values()}
     assert not modules & (later | {"torch", "speechbrain"}), modules
+
+
+def imported(root, path):
+    """Modules that a file below ``root`` names in imports, those inside of functions too."""
+    for node in ast.walk(ast.parse((root / path).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            parents = path.parts[: -node.level] if node.level else ()
+            yield ".".join([*parents, *([node.module] if node.module else [])])
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+def test_imports_go_down_the_table_in_contributing():
+    root = Path(speechbrain_mrl.__file__).parents[1]
+    text = (root / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
+    level = {
+        place.strip("/").removesuffix(".py"): number
+        for number, row in enumerate(rows)
+        for place in re.findall(r"`([^`]+)`", row)
+    }
+    below = 0
+    for path in (root / "speechbrain_mrl").rglob("*.py"):
+        own = path.relative_to(root)
+        room = own.with_suffix("").parts[1]
+        for name in imported(root, own) if not room.startswith("__") else ():
+            if name.startswith("speechbrain_mrl."):
+                below += 1
+                assert level[name.split(".")[1]] >= level[room], f"{own} imports {name}"
+    assert below > 100
