@@ -86,7 +86,7 @@ class Ranking:
     def summary(
         self, weights: np.ndarray | None = None, calibrated: bool = False
     ) -> dict[str, float]:
-        """EER and minDCF, and actual DCF and Cllr if the scores are log-likelihood ratios.
+        """EER and minDCF; if the scores are log-likelihood ratios, actual DCF and Cllr too.
 
         Costs are named ``min_dcf`` at a prior of 0.01 and ``min_dcf_0.05`` at 0.05.
         """

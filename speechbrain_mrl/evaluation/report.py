@@ -17,6 +17,14 @@ from torch import Tensor
 from speechbrain_mrl.evaluation.verification import Trials
 from speechbrain_mrl.utils import replacing
 
+ROWS = {  # baselines by size, and what people read for them
+    "start": "student before training",
+    "ensemble_lda": "ensemble, LDA",
+    "ensemble": "ensemble, PCA",
+    "pca_truncation": "{teacher}, PCA",
+    "lda_truncation": "{teacher}, LDA",
+    "naive_truncation": "{teacher}, truncated",
+}
 STEPS = ("centred", "as_norm", "plda", "calibrated")  # results inside those of a size
 HEADS = {"eer": "EER %", "min_dcf": "minDCF", "act_dcf": "actDCF", "cllr": "Cllr"}
 FULL_SIZE = "teachers, at full size"
@@ -93,23 +101,14 @@ def make_report(
     >>> report["trials"], report["baselines"]["teacher"]
     ({'target': 1, 'impostor': 1}, None)
     """
-    no_baselines: dict[str, Any] = {
-        "teacher": None,
-        "teachers": {},
-        "naive_truncation": {},
-        "pca_truncation": {},
-        "lda_truncation": {},
-        "ensemble": {},
-        "ensemble_lda": {},
-        "start": {},
-    }
+    empty: dict[str, Any] = {"teacher": None, "teachers": {}, **{row: {} for row in ROWS}}
     versions = {}
     for name in ("speechbrain-mrl", "speechbrain", "torch", "numpy"):
         with suppress(metadata.PackageNotFoundError):  # a checkout need not be installed
             versions[name] = metadata.version(name)
     report = {
         "dims": dims,
-        "baselines": no_baselines | dict(baselines),
+        "baselines": empty | dict(baselines),
         **({} if gain is None else {"gain": gain}),
         "trials": count_trials(trials),
         "corpus": corpus,
@@ -164,14 +163,7 @@ def row_names(report: Mapping[str, Any]) -> dict[str, str]:
     'b2, PCA'
     """
     teacher = report["baselines"]["teacher"]
-    return {
-        "start": "student before training",
-        "ensemble_lda": "ensemble, LDA",
-        "ensemble": "ensemble, PCA",
-        "pca_truncation": f"{teacher}, PCA",
-        "lda_truncation": f"{teacher}, LDA",
-        "naive_truncation": f"{teacher}, truncated",
-    }
+    return {key: name.replace("{teacher}", str(teacher)) for key, name in ROWS.items()}
 
 
 def results_by_name(report: Mapping[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:

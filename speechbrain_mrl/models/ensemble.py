@@ -11,29 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from speechbrain_mrl.models.pretrained import (
-    load_checkpoint,
-    load_released,
-)
+from speechbrain_mrl.models.pretrained import load_checkpoint, load_released
 from speechbrain_mrl.models.redimnet import MatryoshkaHead
-from speechbrain_mrl.models.releases import (
-    released_names,
-)
+from speechbrain_mrl.models.releases import released_names
 
 
 @dataclass(frozen=True, eq=False)
 class RoutedEmbedding:
-    """Embeddings that know which member of an ensemble they came from.
+    """Embeddings that know which member of an ensemble they came from."""
 
-    Arguments
-    ---------
-    embeddings : torch.Tensor
-        (B, D), D being the member's own size; not length-normalised.
-    member : str
-        The member's name.
-    """
-
-    embeddings: Tensor
+    embeddings: Tensor  # (B, D), D being the member's own size; not length-normalised
     member: str
 
 
@@ -123,19 +110,9 @@ class MultiModelEnsemble(nn.Module):
         wavs : torch.Tensor
             Float, 16 kHz, in [-1, 1], as the member takes them: (T,), (B, T) or (B, 1, T).
         target_dim : int, optional
-            One of the sizes in ``routes``. None: the largest.
+            One of the sizes in ``routes``, else ValueError. None: the largest.
         wav_lens : torch.Tensor, optional
             Lengths relative to T, in (0, 1], (B,).
-
-        Returns
-        -------
-        RoutedEmbedding
-            The member's whole embedding, or its prefix if it is a Matryoshka model of that size.
-
-        Raises
-        ------
-        ValueError
-            If no route has ``target_dim``.
         """
         size = max(self.routes) if target_dim is None else target_dim
         if size not in self.routes:
@@ -151,15 +128,9 @@ class MultiModelEnsemble(nn.Module):
     def extract(
         self, wavs: Tensor, mode: str = "balanced", wav_lens: Tensor | None = None
     ) -> RoutedEmbedding:
-        """Embeddings by speed: "fast" takes the smallest route, "accurate" the largest.
+        """As ``forward``, by speed: the smallest route if "fast", the largest if "accurate".
 
         "balanced" takes the middle one, of an even number the smaller of the two in the middle.
-        For the rest see ``forward``.
-
-        Raises
-        ------
-        ValueError
-            For another mode.
         """
         sizes = list(self.routes)
         modes = {"fast": sizes[0], "balanced": sizes[(len(sizes) - 1) // 2], "accurate": sizes[-1]}
@@ -169,17 +140,7 @@ class MultiModelEnsemble(nn.Module):
 
     @staticmethod
     def score(enrol: RoutedEmbedding, test: RoutedEmbedding) -> Tensor:
-        """Cosines of embeddings, pair by pair.
-
-        Arguments
-        ---------
-        enrol, test : RoutedEmbedding
-            (B, D) each; or one of them (1, D), which is paired with each of the other.
-
-        Returns
-        -------
-        torch.Tensor
-            In -1..1, (B,).
+        """Cosines (B,) of embeddings (B, D), pair by pair; one of the two may be (1, D).
 
         Raises
         ------

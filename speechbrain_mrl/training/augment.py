@@ -152,17 +152,8 @@ def _piece(path: str, length: int) -> Tensor:
 def babble(wavs: Tensor, n_voices: int = 5) -> Tensor:
     """Noise for SpeechBrain's ``AddNoise``: other utterances of the batch, mixed (babble).
 
-    Arguments
-    ---------
-    wavs : torch.Tensor
-        Waveforms, (n, T). An utterance alone gets its own voice, at another time.
-    n_voices : int
-        How many, each at a level of its own.
-
-    Returns
-    -------
-    torch.Tensor
-        (n, T)
+    Waveforms (n, T) give noise (n, T) of ``n_voices`` each, every voice at a level of its own. An
+    utterance alone gets its own voice, at another time.
     """
     unit = wavs / _rms(wavs)
     noise = torch.zeros_like(wavs)
@@ -228,10 +219,8 @@ def _read_rir(path: str) -> Tensor:
 class Speed(nn.Module):
     """Plays each utterance faster or slower, with its pitch: another voice, for ``teacher_augment``.
 
-    Arguments
-    ---------
-    speeds : sequence of int
-        Percent, of which each utterance draws one. A shortened utterance is repeated to its length.
+    ``speeds`` are percentages, of which each utterance draws one. A shortened utterance is repeated
+    to its length.
 
     Example
     -------
@@ -258,13 +247,7 @@ class Speed(nn.Module):
 
 
 class LowPass(nn.Module):
-    """Muffles each utterance: a Butterworth low-pass without delay, its cutoff drawn.
-
-    Arguments
-    ---------
-    cutoff_low, cutoff_high : float
-        Hz.
-    """
+    """Muffles each utterance: a Butterworth low-pass without delay, its cutoff (Hz) drawn."""
 
     def __init__(self, cutoff_low: float = 2000.0, cutoff_high: float = 7000.0) -> None:
         super().__init__()
@@ -291,15 +274,7 @@ class Telephone(nn.Module):
 
 
 class DropBands(nn.Module):
-    """Takes a few narrow frequency bands out of each utterance, where they are being drawn.
-
-    Arguments
-    ---------
-    max_bands : int
-        One to this many.
-    width : float
-        Hz.
-    """
+    """Takes one to ``max_bands`` frequency bands of ``width`` Hz out of each utterance."""
 
     def __init__(self, max_bands: int = 3, width: float = 400.0) -> None:
         super().__init__()
@@ -313,14 +288,8 @@ class DropBands(nn.Module):
 
 
 class DropChunks(nn.Module):
-    """Silences a few short pieces of each utterance.
-
-    Arguments
-    ---------
-    max_chunks : int
-        One to this many.
-    length_low, length_high : int
-        Samples.
+    """Silences one to ``max_chunks`` pieces of each utterance, of ``length_low`` to ``length_high``
+    samples.
     """
 
     def __init__(self, max_chunks: int = 3, length_low: int = 800, length_high: int = 3200) -> None:
