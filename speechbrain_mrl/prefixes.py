@@ -15,21 +15,9 @@ SMALLEST_NORM = 1e-6  # keeps cosines of zero vectors, and their gradients, fini
 
 
 def check_mrl_dims(mrl_dims: Iterable[int]) -> tuple[int, ...]:
-    """The sizes as a tuple, once they follow the rule: positive integers in ascending order.
+    """The sizes as a tuple, once they are one or more positive integers in ascending order.
 
-    Arguments
-    ---------
-    mrl_dims : iterable of int
-        Prefix sizes trained together.
-
-    Returns
-    -------
-    tuple of int
-
-    Raises
-    ------
-    ValueError
-        If the list is empty, not strictly ascending, or holds anything but positive integers.
+    Anything else is a ValueError.
 
     Example
     -------

@@ -28,23 +28,10 @@ LARGEST_KERNEL = 1000  # phases of torchaudio's resampler, which keeps a filter 
 
 
 class AudioInfo(NamedTuple):
-    """What a file's header says about its length.
+    """A recording's length and rate."""
 
-    Arguments
-    ---------
-    num_frames : int
-        Samples that ``read_audio`` returns for the whole file, after resampling.
-    sample_rate : int
-        Hz, of the file itself.
-
-    Example
-    -------
-    >>> AudioInfo(num_frames=16000, sample_rate=44100).sample_rate
-    44100
-    """
-
-    num_frames: int
-    sample_rate: int
+    num_frames: int  # samples that ``read_audio`` returns for the whole file, after resampling
+    sample_rate: int  # Hz, of the file itself
 
 
 def read_audio(
@@ -143,20 +130,8 @@ def read_sound(path: Source, start: int, stop: int, length: int) -> torch.Tensor
 def audio_info(path: str | os.PathLike[str], sample_rate: int = 16000) -> AudioInfo:
     """A recording's length, from its header where that counts samples, else by decoding it.
 
-    Headers of WAV, FLAC, Ogg and M4A count; those of MP3 and WebM estimate or say nothing.
-
-    Arguments
-    ---------
-    path : str | os.PathLike[str]
-        The file.
-    sample_rate : int
-        Hz, at which the length is counted.
-
-    Returns
-    -------
-    AudioInfo
-        Length at ``sample_rate`` and the file's own rate. The header of a .m4a
-        can be off by one AAC frame (1024 samples).
+    Headers of WAV, FLAC, Ogg and M4A count; those of MP3 and WebM estimate or say nothing. The length
+    is counted at ``sample_rate``, Hz; that of a .m4a can be off by one AAC frame (1024 samples).
 
     Raises
     ------
@@ -184,16 +159,6 @@ def check_audio(path: str | os.PathLike[str]) -> AudioInfo:
     """``audio_info`` of a recording that was decoded to its end.
 
     Other rates than 16 kHz, several channels, clipping and any length are no fault.
-
-    Arguments
-    ---------
-    path : str | os.PathLike[str]
-        The file.
-
-    Returns
-    -------
-    AudioInfo
-        As ``audio_info`` gives it.
 
     Raises
     ------

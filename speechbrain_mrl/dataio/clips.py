@@ -34,22 +34,12 @@ AUDIO_SUFFIXES = tuple(
 
 
 class Clip(NamedTuple):
-    """A segment of a recording.
+    """A segment of a recording."""
 
-    Arguments
-    ---------
-    id : str
-        Its name in trial lists, ``speaker/session/utterance.wav``.
-    wav : str
-        Path of the file.
-    start, stop : int
-        First sample and the one after the last, at 16 kHz.
-    """
-
-    id: str
-    wav: str
-    start: int
-    stop: int
+    id: str  # its name in trial lists, ``speaker/session/utterance.wav``
+    wav: str  # path of the file
+    start: int  # first sample, at 16 kHz
+    stop: int  # the one after the last
 
     @property
     def num_frames(self) -> int:

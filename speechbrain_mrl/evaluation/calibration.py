@@ -112,18 +112,9 @@ def _sides(trials: Trials) -> tuple[np.ndarray, np.ndarray]:
 
 
 def log_durations(trials: Trials, seconds: Mapping[str, float]) -> np.ndarray:
-    """Quality measures of every trial: log seconds of its shorter and of its longer utterance.
+    """Quality measures of every trial: log seconds of its shorter and longer utterance, (n_trials, 2).
 
-    Arguments
-    ---------
-    trials : Trials
-    seconds : mapping of str to float
-        Length of every utterance, by its id; above 0.
-
-    Returns
-    -------
-    numpy.ndarray
-        (n_trials, 2).
+    ``seconds`` has the length of every utterance, above 0, by its id.
 
     Example
     -------
@@ -230,15 +221,9 @@ def _features(scores: npt.ArrayLike, quality: np.ndarray | None) -> np.ndarray:
 def write_calibrations(
     calibrations: Mapping[int, Calibration], path: str | os.PathLike[str], scores: str = "cosine"
 ) -> None:
-    """Write every size's calibration as plain numbers, so that it can travel with a model.
+    """Write every size's calibration as JSON, so that it can travel with a model.
 
-    Arguments
-    ---------
-    calibrations : mapping of int to Calibration
-    path : path
-        Of the JSON file.
-    scores : str
-        What was calibrated: "cosine", "as_norm", …
+    ``scores`` says what was calibrated: "cosine", "as_norm", …
 
     Example
     -------

@@ -218,16 +218,7 @@ def plot_scores(
 ) -> None:
     """Draw histograms of target and impostor scores, one above the other by size.
 
-    Arguments
-    ---------
-    scores : mapping of int to array
-        Size -> scores, (n_trials,).
-    labels : array
-        (n_trials,).
-    thresholds : mapping of int to float
-        Size -> threshold to draw.
-    path : path
-        Of the PNG.
+    ``scores`` and ``thresholds`` are by size, scores and ``labels`` (n_trials,).
 
     Example
     -------
@@ -266,14 +257,7 @@ def plot_scores(
 def plot_eer_by_duration(bins: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
     """Draw EER against the length of a trial's shorter utterance, a line per size.
 
-    Bands are 95 % intervals, where ``bins`` have them.
-
-    Arguments
-    ---------
-    bins : sequence of mapping
-        From ``eer_by_duration``.
-    path : path
-        Of the PNG.
+    ``bins`` are from ``eer_by_duration``; bands are their 95 % intervals, if they have them.
 
     Example
     -------

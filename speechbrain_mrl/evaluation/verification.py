@@ -196,14 +196,9 @@ def score_trials(
 def evaluate(
     embeddings: Tensor, trials: Trials, mrl_dims: Sequence[int], n_bootstrap: int = 0
 ) -> dict[str, dict[str, Any]]:
-    """Error rates, costs and thresholds of the cosine at every prefix; see ``evaluate_scores``.
+    """Error rates, costs and thresholds of the cosine at every prefix.
 
-    Arguments
-    ---------
-    embeddings, trials, mrl_dims
-        See ``score_trials``.
-    n_bootstrap : int
-        See ``evaluate_scores``.
+    Arguments are those of ``score_trials``; ``n_bootstrap`` and the result are of ``evaluate_scores``.
 
     Example
     -------

@@ -250,11 +250,6 @@ def embed_folder(
     device, batch_seconds, max_seconds, num_workers
         As for ``embed_clips``.
 
-    Returns
-    -------
-    Path
-        ``output_folder``.
-
     Raises
     ------
     ValueError

@@ -63,11 +63,6 @@ def convert_release(
     trials : str
         Name of the report's trial list.
 
-    Returns
-    -------
-    pathlib.Path
-        ``folder``.
-
     Raises
     ------
     ValueError, FileNotFoundError, ConnectionError

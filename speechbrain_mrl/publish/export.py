@@ -84,11 +84,6 @@ def export_model(
         Of a MatryoshkaEncoder that has none: HyperPyYAML with the keys ``compute_features``,
         ``mean_var_norm`` and ``embedding_model``, which names layers only.
 
-    Returns
-    -------
-    pathlib.Path
-        ``folder``.
-
     Raises
     ------
     ValueError
