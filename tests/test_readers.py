@@ -12,13 +12,14 @@ from sounds import encode
 from speechbrain_mrl.dataio.audio import audio_info, check_audio, read_audio
 from speechbrain_mrl.dataio.clips import read_clips
 from speechbrain_mrl.dataio.dataset import ClipDataset, train_dataset
+from speechbrain_mrl.dataio.lists import read_clip_list
 from speechbrain_mrl.dataio.shards import ShardedClips
 from speechbrain_mrl.evaluation.calibration import (
     Calibration,
     read_calibrations,
     write_calibrations,
 )
-from speechbrain_mrl.evaluation.verification import read_clip_list, read_trials
+from speechbrain_mrl.evaluation.verification import read_trials
 from speechbrain_mrl.inference.search import MANIFEST, MatryoshkaIndex
 from speechbrain_mrl.models.redimnet import read_tensors
 from speechbrain_mrl.utils import read_json

@@ -24,6 +24,7 @@ from speechbrain.utils.distributed import ddp_init_group, if_main_process
 from voxceleb_prepare import find_recordings
 
 from speechbrain_mrl.dataio.clips import SAMPLE_RATE, Clip, speaker_of, stem_of
+from speechbrain_mrl.dataio.lists import read_clip_list
 from speechbrain_mrl.evaluation.calibration import (
     Calibration,
     log_durations,
@@ -38,7 +39,6 @@ from speechbrain_mrl.evaluation.report import count_trials, make_report, print_r
 from speechbrain_mrl.evaluation.verification import (
     compare,
     evaluate_scores,
-    read_clip_list,
     read_trials,
     score_trials,
 )

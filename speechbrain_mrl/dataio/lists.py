@@ -24,6 +24,31 @@ def read_lines(path: str | os.PathLike[str]) -> list[str]:
         raise ValueError(f"{path}, line {number}: is not UTF-8; save the list as UTF-8") from None
 
 
+def read_clip_list(path: str | os.PathLike[str]) -> list[str]:
+    """Clip ids out of a list with one a line, such as a cohort.
+
+    A line of anything but one id, an utterance that comes twice and an empty list are a ValueError.
+
+    Example
+    -------
+    >>> path = getfixture("tmp_path") / "cohort.txt"
+    >>> _ = path.write_text("a/1.wav\\nb/1.wav\\n")
+    >>> read_clip_list(path)
+    ['a/1.wav', 'b/1.wav']
+    """
+    clip_ids: dict[str, int] = {}
+    for number, line in enumerate(read_lines(path), start=1):
+        fields = line.split()
+        if len(fields) != 1:
+            raise ValueError(f"{path}, line {number}: expected one utterance id, got {line!r}")
+        first = clip_ids.setdefault(fields[0], number)
+        if first < number:
+            raise ValueError(
+                f"{path}, line {number}: utterance {fields[0]!r} is on line {first} too"
+            )
+    return list(clip_ids)
+
+
 def read_rows(
     path: str | os.PathLike[str], columns: Sequence[str]
 ) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -12,7 +12,8 @@ from voxceleb_prepare import prepare_voxceleb
 
 from speechbrain_mrl.dataio.clips import Clip, find_listed, read_clips, stem_of
 from speechbrain_mrl.dataio.dataset import ClipDataset, train_dataset, valid_dataset
-from speechbrain_mrl.evaluation.verification import read_clip_list, read_trials
+from speechbrain_mrl.dataio.lists import read_clip_list
+from speechbrain_mrl.evaluation.verification import read_trials
 from speechbrain_mrl.training.augment import Noise
 
 GOOD = "ID,duration,wav,start,stop,spk_id\na/0/1.wav,1.0,{wav},0,16000,a\n"

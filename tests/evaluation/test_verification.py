@@ -6,13 +6,13 @@ import torch
 from reference_metrics import reference_eer, reference_min_dcf
 from toy_trials import toy_trials
 
+from speechbrain_mrl.dataio.lists import read_clip_list
 from speechbrain_mrl.evaluation.verification import (
     BOOTSTRAP_SEED,
     Trials,
     compare,
     evaluate,
     evaluate_scores,
-    read_clip_list,
     read_trials,
     score_trials,
 )
