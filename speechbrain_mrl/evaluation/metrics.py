@@ -20,11 +20,6 @@ MIN_FALSE_ACCEPTS = 30
 class Ranking:
     """Trials sorted once, highest score first; error rates for any weights then cost one pass.
 
-    Arguments
-    ---------
-    scores, labels : array
-        (n_trials,).
-
     Example
     -------
     >>> ranking = Ranking([0.9, 0.4, 0.6, 0.1], [1, 1, 0, 0])

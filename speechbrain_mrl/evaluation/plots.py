@@ -41,16 +41,7 @@ def write_plots(
 ) -> None:
     """Write eer_by_dim, det, scores and (if the report has it) eer_by_duration, .png and .csv.
 
-    Arguments
-    ---------
-    report : mapping
-        From ``make_report``; ``"by_duration"``, if there, from ``eer_by_duration``.
-    scores : mapping of int to array
-        Size -> scores of the report's trials, (n_trials,).
-    labels : array
-        (n_trials,).
-    folder : path
-        Must exist.
+    ``scores`` of the report's trials are by size, they and ``labels`` (n_trials,). ``folder`` exists.
 
     Example
     -------

@@ -18,15 +18,7 @@ HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
 class EncoderClassifierTeacher(nn.Module):
-    """A published SpeechBrain speaker encoder as a teacher.
-
-    Arguments
-    ---------
-    source : str
-        What ``EncoderClassifier.from_hparams`` takes: a folder or a Hub id.
-    device : str
-        Where it runs.
-    """
+    """A published SpeechBrain speaker encoder, a folder or Hub id, as a teacher on ``device``."""
 
     def __init__(self, source: str, device: str = "cpu") -> None:
         super().__init__()
@@ -100,12 +92,7 @@ def load_teacher(
 def sizes_and_thresholds(encoder: nn.Module, embed_dim: int) -> tuple[list[int], dict[int, float]]:
     """The sizes at which an encoder's embedding is one, and the cosines to decide by.
 
-    Arguments
-    ---------
-    encoder : torch.nn.Module
-        As from ``load_teacher``.
-    embed_dim : int
-        Dimensions that it gives.
+    ``encoder`` is from ``load_teacher`` and gives ``embed_dim`` dimensions.
 
     Returns
     -------

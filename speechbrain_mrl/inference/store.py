@@ -81,6 +81,8 @@ class TeacherStore:
     ) -> list[Clip]:
         """Write the shards that are missing, and hold no more than one in memory.
 
+        Returns the utterances in the order of the rows in the shards.
+
         Arguments
         ---------
         teachers : dict of str to torch.nn.Module or callable
@@ -89,11 +91,6 @@ class TeacherStore:
             With distinct ids.
         device, batch_seconds, max_seconds, num_workers
             As for ``embed_clips``.
-
-        Returns
-        -------
-        list of Clip
-            The utterances in the order of the rows in the shards.
 
         Raises
         ------
@@ -140,19 +137,10 @@ class TeacherStore:
         return clips
 
     def shards(self, name: str, ids: list[str]) -> Iterator[tuple[list[str], Tensor]]:
-        """One teacher's embeddings shard by shard, with the utterances' ids, n and (n, D).
+        """The embeddings by the teacher ``name`` shard by shard, with the utterances' ids, n and (n, D).
 
-        Arguments
-        ---------
-        name : str
-            The teacher's.
-        ids : list of str
-            Of all utterances, in the order of ``compute``.
-
-        Raises
-        ------
-        ValueError
-            If a shard is damaged or of other utterances, naming it.
+        ``ids`` are of all utterances, in the order of ``compute``. A shard that is damaged or of other
+        utterances is a ValueError that names it.
         """
         for number, first in enumerate(range(0, len(ids), SHARD_SIZE)):
             some = ids[first : first + SHARD_SIZE]

@@ -64,10 +64,7 @@ def model_info(source: str | os.PathLike[str]) -> dict[str, Any]:
 
     It takes a moment: tensors are compared with the digests of the export, not loaded.
 
-    Arguments
-    ---------
-    source : path
-        A folder from ``export_model``, or a Hub id.
+    ``source`` is a folder from ``export_model``, or a Hub id.
 
     Returns
     -------

@@ -53,14 +53,7 @@ class LiveTeachers:
 class SegmentTeachers(LiveTeachers):
     """Teachers that embed each training segment; fits still read the store of whole utterances.
 
-    Arguments
-    ---------
-    teachers : dict of str to torch.nn.Module
-        As from ``load_teachers``, on ``device``.
-    store : TeacherStore
-        Filled with the training utterances.
-    device : str
-        Where the teachers are.
+    ``teachers`` are as for ``LiveTeachers``; ``store`` is filled with the training utterances.
     """
 
     def __init__(
