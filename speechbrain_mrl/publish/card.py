@@ -190,8 +190,7 @@ def _eval_results(
 def _results(
     sizes: Sequence[int], provenance: Provenance, report: Mapping[str, Any], has_plot: bool
 ) -> str:
-    trials, baselines = report["trials"], report.get("baselines", {})
-    lines = []
+    trials, lines = report["trials"], []
     if corpus_name(report) == "demo":
         lines += [
             "**Demo numbers**: measured on a small corpus of synthetic voices. They show that the "
@@ -205,13 +204,12 @@ def _results(
         "| dimensions | EER % | minDCF (p = 0.01) | threshold |",
         "| --- | --- | --- | --- |",
     ]
-    for size in sizes:
-        result = report["dims"][str(size)]
-        cells = f"{100 * result['eer']:.2f} | {result['min_dcf']:.3f} | {result['threshold']:.3f}"
-        lines.append(f"| {size} | {cells} |")
-    for name, result in baselines.get("teachers", {}).items():
-        cells = f"{100 * result['eer']:.2f} | {result['min_dcf']:.3f} | {result['threshold']:.3f}"
-        lines.append(f"| {result['dim']}: teacher {name} | {cells} |")
+    rows = {str(size): report["dims"][str(size)] for size in sizes}
+    teachers = report.get("baselines", {}).get("teachers", {})
+    rows |= {f"{found['dim']}: teacher {name}": found for name, found in teachers.items()}
+    for name, found in rows.items():
+        cells = f"{100 * found['eer']:.2f} | {found['min_dcf']:.3f} | {found['threshold']:.3f}"
+        lines.append(f"| {name} | {cells} |")
     if has_plot:
         lines += ["", "![EER against embedding size](eer_by_dim.png)"]
     return "\n".join(lines)
