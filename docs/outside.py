@@ -1,4 +1,4 @@
-"""Brings into the site what lies outside docs/: the notebook, READMEs, and the examples."""
+"""Brings into the site what lies outside docs/ (notebook, READMEs, examples), and marks options."""
 
 import re
 from pathlib import Path
@@ -13,6 +13,7 @@ PAGES = {  # of the repository, by their place in the site
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
 }
+CODE = re.compile(r"<code.*?</code>", re.DOTALL)
 TO_DOCS = re.compile(r"\]\((?:\.\./)*docs/")
 
 
@@ -35,3 +36,9 @@ def on_page_markdown(markdown, **_):
     for path, place in PAGES.items():
         markdown = re.sub(rf"\]\((?:\.\./)*{re.escape(path)}", f"]({place}", markdown)
     return markdown.replace("](../examples/", "](examples/")
+
+
+def on_page_content(html, **_):
+    """Command-line options in code are marked, for the stylesheet keeps them on one line."""
+    option = re.compile(r"(?<![\w-])--[a-z]\w*")
+    return CODE.sub(lambda code: option.sub(r'<span class="option">\g<0></span>', code[0]), html)
