@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import os
 import re
 from collections.abc import Callable, Iterator
 from fractions import Fraction
@@ -34,8 +35,9 @@ def by_soundfile(file: BinaryIO, stack: contextlib.ExitStack) -> Recording | Non
         return None  # several streams one after the other: it reads the first
     file.seek(0)
     try:  # a number in place of the path, or its suffix would count
-        handle = file.fileno() if _has_number(file) else file
-        found = stack.enter_context(soundfile.SoundFile(handle, closefd=False))
+        # A duplicate: libsndfile before 1.2.1 closes what it cannot read, whatever it is told.
+        handle = os.dup(file.fileno()) if _has_number(file) else file
+        found = stack.enter_context(soundfile.SoundFile(handle))
     except (soundfile.SoundFileError, TypeError):
         return None
     if not found.seekable() or not 0 < found.frames < 2**62:  # a header without a count

@@ -1,3 +1,4 @@
+import os
 import sys
 
 import numpy as np
@@ -81,6 +82,19 @@ def test_undecodable_file_is_named_with_the_reason(tmp_path, name, read):
     (tmp_path / name).write_bytes(b"not audio at all" * 100)
     with pytest.raises(ValueError, match=rf"cannot decode .*{name}: (Format|Invalid data)"):
         read(tmp_path / name)
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="open files are counted there")
+def test_no_file_stays_open(tmp_path):
+    soundfile.write(tmp_path / "good.wav", sine(0.1, 16000), 16000)
+    (tmp_path / "bad.wav").write_bytes(b"not audio at all" * 100)
+    pytest.importorskip("av")
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        read_audio(tmp_path / "good.wav")
+        with pytest.raises(ValueError):
+            read_audio(tmp_path / "bad.wav")
+    assert len(os.listdir("/proc/self/fd")) <= before
 
 
 @pytest.mark.parametrize("name", ["a.wav", "a.m4a"])
