@@ -174,7 +174,7 @@ def test_a_training_from_shards_goes_on_with_the_clips_that_come_next(argv, smal
         str(small_corpus), str(tmp_path / "lists"), valid_speakers=4, test_speakers=6, seed=1986
     )
     changes = {"shards": write_shards(lists.train_csv, tmp_path / "shards", 5), "num_workers": 2}
-    changes |= {"stages": "null", "embed_dim": 16, "mrl_dims": [8, 16]}
+    changes |= {"stages": "null", "embed_dim": 16, "mrl_dims": [8, 16], "number_of_epochs": 1}
     for folder, number in (("whole", None), ("killed", 6)):
         dies = number and partial(_at_call, BRAIN, "optimizers_step", number, _die)
         process = _child(argv(tmp_path / folder, **changes), dies)
