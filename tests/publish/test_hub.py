@@ -3,6 +3,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -559,30 +560,48 @@ def test_a_folder_that_needs_this_package_is_not_published(copied):
 
 
 PUSHES = """
-import sys
+import json, sys
 from speechbrain_mrl.publish import hub
 
 def push(*arguments, **options):
     try:
-        print(hub.push_to_hub(sys.argv[1], *arguments, **options))
+        print(hub.push_to_hub(folder, *arguments, **options))
     except Exception as error:
         print(f"{type(error).__name__}: {error}")
 
+for line in sys.stdin:
+    folder, lines = json.loads(line)
+    exec(lines)
+    print("DONE", flush=True)
 """
 
 
-def run_pushes(lines, published, server, home, token="secret"):
-    """Push in a process of its own, since huggingface_hub reads its settings at import."""
+@contextmanager
+def pushing(server, home):
+    """``run(lines, folder)``: what they print in a process of its own.
+
+    huggingface_hub reads its settings at import.
+    """
     env = {"HF_ENDPOINT": server.address, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(home)}
     path = os.pathsep.join([str(Path(hub.__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, "-c", PUSHES + lines, str(published)],
-        env={**os.environ, **env, "HF_TOKEN": token, "PYTHONPATH": path},
-        capture_output=True,
+    with subprocess.Popen(
+        [sys.executable, "-c", PUSHES],
+        env={**os.environ, **env, "HF_TOKEN": "secret", "PYTHONPATH": path},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
         text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    ) as process:
+
+        def run(lines, folder):
+            print(json.dumps([str(folder), lines]), file=process.stdin, flush=True)
+            printed = []
+            for line in process.stdout:
+                if line == "DONE\n":
+                    return "".join(printed)
+                printed.append(line)
+            raise AssertionError("the process ended: " + "".join(printed))
+
+        yield run
 
 
 LOAD = """
@@ -603,7 +622,8 @@ print(json.dumps(model.encode_batch(torch.ones(1, 16000)).flatten().tolist()))
 def test_a_pushed_model_loads_from_the_hub_and_then_offline(published, loaded, tmp_path):
     home = {"HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1"}
     with HubServer(token="secret") as server:
-        printed = run_pushes("push('org/tiny', private=True)", published, server, tmp_path)
+        with pushing(server, tmp_path) as run:
+            printed = run("push('org/tiny', private=True)", published)
         repo = server.repos["org/tiny"]
         files = repo.files("main")
         online = in_isolation(LOAD, HF_ENDPOINT=server.address, HF_TOKEN="secret", **home)
@@ -624,18 +644,16 @@ def test_a_pushed_model_loads_from_the_hub_and_then_offline(published, loaded, t
 
 
 def test_uploads_that_fail_or_are_refused_leave_the_repo_as_it_was(published, tmp_path):
-    with HubServer(token="secret") as server:
-        run_pushes(
+    with HubServer(token="secret") as server, pushing(server, tmp_path) as run:
+        run(
             "hub.check_folder = lambda folder: None\npush('org/tiny', tag='first')",
             published,
-            server,
-            tmp_path,
         )
         repo = server.repos["org/tiny"]
         before = dict(repo.branches), dict(repo.tags), list(repo.commits)
         server.lfs.clear()
         server.refuses_uploads = True
-        printed = run_pushes(
+        printed = run(
             "hub.check_folder = lambda folder: None\n"
             "push('org/tiny')\n"
             "push('org/tiny', tag='first')\n"
@@ -643,8 +661,6 @@ def test_uploads_that_fail_or_are_refused_leave_the_repo_as_it_was(published, tm
             "push('org/tiny', token='wrong')\n"
             "push('org/new', dry_run=True)\n",
             published,
-            server,
-            tmp_path,
         )
         assert (dict(repo.branches), dict(repo.tags), list(repo.commits)) == before
         assert list(server.repos) == ["org/tiny"]
@@ -662,11 +678,9 @@ def test_uploads_that_fail_or_are_refused_leave_the_repo_as_it_was(published, tm
         (published_without_plot := tmp_path / "bare").mkdir()
         shutil.copytree(published, published_without_plot, dirs_exist_ok=True)
         (published_without_plot / "eer_by_dim.png").unlink()
-        run_pushes(
+        run(
             "hub.check_folder = lambda folder: None\npush('org/tiny', revision='next')",
             published_without_plot,
-            server,
-            tmp_path,
         )
         assert repo.branches["main"] == before[0]["main"]
         assert repo.tags["v1"] == repo.branches["next"] != repo.branches["main"]
@@ -676,21 +690,23 @@ def test_uploads_that_fail_or_are_refused_leave_the_repo_as_it_was(published, tm
 
 def test_what_came_in_between_is_kept_and_a_missing_tag_is_said(published, tmp_path):
     pushes = "hub.check_folder = lambda folder: None\npush('org/tiny')\n"
-    with HubServer(token="secret") as server:
-        server.overtaken = True
-        printed = run_pushes(pushes, published, server, tmp_path)
-        repo = server.repos["org/tiny"]
-        assert "ConnectionError: the Hub did not do it" in printed and "is as it was" in printed
-        assert "Uploading" in printed and set(repo.files("main")) == {
-            ".gitattributes",
-            "theirs.txt",
-        }
-        server.overtaken, server.refuses_tags = False, True
-        printed = run_pushes(pushes, published, server, tmp_path)
-        assert f"has the model as commit {repo.branches['main']}, and no tag v1" in printed
-        assert "README.md" in repo.files("main") and "theirs.txt" in repo.files("main")
-    printed = run_pushes(pushes, published, server, tmp_path)  # which is gone
-    assert "ConnectionError: the Hub did not do it" in printed
+    with ExitStack() as stack:
+        with HubServer(token="secret") as server:
+            run = stack.enter_context(pushing(server, tmp_path))
+            server.overtaken = True
+            printed = run(pushes, published)
+            repo = server.repos["org/tiny"]
+            assert "ConnectionError: the Hub did not do it" in printed and "is as it was" in printed
+            assert "Uploading" in printed and set(repo.files("main")) == {
+                ".gitattributes",
+                "theirs.txt",
+            }
+            server.overtaken, server.refuses_tags = False, True
+            printed = run(pushes, published)
+            assert f"has the model as commit {repo.branches['main']}, and no tag v1" in printed
+            assert "README.md" in repo.files("main") and "theirs.txt" in repo.files("main")
+        printed = run(pushes, published)  # of a server that is gone
+        assert "ConnectionError: the Hub did not do it" in printed
 
 
 # The Space
@@ -715,7 +731,8 @@ def test_a_pushed_space_runs_with_speechbrain_alone_and_the_commit_that_it_names
     pushes = "hub.check_folder = lambda folder: None\npush('org/tiny', tag='first')\n"
     pushes += "hub.push_space('org/show', 'org/tiny', private=True)\n"
     with HubServer(token="secret") as server:
-        printed = run_pushes(pushes, published, server, tmp_path)
+        with pushing(server, tmp_path) as run:
+            printed = run(pushes, published)
         space, model = server.repos["spaces/org/show"], server.repos["org/tiny"]
         shown = model.branches["main"]
         model.commit("main", {})  # a later version, which the Space must not follow
