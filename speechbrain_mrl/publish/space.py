@@ -98,7 +98,7 @@ def build(model: Model) -> gr.Blocks:
                 with gr.Column():
                     asked = voice("Whose voice is this?", "asked")
                     search = gr.Button("Find the nearest", variant="primary")
-            listing = gr.Textbox(label="Enrolled (recordings)", elem_id="enrolled")
+            listing = gr.Textbox("nobody yet", label="Enrolled (recordings)", elem_id="enrolled")
             forget = gr.Button("Forget all", size="sm")
             verdict = gr.Textbox(label="Verdict", elem_id="nearest")
             ranks = gr.Dataframe(label="The nearest first, with their cosines; ✓: same person")

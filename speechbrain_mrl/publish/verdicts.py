@@ -236,7 +236,8 @@ def enrol(model: Model, path: str | None, name: str, people: dict[str, list[Voic
         raise Refusal("Record or upload a voice to enrol.")
     if not name:
         raise Refusal("Type a name for this voice.")
-    people.setdefault(name, []).append(model.embed(path))
+    voice = model.embed(path)  # first: a refused recording enrols nobody
+    people.setdefault(name, []).append(voice)
 
 
 def find(

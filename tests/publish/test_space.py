@@ -216,6 +216,14 @@ def test_the_enrolled_are_in_the_order_of_the_cosines_with_their_mean(model, stu
     assert verdict.startswith(f"Most like {ranked[0]}, ")
 
 
+def test_a_recording_that_is_refused_enrols_nobody(model, tmp_path):
+    path, people = tmp_path / "bad.wav", {}
+    path.write_text("not a voice")
+    with pytest.raises(verdicts.Refusal, match="cannot be read as audio"):
+        verdicts.enrol(model, str(path), "Ann", people)
+    assert people == {}
+
+
 def test_a_search_takes_the_shortest_of_its_runs(monkeypatch):
     clock = iter([0, 5, 10, 13, 20, 29, 30, 37])
     monkeypatch.setattr(verdicts.time, "perf_counter", lambda: next(clock))
