@@ -5,6 +5,7 @@ torch and SpeechBrain take seconds to import, so that only what uses them import
 
 import contextlib
 import ctypes
+import hashlib
 import importlib
 import json
 import logging
@@ -111,6 +112,15 @@ def exchange(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> None
     os.replace(other, aside)
     os.replace(one, other)
     os.replace(aside, one)
+
+
+def sha256(path: str | os.PathLike[str]) -> str:
+    """A file's SHA-256, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:

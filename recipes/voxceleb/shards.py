@@ -4,7 +4,6 @@ python recipes/voxceleb/shards.py results/mrl_distill/1986/lists/train.csv /net/
 """
 
 import argparse
-import hashlib
 import io
 import json
 from multiprocessing.pool import ThreadPool
@@ -18,7 +17,7 @@ from speechbrain_mrl.dataio.audio import audio_info, read_audio
 from speechbrain_mrl.dataio.clips import SAMPLE_RATE, THREADS
 from speechbrain_mrl.dataio.dataset import ClipDataset
 from speechbrain_mrl.inference.store import claim
-from speechbrain_mrl.utils import only_run, replacing, require
+from speechbrain_mrl.utils import only_run, replacing, require, sha256
 
 READ_AHEAD = 64  # utterances in memory
 
@@ -56,8 +55,7 @@ def write_shards(csv_path, folder, n_shards=512):
     order = np.random.default_rng(0).permutation(len(rows))
     names = [f"{number:0{len(str(n_shards - 1))}d}" for number in range(n_shards)]
     with only_run(folder), tqdm(total=len(rows), unit="clip", disable=None) as bar:
-        digest = hashlib.sha256(Path(csv_path).read_bytes()).hexdigest()
-        claim(folder / "shards.json", {"shards": n_shards, "list": digest})
+        claim(folder / "shards.json", {"shards": n_shards, "list": sha256(csv_path)})
         for part in folder.glob(".*.tar"):  # of a killed run
             part.unlink()
         for number, name in enumerate(names):

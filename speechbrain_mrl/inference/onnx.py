@@ -5,14 +5,12 @@ Needs the extra ``onnx`` or ``openvino``.
 
 import copy
 import functools
-import hashlib
 import json
 import os
 import queue
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,7 +21,7 @@ from speechbrain_mrl.inference.graphs import EncoderGraph, ReDimNetGraph, whole_
 from speechbrain_mrl.inference.optimize import packaged
 from speechbrain_mrl.models.matryoshka import EncoderModel, MatryoshkaEncoder
 from speechbrain_mrl.models.redimnet import MIN_SAMPLES, SAMPLE_RATE, check_wavs, sample_counts
-from speechbrain_mrl.utils import require
+from speechbrain_mrl.utils import require, sha256
 
 METADATA_KEY = "speechbrain_mrl"
 ENGINES = ("onnxruntime", "openvino")
@@ -147,8 +145,7 @@ class ExportedEncoder:
         self._map: Any = map if streams == 1 else ThreadPoolExecutor(streams).map
         self.streams = streams
         self.embed_dim, self.mrl_dims = facts["embed_dim"], tuple(facts["mrl_dims"])
-        digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-        self.fingerprint = f"{digest} {engine} {precision}"
+        self.fingerprint = f"{sha256(path)} {engine} {precision}"
 
     def __call__(
         self,

@@ -1,15 +1,14 @@
 """Loads checkpoints of ReDimNet and ReDimNet2, and makes students of them."""
 
-import hashlib
 import os
 import warnings
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from speechbrain_mrl import utils
 from speechbrain_mrl.models.redimnet import (
     MatryoshkaReDimNet,
     ReDimNet,
@@ -68,10 +67,7 @@ def load_pretrained_redimnet(
     ConnectionError
         If the release cannot be downloaded.
     """
-    if source is not None and os.path.isfile(source):
-        path = Path(source)
-    else:
-        path = find_release(model_name, train_type, dataset, source)
+    path = find_release(model_name, train_type, dataset, source)
     return load_checkpoint(path, sha256, ReDimNet)
 
 
@@ -107,12 +103,9 @@ def load_pretrained_redimnet2(
     ValueError, FileNotFoundError, ConnectionError
         As ``load_pretrained_redimnet``.
     """
-    if source is not None and os.path.isfile(source):
-        path = Path(source)
-    else:
-        path = find_release(PREFIX2 + model_name, train_type, dataset, source)
-        if source is None and sha256 is None:
-            sha256 = SHA256.get(path.name)
+    path = find_release(PREFIX2 + model_name, train_type, dataset, source)
+    if source is None and sha256 is None:
+        sha256 = SHA256.get(path.name)
     if "vb2" in path.name:
         warnings.warn(
             f"{path.name} was trained on VoxBlink2, whose authors restrict models trained on it to "
@@ -227,16 +220,10 @@ def read_checkpoint(path: str | os.PathLike[str], sha256: str | None = None) -> 
     ValueError
         If the file's SHA-256 is another, or it is damaged or not a release's checkpoint.
     """
-    if sha256 is not None:
-        digest = hashlib.sha256()
-        with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-        found = digest.hexdigest()
-        if found != sha256.lower():
-            raise ValueError(
-                f"{path} has SHA-256 {found}, expected {sha256}; delete it and load it again"
-            )
+    if sha256 is not None and (found := utils.sha256(path)) != sha256.lower():
+        raise ValueError(
+            f"{path} has SHA-256 {found}, expected {sha256}; delete it and load it again"
+        )
     checkpoint = read_tensors(path)
     keys = {"model_config", "state_dict"}
     if not isinstance(checkpoint, dict) or not keys <= set(checkpoint):

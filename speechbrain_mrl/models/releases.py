@@ -131,19 +131,21 @@ def _check_release(model_name: str, train_type: str, dataset: str) -> None:
 
 
 def find_release(
-    model_name: str, train_type: str, dataset: str, folder: str | os.PathLike[str] | None = None
+    model_name: str, train_type: str, dataset: str, source: str | os.PathLike[str] | None = None
 ) -> Path:
-    """Path of a release file, in a folder or, downloaded if need be, in torch.hub's cache."""
+    """Path of a release file: ``source`` or in it, else in torch.hub's cache, downloaded if need be."""
+    if source is not None and os.path.isfile(source):
+        return Path(source)
     of_two = model_name.startswith(PREFIX2)
     name = f"{model_name.removeprefix(PREFIX2)}-{dataset}-{train_type}.pt"
     url = (URL2 if of_two else URL) + urllib.parse.quote(name)
-    if folder is not None:
-        path = Path(folder) / name
+    if source is not None:
+        path = Path(source) / name
         if not path.is_file():
             released = _is_released(model_name, train_type, dataset)
             hint = f"; download it from {url}" if released else ""
             raise FileNotFoundError(
-                f"source {str(folder)!r} is neither a checkpoint nor a folder that holds {name}"
+                f"source {str(source)!r} is neither a checkpoint nor a folder that holds {name}"
                 + hint
             )
         return path

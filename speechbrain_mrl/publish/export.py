@@ -29,8 +29,8 @@ from speechbrain_mrl.publish.definition import (
     probe_wavs,
     published_network,
 )
-from speechbrain_mrl.publish.folder import CHECKPOINTS, FILES, sha256
-from speechbrain_mrl.utils import exchange, writing
+from speechbrain_mrl.publish.folder import CHECKPOINTS, FILES
+from speechbrain_mrl.utils import exchange, sha256, writing
 
 
 @torch.no_grad()

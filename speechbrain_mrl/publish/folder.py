@@ -1,7 +1,6 @@
 """Reads what an exported folder says of its model, as data: without its code, and without torch."""
 
 import contextlib
-import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,7 +11,7 @@ from ruamel.yaml.error import YAMLError
 from ruamel.yaml.tokens import AliasToken
 
 from speechbrain_mrl.publish.card import Provenance
-from speechbrain_mrl.utils import hub_folder, print_table, read_json
+from speechbrain_mrl.utils import hub_folder, print_table, read_json, sha256
 
 # All that a published folder may hold; examples is a folder of recordings.
 FILES = (
@@ -143,11 +142,6 @@ def print_info(found: Mapping[str, Any]) -> None:
     measured = found["dims"].items()
     rows = [[d, f"{100 * r['eer']:.2f}", r["min_dcf"], r["threshold"]] for d, r in measured]
     print_table(["dimensions", "EER %", "minDCF", "threshold (cosine)"], rows)
-
-
-def sha256(path: Path) -> str:
-    """Digest of a file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def read_hyperparams(folder: Path) -> Any:
