@@ -55,11 +55,12 @@ def build(model: Model) -> gr.Blocks:
     def on_enrol(path: str | None, name: str, people: dict[str, list[Voice]]) -> Any:
         check_uploaded(path)
         enrol(model, path, name, people)
-        return ", ".join(f"{name} ({len(voices)})" for name, voices in people.items()), people
+        listing = ", ".join(f"{name} ({len(voices)})" for name, voices in people.items())
+        return listing, people, None, ""
 
     def on_find(path: str | None, people: dict[str, list[Voice]]) -> Any:
         check_uploaded(path)
-        return find(model, path, people)
+        return *find(model, path, people), None
 
     def on_files(paths: list[str], size: int, voices: list[tuple[str, np.ndarray]]) -> Any:
         for path in paths:
@@ -103,10 +104,11 @@ def build(model: Model) -> gr.Blocks:
             verdict = gr.Textbox(label="Verdict", elem_id="nearest")
             ranks = gr.Dataframe(label="The nearest first, with their cosines; ✓: same person")
             gr.Markdown(model.basis())
-            added = add.click(on_enrol, [new, name, people], [listing, people])
-            added.success(lambda: (None, ""), None, [new, name])
-            found = search.click(on_find, [asked, people], [verdict, ranks])
-            found.success(lambda: None, None, asked)
+            # One event each: a second one could take away what the visitor gives next.
+            enrolled = [listing, people, new, name]
+            add.click(on_enrol, [new, name, people], enrolled, show_progress_on=listing)
+            found = [verdict, ranks, asked]
+            search.click(on_find, [asked, people], found, show_progress_on=verdict)
             cleared = [listing, verdict, ranks, people]
             forget.click(lambda: ("nobody yet", "", None, {}), None, cleared)
         with gr.Tab("Map"):
