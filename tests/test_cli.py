@@ -258,6 +258,18 @@ def test_info_tells_what_report_and_card_tell(student, folder, capsys):
         assert part in text
 
 
+def test_info_says_what_to_do_with_a_model_of_an_earlier_version(folder, tmp_path, capsys):
+    old = shutil.copytree(folder, tmp_path / "old")
+    config = json.loads((old / "config.json").read_text())
+    for key in ("params", "speakers", "sha256"):
+        del config[key]
+    (old / "config.json").write_text(json.dumps(config))
+    assert main(["info", str(old)]) == 1
+    assert f"write it again: speechbrain-mrl export {old} NEW_FOLDER" in capsys.readouterr().err
+    assert main(["export", str(old), str(tmp_path / "new")]) == 0
+    assert main(["info", str(tmp_path / "new")]) == 0
+
+
 def test_info_and_help_do_not_wait_for_torch(folder):
     code = f"""
 import contextlib, sys

@@ -76,7 +76,7 @@ def model_info(source: str | os.PathLike[str]) -> dict[str, Any]:
     Raises
     ------
     ValueError
-        If a file is damaged, naming it.
+        If a file is damaged, naming it, or has no digest yet.
 
     Example
     -------
@@ -91,6 +91,11 @@ def model_info(source: str | os.PathLike[str]) -> dict[str, Any]:
     provenance, report = read_provenance(folder), read_report(folder) or {}
     mrl_dims = list(read_hyperparams(folder)["mrl_dims"])
     config = read_json(folder / "config.json")
+    if "sha256" not in config:
+        raise ValueError(
+            f"{source} was exported by an earlier version, without digests of its checkpoints; "
+            f"write it again: speechbrain-mrl export {source} NEW_FOLDER"
+        )
     with as_written(folder / "config.json"):
         params, speakers, digests = (config[key] for key in ("params", "speakers", "sha256"))
         expected = {name: digests[name] for name in CHECKPOINTS}
