@@ -122,7 +122,8 @@ def prepare(module: nn.Module, dtype: torch.dtype = torch.float32) -> None:
 
     def cast(value: Any) -> Any:
         if isinstance(value, Tensor):
-            return value.to(dtype)
+            layout = torch.channels_last if value.ndim == 4 else torch.contiguous_format
+            return value.to(dtype).contiguous(memory_format=layout)
         if isinstance(value, dict):
             return {key: cast(one) for key, one in value.items()}
         return type(value)(map(cast, value)) if isinstance(value, (list, tuple)) else value

@@ -319,7 +319,7 @@ def masked(x: Tensor, mask: Tensor | None) -> Tensor:
     """X with the padding frames at zero: what an utterance alone has past its end."""
     if mask is None:
         return x
-    return x * (mask if x.ndim == 3 else mask.unsqueeze(2)).to(x.dtype)
+    return x * (mask if x.ndim == 3 else mask.unsqueeze(3)).to(x.dtype)
 
 
 def _mean(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -502,8 +502,9 @@ class LogMel(_StaysFloat, nn.Module):
         return (self.torchfbank[2](wavs) + 1e-6).log(), mask  # (B, F, frames)
 
 
-# Layers that know which frames are padding. A map is (B, C, F, T), or (B, F·C, T) of the same numbers,
-# but its memory is (B, T, F, C): convolutions take their fast kernels there, and both shapes are free.
+# Layers that know which frames are padding. A map is (B, C, T, F), or (B, F·C, T, 1) of the same
+# numbers, and its memory is (B, T, F, C), which torch calls ``channels_last``: convolutions take
+# their fast kernels there, and both shapes are free.
 # A layer's output beyond an utterance's end is undefined; a layer that reads neighbouring frames
 # clears it first.
 # ``prepared`` is what a layer computes of its weights alone, and a copy for inference only once.
@@ -520,41 +521,43 @@ def kernel(
 ) -> Kernel:
     """Of a convolution: weight and bias for ``convolve``, after which channels are scaled and shifted."""
     weight, bias, groups = conv.weight, conv.bias, conv.groups
-    if weight.ndim == 3:
-        weight = weight.unsqueeze(2)
+    weight = weight.unsqueeze(3) if weight.ndim == 3 else weight.transpose(2, 3)
     if scale is not None and shift is not None:
         weight = weight * scale.view(-1, 1, 1, 1)
         bias = shift if bias is None else torch.addcmul(shift, bias, scale)
     if input_scale is not None:
         of_groups = input_scale.view(groups, 1, -1).expand(-1, len(weight) // groups, -1)
         weight = weight * of_groups.reshape(len(weight), -1, 1, 1)
-    return weight.transpose(2, 3).contiguous(memory_format=torch.channels_last), bias, groups
+    return weight, bias, groups
 
 
 def convolve(
     x: Tensor, kernel: Kernel, mask: Tensor | None = None, plus: Tensor | None = None
 ) -> Tensor:
-    """A convolution that keeps the size, of (B, C, F, T) or (B, C, T); padding is silent to it.
+    """A convolution that keeps the size, (B, C, T, F); padding is silent to it.
 
     ``plus`` is added to what comes out.
     """
     weight, bias, groups = kernel
-    flat = x.ndim == 3
-    x = innermost(x if weight.shape[2] == 1 else masked(x, mask))
+    x = x if weight.shape[2] == 1 else masked(x, mask)
     x = F.conv2d(x, weight, bias, padding="same", groups=groups)
     if plus is not None:
-        x += innermost(plus)
-    return x.squeeze(3) if flat else x.transpose(2, 3)
+        x += plus
+    return x
 
 
 def innermost(x: Tensor) -> Tensor:
-    """(B, C, F, T) or (B, C, T) as (B, C, T, F), which torch calls ``channels_last``."""
-    x = x.transpose(1, 2).unsqueeze(2) if x.ndim == 3 else x.permute(0, 3, 2, 1)
-    return x.reshape(x.shape).permute(0, 3, 1, 2)  # a batch of one gets the stride that tells it so
+    """Channels of a map last, as they lie in memory: (B, C, T, F) -> (B, T, F, C)."""
+    return x.permute(0, 2, 3, 1)
+
+
+def as_map(x: Tensor) -> Tensor:
+    """(B, T, F, C), or (B, T, C) where F is 1, as a map (B, C, T, F)."""
+    return (x.unsqueeze(2) if x.ndim == 3 else x).permute(0, 3, 1, 2)
 
 
 class Conv1d(nn.Conv1d):
-    """Conv1d that keeps the length, (B, C, T)."""
+    """Conv1d that keeps the length, (B, C, T, 1)."""
 
     def __init__(
         self, in_channels: int, out_channels: int, kernel_size: int = 1, groups: int = 1
@@ -569,7 +572,7 @@ class Conv1d(nn.Conv1d):
 
 
 class Conv2d(nn.Conv2d):
-    """Conv2d that keeps the size, (B, C, F, T)."""
+    """Conv2d that keeps the size, (B, C, T, F)."""
 
     def __init__(
         self,
@@ -591,7 +594,7 @@ class Conv2d(nn.Conv2d):
 
 
 class StrideConv(nn.Conv2d):
-    """Convolution over ``stride`` frequencies at a time, (B, c, f, T) -> (B, C, f / stride, T)."""
+    """Convolution over ``stride`` frequencies at a time, (B, c, T, f) -> (B, C, T, f / stride)."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__(in_channels, out_channels, (stride, 1), (stride, 1))
@@ -601,14 +604,14 @@ class StrideConv(nn.Conv2d):
         return self.weight.transpose(1, 2).flatten(1, 2).unsqueeze(3), self.bias, 1
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        joined = x.permute(0, 3, 2, 1).unflatten(2, (-1, self.stride[0])).flatten(3)
-        return convolve(joined.permute(0, 3, 2, 1), self.prepared())
+        joined = innermost(x).unflatten(2, (-1, self.stride[0])).flatten(3)
+        return convolve(as_map(joined), self.prepared())
 
 
 def affine(norm: Any) -> tuple[Tensor, Tensor]:
     """Scale and shift of the channels by a BatchNorm in eval mode."""
     scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-    return scale, norm.bias - norm.running_mean * scale
+    return scale, torch.addcmul(norm.bias, norm.running_mean, scale, value=-1)
 
 
 class _SumOverProcesses(torch.autograd.Function):
@@ -637,7 +640,7 @@ def batch_norm(norm: Any, x: Tensor, mask: Tensor | None = None) -> Tensor:
     norm : torch.nn.BatchNorm1d, BatchNorm2d or SyncBatchNorm
         With running statistics.
     x : torch.Tensor
-        (B, C), (B, C, T) or (B, C, F, T).
+        (B, C), or a map (B, C, T, F).
     mask : torch.Tensor, optional
         (B, 1, T), 1 for a frame of the utterance and 0 for padding. None: no utterance is padded.
 
@@ -648,17 +651,12 @@ def batch_norm(norm: Any, x: Tensor, mask: Tensor | None = None) -> Tensor:
     """
     synchronized = isinstance(norm, nn.SyncBatchNorm)
     if not norm.training or (mask is None and not (synchronized and x.device.type == "cpu")):
-        if x.ndim == 2:
+        if x.ndim == 2 or synchronized:
             return norm(x)
-        if synchronized:
-            out = norm(innermost(x))
-        else:
-            if norm.training:
-                norm.num_batches_tracked.add_(1)
-            statistics, weights = (norm.running_mean, norm.running_var), (norm.weight, norm.bias)
-            rule = norm.training, norm.momentum, norm.eps
-            out = F.batch_norm(innermost(x), *statistics, *weights, *rule)
-        return out.squeeze(3) if x.ndim == 3 else out.transpose(2, 3)
+        if norm.training:
+            norm.num_batches_tracked.add_(1)
+        statistics, weights = (norm.running_mean, norm.running_var), (norm.weight, norm.bias)
+        return F.batch_norm(x, *statistics, *weights, norm.training, norm.momentum, norm.eps)
 
     def total(of: Tensor) -> Any:
         if synchronized and _in_processes():
@@ -669,7 +667,7 @@ def batch_norm(norm: Any, x: Tensor, mask: Tensor | None = None) -> Tensor:
     data = x.to(torch.promote_types(x.dtype, torch.float32))
     count = data.new_full((1,), x[:, 0].numel())
     if mask is not None:
-        count = mask.sum().view(1).to(data) * (x.shape[2] if x.ndim == 4 else 1)
+        count = mask.sum().view(1).to(data) * (x.shape[3] if x.ndim == 4 else 1)
     sums = total(torch.cat([masked(data, mask).sum(dims), count]))
     mean, count = sums[:-1] / sums[-1], sums[-1].detach()
     centred = data - mean.view(shape)
@@ -712,31 +710,31 @@ def _is_batch_norm(layer: nn.Module) -> bool:
 
 
 class LayerNorm(nn.LayerNorm):
-    """LayerNorm over the channels of (B, C, …), eps 1e-6."""
+    """LayerNorm over the channels of a map, eps 1e-6."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, eps=1e-6)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        return super().forward(x.transpose(1, -1)).transpose(1, -1)
+        return as_map(super().forward(innermost(x)))
 
 
 class To1d(nn.Module):
-    """(B, C, F, T) -> (B, F·C, T), frequency-major."""
+    """(B, C, T, F) -> (B, F·C, T, 1), frequency-major."""
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        return x.transpose(1, 2).flatten(1, 2)
+        return as_map(innermost(x).flatten(2))
 
 
 class To2d(nn.Module):
-    """(B, f·c, T) -> (B, c, f, T)."""
+    """(B, f·c, T, 1) -> (B, c, T, f)."""
 
     def __init__(self, f: int, c: int) -> None:
         super().__init__()
         self.f, self.c = f, c
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        return x.unflatten(1, (self.f, self.c)).transpose(1, 2)
+        return as_map(innermost(x).squeeze(2).unflatten(2, (self.f, self.c)))
 
 
 class MapMix(nn.Module):
@@ -747,8 +745,8 @@ class MapMix(nn.Module):
         self.w = nn.Parameter(torch.zeros(1, n_maps, channels, 1), requires_grad=n_maps > 1)
 
     def prepared(self) -> tuple[Tensor, ...]:
-        """Of each map (1, channels, 1)."""
-        return self.w.softmax(dim=1).unbind(dim=1)
+        """Of each map (1, channels, 1, 1)."""
+        return self.w.softmax(dim=1).unsqueeze(-1).unbind(dim=1)
 
     def forward(self, maps: list[Tensor], mask: Tensor | None = None) -> Tensor:
         if len(maps) == 1:
@@ -792,14 +790,14 @@ class ConvNeXtBlock(nn.Module):
         parts = [convolve(x, one, mask) for one in self.prepared()]
         out = parts[0]
         if len(parts) > 1:  # joined as they lie in memory
-            out = torch.cat([one.transpose(1, -1) for one in parts], dim=-1).transpose(1, -1)
+            out = as_map(torch.cat([innermost(one) for one in parts], dim=3))
         if self.norm.training:
             out = batch_norm(self.norm, out, mask)
         return convolve(self.act(out), self.pwconv1.prepared(), plus=x)
 
 
 class FrequencySE(nn.Module):
-    """Squeeze-excitation with one gate per frequency, (B, C, F, T)."""
+    """Squeeze-excitation with one gate per frequency, (B, C, T, F)."""
 
     def __init__(self, n_freqs: int, width: int) -> None:
         super().__init__()
@@ -807,8 +805,8 @@ class FrequencySE(nn.Module):
         self.exitation = nn.Linear(width, n_freqs)  # spelt so in the release
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        pooled = _mean(x.mean(dim=1), mask).squeeze(-1)  # (B, F)
-        return x * self.gates(pooled)[:, None, :, None]
+        pooled = _mean(x.mean(dim=1).transpose(1, 2), mask).squeeze(-1)  # (B, F)
+        return x * self.gates(pooled)[:, None, None, :]
 
     def gates(self, pooled: Tensor) -> Tensor:
         """Factors of the frequencies, (…, F), from their means."""
@@ -906,7 +904,7 @@ class Block2d(nn.Module):
 
 
 class PositionalConv(nn.Module):
-    """x + LayerNorm(depthwise convolution of 59 frames), (B, C, T)."""
+    """x + LayerNorm(depthwise convolution of 59 frames), (B, C, T, 1)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -954,7 +952,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerLayer(nn.Module):
-    """Post-norm transformer layer on (B, C, T)."""
+    """Post-norm transformer layer on (B, C, T, 1)."""
 
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()
@@ -969,14 +967,13 @@ class TransformerLayer(nn.Module):
         self.final_layer_norm = nn.LayerNorm(channels, eps=1e-6)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        x = x.transpose(1, 2)
+        x = innermost(x).squeeze(2)
         x = self.layer_norm(x + self.attention(x, mask))
-        x = self.final_layer_norm(x + self.feed_forward(x))
-        return x.transpose(1, 2)
+        return as_map(self.final_layer_norm(x + self.feed_forward(x)))
 
 
 class TimeContext(nn.Module):
-    """x + expand(context(reduce(x))) on (B, C·F, T)."""
+    """x + expand(context(reduce(x))) on (B, C·F, T, 1)."""
 
     def __init__(self, block_type: str, channels: int, hidden: int) -> None:
         super().__init__()
@@ -1020,6 +1017,11 @@ def _groups(channels: int, group_divisor: int | None, in_channels: int | None = 
     return groups
 
 
+def spectrum_map(feats: Tensor) -> Tensor:
+    """Features (B, 1, F, T) as a map (B, 1, T, F)."""
+    return as_map(feats.permute(0, 3, 2, 1).contiguous())
+
+
 class Backbone(nn.Module):
     """Features (B, 1, F, T) to frames (B, C·F or out_channels, T)."""
 
@@ -1060,10 +1062,10 @@ class Backbone(nn.Module):
             self.mfa = Sequence(Conv1d(size, out_channels), nn.BatchNorm1d(out_channels))
 
     def forward(self, feats: Tensor, mask: Tensor | None = None) -> Tensor:
-        maps = [self.stem(feats, mask)]
+        maps = [self.stem(spectrum_map(feats), mask)]
         for i in range(self.n_stages):
             maps.append(self.dropout(getattr(self, f"stage{i}")(maps, mask)))
-        return self.mfa(self.fin_wght1d(maps), mask)
+        return self.mfa(self.fin_wght1d(maps), mask).squeeze(3)
 
 
 class ASTP(_StaysFloat, nn.Module):
@@ -1094,12 +1096,13 @@ class ASTP(_StaysFloat, nn.Module):
 
     def logits(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Weights before the softmax over time, of frames (B, C, T); None: no global context."""
+        frames = as_map(x.transpose(1, 2))
         if bias is None:
-            hidden = self.linear1(x)
+            hidden = self.linear1(frames)
         else:
             weight = self.linear1.weight[:, : x.shape[1]]
-            hidden = convolve(x, (weight.unsqueeze(3), None, 1)) + bias
-        return self.linear2(hidden.tanh())
+            hidden = convolve(frames, (weight.unsqueeze(3), None, 1)) + bias.unsqueeze(3)
+        return self.linear2(hidden.tanh()).squeeze(3)
 
 
 class TSTP(_StaysFloat, nn.Module):

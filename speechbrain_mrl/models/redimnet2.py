@@ -39,12 +39,14 @@ from .redimnet import (
     TimeContext,
     To1d,
     To2d,
+    as_map,
     check_bool,
     check_config,
     check_positive,
     check_stages,
     innermost,
     masked,
+    spectrum_map,
     valid_samples,
 )
 
@@ -329,21 +331,21 @@ class PooledMapMix(MapMix):
         weights = self.prepared()
         mixed = maps[-1] * weights[-1]
         for one, weight in zip(maps[-2::-1], weights[-2::-1]):
-            mixed = _repeated(mixed, one.shape[-1])
+            mixed = _repeated(mixed, one.shape[2])
             mixed = torch.addcmul(mixed, one, weight.to(mixed.dtype))
         return mixed
 
 
 def _repeated(x: Tensor, frames: int) -> Tensor:
-    """(B, C, T) with each frame repeated to ``frames`` in all."""
-    times = frames // x.shape[-1]
+    """(B, C, T, 1) with each frame repeated to ``frames`` in all."""
+    times = frames // x.shape[2]
     if times == 1:
         return x
-    return x.transpose(1, 2).unsqueeze(2).expand(-1, -1, times, -1).flatten(1, 2).transpose(1, 2)
+    return as_map(innermost(x).expand(-1, -1, times, -1).flatten(1, 2))
 
 
 class PooledConv(nn.Conv2d):
-    """Convolution over blocks of frequencies and frames, (B, c, f, T) -> (B, C, f / s, T / p)."""
+    """Convolution over blocks of frequencies and frames, (B, c, T, f) -> (B, C, T / p, f / s)."""
 
     def __init__(
         self, in_channels: int, out_channels: int, block: tuple[int, int], groups: int
@@ -358,32 +360,29 @@ class PooledConv(nn.Conv2d):
         ):  # torch takes twenty times as long with groups
             weight = torch.block_diag(*weight.flatten(1).unflatten(0, (groups, -1)))
             weight, groups = weight[..., None, None], 1
-        weight = weight.transpose(2, 3).contiguous(memory_format=torch.channels_last)
-        return weight, self.bias, groups
+        return weight.transpose(2, 3), self.bias, groups
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         weight, bias, groups = self.prepared()
-        stride = self.stride[::-1]
-        out = F.conv2d(innermost(x), weight, bias, stride=stride, groups=groups)
-        return out.transpose(2, 3)
+        return F.conv2d(x, weight, bias, stride=self.stride[::-1], groups=groups)
 
 
 class FrequencyEncoding(nn.Module):
-    """Adds to each frequency a vector of its own, (B, c, f, T)."""
+    """Adds to each frequency a vector of its own, (B, c, T, f)."""
 
     def __init__(self, f: int, c: int) -> None:
         super().__init__()
         self.freq_embedder = nn.Embedding(f, c)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        return x + self.freq_embedder.weight.T.unsqueeze(-1)
+        return x + self.freq_embedder.weight.T.unsqueeze(1)
 
 
 class GroupNorm(nn.GroupNorm):
-    """GroupNorm of a 1-D map over its frames that are not padding, (B, C·F, T)."""
+    """GroupNorm of a 1-D map over its frames that are not padding, (B, C·F, T, 1)."""
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        data = x.to(torch.promote_types(x.dtype, torch.float32)).transpose(1, 2)
+        data = innermost(x.to(torch.promote_types(x.dtype, torch.float32))).squeeze(2)
         groups = data.unflatten(2, (self.num_groups, -1))  # (B, T, groups, F)
         if mask is None:
             variance, mean = torch.var_mean(groups, dim=(1, 3), correction=0, keepdim=True)
@@ -395,7 +394,7 @@ class GroupNorm(nn.GroupNorm):
             centred = groups - mean
             variance = (centred.square() * mask).sum(dim=(1, 3), keepdim=True) / count
         normalised = (centred * (variance + self.eps).rsqrt()).flatten(2)
-        return torch.addcmul(self.bias, normalised, self.weight).transpose(1, 2).to(x.dtype)
+        return as_map(torch.addcmul(self.bias, normalised, self.weight)).to(x.dtype)
 
 
 class Backbone(nn.Module):
@@ -462,7 +461,7 @@ class Backbone(nn.Module):
             self.out_channels = out_channels * (1 if flat else f)
 
     def forward(self, feats: Tensor, mask: Tensor | None = None) -> Tensor:
-        maps = [self.stem_gnorm(self.stem(feats, mask), mask)]
+        maps = [self.stem_gnorm(self.stem(spectrum_map(feats), mask), mask)]
         for i, pool in enumerate(self.pools):
             # An utterance's frames are a multiple of each stride, so that no frame is half padding.
             pooled = None if mask is None else mask[..., ::pool]
@@ -475,9 +474,8 @@ class Backbone(nn.Module):
             maps.append(getattr(self, f"stage{i}_up_2d")(before, pooled))
             maps.append(getattr(self, f"stage{i}_up_1d")(after, pooled))
         frames = self.head(self.fin_to2d(self.fin_wght1d(maps)))
-        if frames.ndim == 4:
-            # channel-major, unlike every map before
-            frames = frames.permute(0, 3, 1, 2).flatten(2).transpose(1, 2)
+        # channel-major, unlike every map before
+        frames = frames.transpose(1, 2).flatten(2).transpose(1, 2)
         return frames[..., self.offset :]
 
 

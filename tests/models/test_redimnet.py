@@ -416,7 +416,7 @@ def test_maps_that_are_summed_lie_in_memory_alike(tiny_config, random_model, blo
         if isinstance(module, MapMix):
             module.register_forward_pre_hook(lambda _, given: seen.extend(given[0]))
     model(torch.randn(2, 8000))
-    assert len(seen) > 2 and all(one.transpose(1, 2).is_contiguous() for one in seen)
+    assert len(seen) > 2 and all(one.permute(0, 2, 3, 1).is_contiguous() for one in seen)
 
 
 # Weights of another network

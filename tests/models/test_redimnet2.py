@@ -220,7 +220,7 @@ def test_group_norm_of_padded_maps_is_torch_s_of_each_clip():
     torch.nn.init.normal_(norm.bias)
     maps, lengths = torch.randn(4, 12, 20), [20, 13, 4, 1]
     mask = (torch.arange(20) < torch.tensor(lengths)[:, None]).float().unsqueeze(1)
-    found = norm(maps, mask)
+    found = norm(maps.unsqueeze(3), mask).squeeze(3)
     for clip, one, n in zip(maps, found, lengths):
         expected = F.group_norm(clip[None, :, :n], 3, norm.weight, norm.bias, norm.eps)
         torch.testing.assert_close(one[None, :, :n], expected, atol=1e-5, rtol=1e-5)
@@ -229,8 +229,8 @@ def test_group_norm_of_padded_maps_is_torch_s_of_each_clip():
 def test_mixture_repeats_coarse_frames():
     mix = PooledMapMix(3, 2)
     torch.nn.init.normal_(mix.w)
-    maps = [torch.randn(1, 2, 12), torch.randn(1, 2, 6), torch.randn(1, 2, 3)]
-    weights = mix.w.detach().softmax(dim=1)[0]
+    maps = [torch.randn(1, 2, frames, 1) for frames in (12, 6, 3)]
+    weights = mix.w.detach().softmax(dim=1)[0].unsqueeze(2)
     expected = sum(
         one.repeat_interleave(times, dim=2) * weight
         for one, times, weight in zip(maps, (1, 2, 4), weights)
