@@ -56,7 +56,14 @@ from speechbrain_mrl.training.projection import (
     start_new_dimensions,
 )
 from speechbrain_mrl.training.teachers import SegmentTeachers
-from speechbrain_mrl.utils import check_device, choose_device, only_run, replacing, writing
+from speechbrain_mrl.utils import (
+    check_device,
+    choose_device,
+    only_run,
+    replacing,
+    require,
+    writing,
+)
 
 DEMO = "demo: synthetic voices and small demo teachers, no figure here is a VoxCeleb figure"
 
@@ -231,6 +238,8 @@ def run(document, stages, run_opts):
         sb.create_experiment_directory(hparams["output_folder"], kept, log_config=LOG_CONFIG)
     corpus = prepare(hparams, debug)
     trials = None if corpus.valid_trials is None else read_trials(corpus.valid_trials)
+    if corpus.test_trials is not None:
+        require("matplotlib", "the report")  # said now, not after the training
 
     embed_options = {
         "device": choose_device(options.get("device")),
