@@ -327,8 +327,8 @@ def _run(given: argparse.Namespace) -> None:
 
 
 def run() -> None:
-    """The console script: one command, for networks with the process prepared for the CPU."""
-    if {"embed", "verify"} & {*sys.argv[1:2]}:
+    """The console script: one command; the process is prepared for those that embed recordings."""
+    if {"embed", "verify", "convert"} & {*sys.argv[1:2]}:
         from speechbrain_mrl.inference.optimize import prepare_cpu
 
         prepare_cpu()

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from huggingface_hub import ModelCard
 from test_utils import full_disk
 
+from speechbrain_mrl import cli
 from speechbrain_mrl.cli import COMMANDS, main, parser
-from speechbrain_mrl.inference import encoders
+from speechbrain_mrl.inference import encoders, optimize
 from speechbrain_mrl.inference.encoders import load_teacher
 from speechbrain_mrl.models.redimnet import MatryoshkaReDimNet
 from speechbrain_mrl.publish import hub
@@ -281,6 +282,17 @@ print({{"torch", "speechbrain", "numpy", "sklearn"}} & {{*sys.modules}})"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "Tiny ReDimNet" in done.stdout and "usage:" in done.stdout, done.stderr
     assert done.stdout.splitlines()[-1] == "set()"
+
+
+@pytest.mark.parametrize("command", ["embed", "verify", "convert", "info", "--help"])
+def test_the_process_is_prepared_where_recordings_are_embedded(command, monkeypatch):
+    prepared = []
+    monkeypatch.setattr(optimize, "prepare_cpu", lambda: prepared.append(True))
+    monkeypatch.setattr(cli, "main", lambda: 0)
+    monkeypatch.setattr(sys, "argv", ["speechbrain-mrl", command])
+    with pytest.raises(SystemExit):
+        cli.run()
+    assert bool(prepared) == (command in ("embed", "verify", "convert"))
 
 
 def test_publish_lists_what_would_be_uploaded(folder, capsys):
