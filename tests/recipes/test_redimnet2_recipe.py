@@ -9,6 +9,7 @@ import read_hparams
 import torch
 import train
 from check_hparams import check_training
+from short_runs import OPTIONS
 
 from speechbrain_mrl.models.redimnet import ReDimNet
 from speechbrain_mrl.models.redimnet2 import ReDimNet2
@@ -28,13 +29,7 @@ def run(small_corpus, release_file, tiny_config, tiny_config2, tmp_path, short_r
             "output_folder": tmp_path / "run",
             "teachers": [str(path) for path in teachers.values()],
             "backbone": teachers[backbone],
-            "valid_speakers": 4,
-            "test_speakers": 6,
-            "chunk_seconds": 0.5,
-            "batch_size": 8,
-            "num_workers": 0,
-            "number_of_epochs": 1,
-            "device": "cpu",
+            **OPTIONS,
             "embed_dim": 48,
             "mrl_dims": "[8, 16, 32, 48]",
             **changes,

@@ -18,7 +18,7 @@ import training_results
 import verify
 from huggingface_hub import ModelCard
 from shards import write_shards
-from short_runs import shorten
+from short_runs import OPTIONS, shorten
 from speechbrain.inference.classifiers import EncoderClassifier
 from speechbrain.utils.parameter_transfer import Pretrainer
 
@@ -46,13 +46,7 @@ def recipe(corpus, checkpoints, *flags, output_folder, yaml="hparams/mrl_distill
         "output_folder": output_folder,
         "teachers": [str(path) for path in checkpoints],
         "backbone": checkpoints[0],
-        "valid_speakers": 4,
-        "test_speakers": 6,
-        "chunk_seconds": 0.5,
-        "batch_size": 8,
-        "num_workers": 0,
-        "number_of_epochs": 1,
-        "device": "cpu",
+        **OPTIONS,
         **SIZES,
         **changes,
     }
@@ -322,13 +316,7 @@ def test_two_processes_train_one_student(small_corpus, release_file, tiny_config
         "output_folder": tmp_path / "run",
         "teachers": [str(teacher)],
         "backbone": teacher,
-        "valid_speakers": 4,
-        "test_speakers": 6,
-        "chunk_seconds": 0.5,
-        "batch_size": 8,
-        "num_workers": 0,
-        "number_of_epochs": 1,
-        "device": "cpu",
+        **OPTIONS,
         "distributed_backend": "gloo",
         **SIZES,
     }

@@ -19,7 +19,7 @@ import pytest
 import torch
 import train
 from shards import write_shards
-from short_runs import shorten
+from short_runs import OPTIONS, shorten
 from voxceleb_prepare import prepare_voxceleb
 
 from speechbrain_mrl.training.checkpoints import AtomicCheckpointer
@@ -44,15 +44,10 @@ def argv(small_corpus, two_teachers, tiny_config, short_runs):
             "backbone": json.dumps(tiny_config),
             "pretrained": False,
             "stages": json.dumps(STAGES),
-            "valid_speakers": 4,
-            "test_speakers": 6,
-            "chunk_seconds": 0.5,
-            "batch_size": 8,
-            "num_workers": 0,
+            **OPTIONS,
             "number_of_epochs": 2,
             "ckpt_interval_minutes": 0,
             "ckpt_interval_steps": 3,
-            "device": "cpu",
             **changes,
         }
         return [
