@@ -158,14 +158,12 @@ def truncation_scores(
     >>> {name: scores[1].round(2).tolist() for name, scores in found.items()}
     {'naive_truncation': [1.0, 1.0], 'pca_truncation': [1.0, -1.0]}
     """
-    rows: dict[str, Scores] = {
-        "naive_truncation": _prefix_scores(teacher, trials, mrl_dims),
-        "pca_truncation": {},
-    }
-    if fit_labels is not None:
-        rows["lda_truncation"] = {}
-    if sizes := list(rows["naive_truncation"]):
-        for name, labels in zip(list(rows)[1:], (None, fit_labels)):
+    rows = {"naive_truncation": _prefix_scores(teacher, trials, mrl_dims)}
+    sizes = list(rows["naive_truncation"])
+    fits = {"pca_truncation": None} | ({} if fit_labels is None else {"lda_truncation": fit_labels})
+    for name, labels in fits.items():
+        rows[name] = {}
+        if sizes:
             rotated = matryoshka_rotation(fit_embeddings, sizes, labels)(teacher.detach())
             rows[name] = score_trials(rotated, trials, sizes)
     return rows

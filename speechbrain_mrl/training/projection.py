@@ -194,7 +194,10 @@ def spread(clips: Sequence[Clip]) -> Sequence[Clip]:
 
 
 def spread_speakers(clips: Sequence[Clip]) -> list[Clip]:
-    """At most 10,000 of the utterances, equally many of each speaker, but ten of one if there are."""
+    """At most 10,000 of the utterances: as many of each speaker as that allows.
+
+    Of more than 1,000 speakers, ten utterances of some of them, evenly over the list.
+    """
     by_speaker = defaultdict(list)
     for clip in clips:
         by_speaker[speaker_of(clip.id)].append(clip)
