@@ -228,6 +228,7 @@ def test_wav_lens_of_one_change_nothing(tiny_config, random_model):
 
 def assert_trained_as_without_padding(model, lengths):
     """Embeddings, gradients and running statistics in training, against clips of their own lengths."""
+    torch.manual_seed(0)  # rarely an activation is so near zero that float32 gives it another sign
     wavs, wav_lens = torch.randn(len(lengths), max(lengths)), torch.tensor(lengths) / max(lengths)
     with torch.no_grad():
         alone = [model.spec(wav[None, :n])[0].double() for wav, n in zip(wavs, lengths)]
