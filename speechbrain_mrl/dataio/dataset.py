@@ -64,7 +64,7 @@ class _Rows:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
         with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
-            names = next(csv.reader([file.readline()], skipinitialspace=True), [])
+            names = _cells(file.readline(), f"{path}, line 1")
         self.columns = check_columns(path, names, ["ID"])
         self.text = np.memmap(path, dtype=np.uint8, mode="r")
         ends = np.concatenate(
@@ -86,11 +86,7 @@ class _Rows:
         line = self.text[self.begins[number] : self.begins[number + 1]].tobytes()
         text = line.decode(errors="surrogateescape")
         where = f"{self.path}, line {number + 2}"
-        try:
-            cells = next(csv.reader([text], skipinitialspace=True), [])
-        except csv.Error as error:
-            raise ValueError(f"{where}: {error}") from None
-        row: dict[str, Any] = dict(check_row(where, self.columns, cells, ["ID"]))
+        row: dict[str, Any] = dict(check_row(where, self.columns, _cells(text, where), ["ID"]))
         row = {"id": row.pop("ID"), **row}
         if "duration" in row:
             row["duration"] = float(row["duration"])
@@ -100,9 +96,21 @@ class _Rows:
         return _Rows, (self.path,)
 
 
-def draw_seed(*numbers: int) -> int:
-    """32 bits of SpeechBrain's seed (``seed_everything``; its default without) and the numbers."""
-    seed = int(os.environ.get("SB_GLOBAL_SEED", 563375142))
+def _cells(line: str, where: str) -> list[str]:
+    try:
+        return next(csv.reader([line], skipinitialspace=True), [])
+    except csv.Error as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def global_seed() -> int:
+    """SpeechBrain's seed (``seed_everything``; its default without)."""
+    return int(os.environ.get("SB_GLOBAL_SEED", 563375142))
+
+
+def draw_seed(*numbers: int, seed: int | None = None) -> int:
+    """32 bits of a seed, SpeechBrain's if none is given, and the numbers."""
+    seed = global_seed() if seed is None else seed
     return int(np.random.SeedSequence((seed, *numbers)).generate_state(1)[0])
 
 
@@ -126,12 +134,14 @@ def seed_draws(*numbers: int) -> None:
 class SeededClips(ClipDataset):
     """A dataset whose items draw by seed, epoch and position, in whichever process.
 
-    ``epoch`` is a tensor that reading processes see change.
+    ``epoch`` is a tensor that reading processes see change. The seed is SpeechBrain's where the
+    dataset is made: reading processes need not have that environment.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self.seed = global_seed()
 
     def __getitem__(self, index: Any) -> Any:
         return self.draw(index, self.data[self.data_ids[index]])
@@ -139,7 +149,7 @@ class SeededClips(ClipDataset):
     def draw(self, index: int, row: dict[str, Any]) -> Any:
         """The item of a row, drawn as that position's."""
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(draw_seed(self.epoch.item(), index))
+            torch.default_generator.manual_seed(draw_seed(self.epoch.item(), index, seed=self.seed))
             return self.pipeline.compute_outputs(row)
 
 

@@ -91,7 +91,7 @@ class ShardedClips(IterableDataset[Any]):
         done = len(range(number, self.done.item(), count))
         rank, epoch = int(os.environ.get("RANK", 0)), self.epoch.item()
         rows = self._rows(self._order(epoch)[rank :: self.world_size][number::count])
-        draws = random.Random(draw_seed(epoch, rank, number))
+        draws = random.Random(draw_seed(epoch, rank, number, seed=self.clips.seed))
         rows = _webdataset().shuffle(BUFFER, initial=BUFFER, rng=draws)(rows)
         for position, row in islice(
             rows, done * self.batch_size, self.batches // count * self.batch_size
@@ -103,7 +103,7 @@ class ShardedClips(IterableDataset[Any]):
         order = []
         for number in range(self.passes):
             shards = list(range(len(self.urls)))
-            random.Random(draw_seed(epoch, number)).shuffle(shards)
+            random.Random(draw_seed(epoch, number, seed=self.clips.seed)).shuffle(shards)
             kept = len(shards) // self.world_size * self.world_size
             order += [(number, shard) for shard in shards[:kept]]
         return order

@@ -2,6 +2,7 @@ import copy
 import itertools
 from collections import Counter
 from functools import partial
+from multiprocessing import forkserver
 from types import SimpleNamespace
 
 import numpy as np
@@ -63,7 +64,10 @@ def test_a_chunk_is_a_piece_of_its_clip(clips_csv, small_clips):
 @pytest.mark.parametrize(
     "dataset", [partial(train_dataset, chunk_seconds=0.5), partial(valid_dataset, max_seconds=1)]
 )
-def test_workers_may_be_new_processes(dataset, clips_csv):
+def test_workers_may_be_new_processes(dataset, clips_csv, monkeypatch):
+    """Also of a server that began before this process had its seed."""
+    forkserver.ensure_running()
+    monkeypatch.setenv("SB_GLOBAL_SEED", "7")
     loader = DataLoader(
         dataset(clips_csv),
         4,
