@@ -25,6 +25,7 @@ from speechbrain_mrl import MatryoshkaDistillationLoss, ReDimNet, ReDimNetMRL
 from speechbrain_mrl.dataio.clips import find_clips
 from speechbrain_mrl.inference.extract import embed_clips
 from speechbrain_mrl.models.redimnet import PRESETS
+from speechbrain_mrl.training.gradient_checkpointing import checkpoint_gradients
 
 SECONDS = 3.0
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -110,11 +111,13 @@ def tests(bench):
     bench.add("tests", {"result": lines[-1] if lines else "none", "seconds": seconds})
 
 
-def make_step(bench, backbone, precision, compiled):
+def make_step(bench, backbone, precision, way=""):
     """A function that makes one training step, and the student."""
     torch.manual_seed(0)
     student = ReDimNetMRL(backbone=backbone).to(bench.device).train()
-    forward = torch.compile(student) if compiled else student
+    if way == "checkpointing":
+        checkpoint_gradients(student)
+    forward = torch.compile(student) if way == "compiled" else student
     terms = {"cosine": 1.0, "contrastive": 0.1}
     objective = MatryoshkaDistillationLoss(student.mrl_dims, "all", terms).to(bench.device)
     fitted_on = {"b0": torch.randn(2000, 192), "b6": torch.randn(2000, 192)}
@@ -137,15 +140,14 @@ def make_step(bench, backbone, precision, compiled):
 
 def training(bench, peak):
     """Chunks a second, memory and FLOP of a step for each student and precision."""
-    variants = [("float32", False), ("bfloat16", False), ("bfloat16", True)]
+    variants = [("float32", ""), ("bfloat16", "")]
+    further = {"b2": [("bfloat16", "compiled")], "b6": [("bfloat16", "checkpointing")]}
     for backbone in ("b0",) if bench.toy else BATCHES:
-        for precision, compiled in variants:
-            if compiled and (bench.toy or backbone != "b2"):
+        for precision, way in variants + further.get(backbone, []):
+            what = f"{backbone} {precision} {way}".rstrip()
+            if bench.late(100 if way == "compiled" else 20, what):
                 continue
-            what = f"{backbone} {precision}{' compiled' if compiled else ''}"
-            if bench.late(100 if compiled else 20, what):
-                continue
-            step, student, n = make_step(bench, backbone, precision, compiled)
+            step, student, n = make_step(bench, backbone, precision, way)
             if bench.cuda:
                 torch.cuda.reset_peak_memory_stats()
             try:
@@ -157,7 +159,7 @@ def training(bench, peak):
             if bench.cuda:
                 row["MB/chunk"] = torch.cuda.max_memory_allocated() / n / 2**20
                 row["GPU busy"] = busy(step)
-            if not compiled:
+            if not way:
                 with FlopCounterMode(display=False) as counter:
                     step()
                 row["TFLOP/s"] = counter.get_total_flops() / took / 1e12
@@ -195,7 +197,7 @@ def synchronisations(bench):
     """How often a step waits for the GPU."""
     if not bench.cuda:
         return
-    step, *_ = make_step(bench, "b0", "bfloat16", compiled=False)
+    step, *_ = make_step(bench, "b0", "bfloat16")
     step()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("warn")

@@ -96,7 +96,7 @@ OPTIONAL = [  # left out where nothing needs it
     (Object | None, "teacher_augment"),
     (Text, "teacher_store teacher_train_type teacher_dataset student_train_type student_dataset"),
     (must_be("a released name, a file or a model_config", is_backbone), "backbone"),
-    (bool, "pretrained"),
+    (bool, "pretrained gradient_checkpointing"),
     (Published | None, "pretrained_encoder"),
     (NotNegative, "margin_epochs"),
     (Literal["fp32", "fp16", "bf16"], "precision eval_precision"),

@@ -217,6 +217,8 @@ def main(argv):
         limit_workers(stage)
     options = run_options(run_opts, stages[-1])
     check_device(options.get("device"))
+    if options.get("compile") and any(stage.get("gradient_checkpointing") for stage in stages):
+        raise ValueError("gradient_checkpointing does not go with --compile; leave one of them out")
     ddp_init_group(options)
     with only_run(stages[-1]["output_folder"]):
         return run(document, stages, run_opts)

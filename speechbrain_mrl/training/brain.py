@@ -115,7 +115,7 @@ class MRLBrain(SteppingBrain):
 
     def compute_forward(self, batch: Any, stage: sb.Stage) -> Tensor:
         """A batch of waveforms to embeddings (B, D), augmented in training."""
-        batch = batch.to(self.device)
+        batch = batch.to(self.device, non_blocking=True)
         if stage != sb.Stage.TRAIN:
             return self._parts(stage)["student"](*batch.sig)
         # Without autocast, for half precision is noise, too.

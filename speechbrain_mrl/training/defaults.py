@@ -30,6 +30,7 @@ DEFAULTS: dict[str, Any] = {
     "number_of_epochs": 30,
     "nonfinite_patience": 3,
     "batch_size": 128,
+    "gradient_checkpointing": False,
     "lr": 0.0003,
     "weight_decay": 0.0001,
     "warmup": 0.05,

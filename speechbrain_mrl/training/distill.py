@@ -25,6 +25,7 @@ from speechbrain_mrl.models.redimnet import MatryoshkaHead, ReDimNet
 from speechbrain_mrl.training.brain import MRLBrain
 from speechbrain_mrl.training.checkpoints import AtomicCheckpointer
 from speechbrain_mrl.training.defaults import DEFAULTS, default_augment
+from speechbrain_mrl.training.gradient_checkpointing import checkpoint_gradients
 from speechbrain_mrl.training.logger import TrainingLog
 from speechbrain_mrl.training.projection import (
     align_head,
@@ -80,6 +81,8 @@ def train_student(
     part_lrs = hparams["unfreeze"] or {}
     frozen = [name for name in hparams["freeze"] or () if name not in part_lrs]
     _freeze(student, frozen, part_lrs)
+    if hparams.get("gradient_checkpointing"):
+        checkpoint_gradients(student)
 
     n_batches = len(train_set)
     if not isinstance(train_set, DataLoader):
@@ -115,13 +118,14 @@ def train_student(
         total_steps=n_steps,
     )
     brain.margin_steps = round(hparams.get("margin_epochs", 0) * steps_per_epoch)
+    pinned = {"pin_memory": torch.device(brain.device).type == "cuda"}
     with only_run(checkpointer.checkpoints_dir):
         brain.fit(
             hparams["epoch_counter"],
             train_set,
             valid_set,
-            train_loader_kwargs=hparams["train_loader"],
-            valid_loader_kwargs=hparams["valid_loader"],
+            train_loader_kwargs=pinned | hparams["train_loader"],
+            valid_loader_kwargs=pinned | hparams["valid_loader"],
         )
     checkpointer.recover_if_possible(min_key="valid_error")
     return brain

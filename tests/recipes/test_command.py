@@ -26,6 +26,11 @@ MISTAKES = {
     "a value of another type": (train, ["hparams/mrl_distill.yaml", "--lr=abc"], "lr must be"),
     "no such folder": (train, ["hparams/mrl_distill.yaml", "--data_folder=/gone"], "data_folder"),
     "no such device": (train, ["hparams/mrl_distill.yaml", "--device=gpu"], "device 'gpu'"),
+    "compiled and recomputed": (
+        train,
+        ["hparams/mrl_distill.yaml", "--compile", "--gradient_checkpointing=True"],
+        "gradient_checkpointing does not go with --compile",
+    ),
     "no model to verify": (verify, ["hparams/verify.yaml"], "source"),
     "a list that is not there": (
         verify,

@@ -226,6 +226,7 @@ def test_a_value_out_of_range_is_refused(name, key):
 def test_every_key_that_a_recipe_reads_has_a_rule():
     """Those that others only refer to are checked where they are used."""
     flags = {"labels", "speaker_folders", "pretrained", "prepare_only", "skip_bad_files"}
+    flags.add("gradient_checkpointing")
     loaders = {"train_loader", "valid_loader"}
     unchecked = {key for _, key in KEYS} - OUT_OF_RANGE.keys() - flags - loaders
     for name, tree in TREES.items():

@@ -308,6 +308,11 @@ def test_bf16_trains_to_finite_weights(run):
     assert all(value.isfinite().all() for value in student.state_dict().values())
 
 
+def test_gradient_checkpointing_changes_no_weight(run, trained):
+    student, _ = run(gradient_checkpointing=True)
+    torch.testing.assert_close(student.state_dict(), trained.student.state_dict(), rtol=0, atol=0)
+
+
 def test_two_processes_train_one_student(small_corpus, release_file, tiny_config, tmp_path):
     """With torchrun and gloo; each fills its part of the store, one writes the report."""
     teacher = release_file(tiny_config, name="first")

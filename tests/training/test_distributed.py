@@ -13,6 +13,7 @@ from torch.multiprocessing import start_processes
 from speechbrain_mrl import MatryoshkaDistillationLoss, ReDimNetMRL
 from speechbrain_mrl.inference.store import TeacherStore
 from speechbrain_mrl.training.distill import MRLBrain
+from speechbrain_mrl.training.gradient_checkpointing import checkpoint_gradients
 from speechbrain_mrl.training.projection import fit_objective
 from speechbrain_mrl.utils import choose_device
 
@@ -56,9 +57,14 @@ def make_brain(config, world_size, **run_opts):
 
 
 def train(rank, world_size, config, folder):
-    """A few steps on this rank's clips, then validation, which rank 0 has a batch more of."""
+    """A few steps on this rank's clips, then validation, which rank 0 has a batch more of.
+
+    Two processes compute activations anew in backward, which changes nothing.
+    """
     join(rank, world_size, folder)
     brain = make_brain(config, world_size)
+    if world_size > 1:
+        checkpoint_gradients(brain.unwrapped["student"])
     brain.on_fit_start()
     brain.on_stage_start(sb.Stage.TRAIN, epoch=1)
     brain.modules.train()
