@@ -60,7 +60,7 @@ def embed(given: argparse.Namespace) -> Any:
       speechbrain-mrl embed models/b2 calls/ --output calls.npz
       speechbrain-mrl embed org/redimnet-mrl one.wav two.flac --target_dim 64 --json
 
-    the .npz holds ids (N,) and embeddings (N, target_dim), float32 at unit length
+    the .npz holds ids (N,) and embeddings (N, target_dim), float32, L2-normalised
     """
     import numpy as np
     from torch.nn.functional import normalize
@@ -87,7 +87,7 @@ def embed(given: argparse.Namespace) -> Any:
     rows = [[f["id"], f["seconds"], start] for f, start in zip(found, few, strict=True)]
     print_table(["recording", "seconds", "first dimensions"], rows)
     where = f"written to {given.output}" if given.output else "to keep them, give --output"
-    print(f"{len(clips)} embeddings of {size} dimensions, at unit length; {where}")
+    print(f"{len(clips)} embeddings of {size} dimensions, L2-normalised; {where}")
 
 
 @command(
@@ -166,7 +166,7 @@ def _verify_list(given: argparse.Namespace) -> Any:
     option("--trials", default="", help="name of the report's trial list"),
 )
 def convert(given: argparse.Namespace) -> Any:
-    """Turn a ReDimNet into a SpeechBrain model, or make any speaker encoder Matryoshka by rotation.
+    """Write a ReDimNet as a SpeechBrain model, or make any speaker encoder Matryoshka by rotation.
 
     Examples:
       speechbrain-mrl convert b2-vox2-ft_lm models/b2
@@ -175,8 +175,8 @@ def convert(given: argparse.Namespace) -> Any:
       speechbrain-mrl convert b2 models/b2-mrl --recordings calls/ --mrl_dims 64 128 192
 
     Without --recordings the weights stay as they are. With them, the embedding is rotated to the
-    principal components of these recordings, so that its first 64 dimensions are an embedding too;
-    a few thousand recordings are good, nobody needs to know who speaks, and it takes no training.
+    principal components of these recordings, so that its first 64 dimensions are an embedding too.
+    A few thousand unlabelled recordings are enough, and it takes no training.
     """
     from speechbrain_mrl.publish.convert import convert_release
 

@@ -165,6 +165,6 @@ def lda_axes(centred: Tensor, labels: Tensor) -> Tensor:
     variances = torch.lerp(variances, variances.mean(), LDA_SHRINKAGE)
     whiten = axes / variances.sqrt()  # (D, D)
     between = whiten.T @ (sums.T @ means / len(labels)) @ whiten
-    # The D - (C - 1) directions that separate nobody would tie; a trace of variance orders them.
+    # The D - (C - 1) directions that separate no speakers would tie; a trace of variance orders them.
     order = variances.diag() * (1e-9 * between.diagonal().max() / variances.max())
     return _with_fixed_signs(principal_axes(between + order) @ whiten.T)

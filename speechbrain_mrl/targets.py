@@ -117,7 +117,7 @@ class EnsembleRotation(nn.Module):
         return self
 
     def concatenate(self, teachers: Mapping[str, Tensor]) -> Tensor:
-        """Teachers side by side, (B, sum of D_t), at unit length; not centred before ``fit``."""
+        """Teachers side by side, (B, sum of D_t), L2-normalised; not centred before ``fit``."""
         means: dict[str, Any] = {
             k.removeprefix("mean_"): m for k, m in self._buffers.items() if k != "matrix"
         }

@@ -255,7 +255,7 @@ def bootstrap(
     if contradicted.any():
         raise ValueError(
             f"{trials.source}, line {contradicted.argmax() + 1}: the label contradicts the "
-            "clips' first folders, which n_bootstrap takes for their speakers; "
+            "first folders of the two ids, which n_bootstrap takes for their speakers; "
             "name utterances speaker/... or set n_bootstrap=0"
         )
     rng = np.random.default_rng(BOOTSTRAP_SEED)

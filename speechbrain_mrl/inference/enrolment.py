@@ -14,7 +14,7 @@ from torch import Tensor
 def enrol(
     speakers: Sequence[str], embeddings: Tensor, target_dim: int | None = None
 ) -> tuple[list[str], Tensor]:
-    """One embedding per speaker: the mean of its utterances' unit vectors, at unit length.
+    """One embedding per speaker: the mean of its L2-normalised utterances, L2-normalised.
 
     ``speakers`` and ``embeddings``, N and (N, D), belong to the utterances; ``target_dim`` is the
     prefix to keep, default D, which an index wants. Returns the C speakers in order of first

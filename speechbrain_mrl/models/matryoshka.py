@@ -35,8 +35,8 @@ class MatryoshkaEncoder(MatryoshkaHead):
     It is called as ``ReDimNetMRL`` is: waveforms to features, normalised features, the encoder's own
     embedding, and a linear layer to ``embed_dim`` dimensions.
 
-    In eval mode a clip has the same embedding alone and in a padded batch, whatever the encoder
-    does with padding: clips of one length run together, each length without padding. In training the
+    In eval mode an utterance has the same embedding alone and in a padded batch, whatever the encoder
+    does with padding: utterances of one length run together, without padding. In training the
     parts are told the lengths, as SpeechBrain's recipes do it, and what they make of the padding is
     their own; training chunks of equal lengths have none. The noise of 1e-5 that SpeechBrain's
     ``StatisticsPooling`` adds to x-vectors is left out: an utterance has one embedding.
@@ -60,7 +60,7 @@ class MatryoshkaEncoder(MatryoshkaHead):
     Attributes
     ----------
     architecture : str or None
-        HyperPyYAML that makes ``compute_features``, ``mean_var_norm`` and ``embedding_model`` anew,
+        HyperPyYAML that makes ``compute_features``, ``mean_var_norm`` and ``embedding_model`` again,
         of a model from ``from_hparams`` or a recipe; a model is published with it.
 
     Raises
@@ -237,7 +237,7 @@ class MatryoshkaEncoder(MatryoshkaHead):
         if norm_type not in (None, "sentence", "global"):
             raise ValueError(
                 f"mean_var_norm has norm_type={norm_type!r}, by which an embedding depends on other "
-                "clips; use norm_type='sentence'"
+                "utterances; use norm_type='sentence'"
             )
         if norm_type == "global" and not getattr(self.mean_var_norm, "count", 1):
             raise ValueError(
