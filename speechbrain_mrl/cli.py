@@ -272,7 +272,7 @@ def _embed(given: argparse.Namespace, clips: Sequence[Any]) -> tuple[Any, Any, A
 
     device = check_device(given.device)
     encoder = load_teacher(given.model, device=device)
-    with tqdm(total=len(clips), unit="clip", desc="Embedding", disable=None) as bar:
+    with tqdm(total=len(clips), unit=" utterances", desc="Embedding", disable=None) as bar:
         options = {"device": device, "max_seconds": given.max_seconds, "progress": bar}
         embeddings = embed_clips({"model": encoder}, clips, **options)["model"]
     return embeddings, encoder, *sizes_and_thresholds(encoder, embeddings.shape[1])

@@ -54,7 +54,7 @@ def write_shards(csv_path, folder, n_shards=512):
         raise ValueError(f"n_shards must be from 1 to the {len(rows)} utterances, got {n_shards}")
     order = np.random.default_rng(0).permutation(len(rows))
     names = [f"{number:0{len(str(n_shards - 1))}d}" for number in range(n_shards)]
-    with only_run(folder), tqdm(total=len(rows), unit="clip", disable=None) as bar:
+    with only_run(folder), tqdm(total=len(rows), unit=" utterances", disable=None) as bar:
         claim(folder / "shards.json", {"shards": n_shards, "list": sha256(csv_path)})
         for part in folder.glob(".*.tar"):  # of a killed run
             part.unlink()

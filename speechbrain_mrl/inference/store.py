@@ -123,7 +123,7 @@ class TeacherStore:
                 if missing:
                     todo.append((i, shard, missing))
             total = sum(len(shard) for _, shard, _ in todo)
-            with tqdm(total=total, unit="clip", desc="Embedding", disable=not todo) as bar:
+            with tqdm(total=total, unit=" utterances", desc="Embedding", disable=not todo) as bar:
                 for i, shard, missing in todo:
                     found = embed_clips(
                         missing, shard, device, batch_seconds, max_seconds, num_workers, bar

@@ -80,7 +80,7 @@ def convert_release(
         else:
             rotated = ReDimNetMRL.from_redimnet(network, size, sizes)
         clips = find_clips(recordings)
-        with tqdm(total=len(clips), unit="clip", desc="Embedding", disable=None) as bar:
+        with tqdm(total=len(clips), unit=" utterances", desc="Embedding", disable=None) as bar:
             embeddings = embed_clips({"model": network}, clips, progress=bar)["model"]
         rotation = matryoshka_rotation(embeddings, sizes)
         rotated.rotate_head(rotation.matrix, rotation.mean)

@@ -117,7 +117,7 @@ def progress_line(
     >>> progress_line({"epoch": 0, "lr": 0.0}, {}, valid)
     'epoch 0 | valid loss 0.1812 | EER % 64: 5.58, 256: 5.27 | agreement 64: 0.941'
     >>> progress_line({"epoch": 3, "lr": 8e-05}, {"loss": 0.1653, "clips_per_second": 212.4}, {})
-    'epoch 3 | loss 0.1653 | 212 clips/s | lr 8e-05'
+    'epoch 3 | loss 0.1653 | 212 chunks/s | lr 8e-05'
     """
     stage = f"{stats_meta['stage']}, " if "stage" in stats_meta else ""
     parts = [f"{stage}epoch {stats_meta['epoch']}"]
@@ -132,7 +132,7 @@ def progress_line(
             cells = [f"{k.split('/')[1]}: {shown.format(factor * v)}" for k, v in by_size.items()]
             parts.append(f"{heading} {', '.join(cells)}")
     if "clips_per_second" in train_stats:
-        parts.append(f"{train_stats['clips_per_second']:.0f} clips/s")
+        parts.append(f"{train_stats['clips_per_second']:.0f} chunks/s")
     if stats_meta["lr"]:
         parts.append(f"lr {stats_meta['lr']:.2g}")
     return " | ".join(parts)
