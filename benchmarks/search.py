@@ -27,7 +27,7 @@ from speechbrain_mrl.inference.search import MatryoshkaIndex
 
 CHUNK = 50_000
 METHODS = ("flat", "ivf", "4bit", "float32", "int8", "hnsw")
-SHORTLISTS = {"ivf": 1000, "4bit": 700, "float32": 100, "int8": 100}
+SHORTLISTS = {"ivf": 1000, "4bit": 600, "float32": 100, "int8": 100}
 K = 10
 
 

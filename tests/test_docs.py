@@ -31,6 +31,8 @@ from speechbrain_mrl.training import distill as training
 ROOT = Path(__file__).parents[1]
 PAGES = [
     ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "benchmarks/README.md",
     ROOT / "recipes/voxceleb/README.md",
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
@@ -42,6 +44,8 @@ MODEL = f"{DEMO}/model"
 PLACES = {"org/redimnet-mrl": MODEL, "ORG/NAME": "org/tiny", "results/voxceleb/model": MODEL}
 PROGRAMS = (
     "mypy",
+    "ruff",
+    "pre-commit",
     "python3 -m venv",
     ". .venv",
     "hf auth",
@@ -63,8 +67,13 @@ def blocks(page):
 
 
 def commands(language):
-    """Commands of all blocks in a shell's language, each by its page and line."""
+    """Commands of all blocks in a shell's language and of sentences, each by its page and line."""
     for page in PAGES:
+        inside = re.findall(r"`(?:python )?(benchmarks/\w+\.py[^`]*)`", page.read_text("utf-8"))
+        for number, command in enumerate(inside):
+            yield pytest.param(
+                ["python", *shlex.split(command)], id=f"{page.name}, sentence {number}"
+            )
         for line, found, text in blocks(page):
             if found != language:
                 continue
@@ -190,7 +199,7 @@ def test_a_command_has_the_options_that_it_uses(words, at_work):
         publish.main(options)
     else:
         source, keys = path.read_text(encoding="utf-8"), YAML().load(RECIPE_YAML)
-        if "from timing import arguments" in source:
+        if "timing" in source:
             source += path.with_name("timing.py").read_text(encoding="utf-8")
         for option in (word.split("=")[0] for word in options if word.startswith("--")):
             known = f'"{option}"' in source or option.removeprefix("--") in keys
