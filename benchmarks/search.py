@@ -1,8 +1,8 @@
 """Speed, recall and memory of prefix search against exact and HNSW search, side by side.
 
 Speakers are drawn from a Gaussian whose variance falls with the dimension, as PCA finds it in real
-embeddings. Each method is timed right after exact search
-over the full embeddings, so that a busy machine slows both; the ratio is that of the two.
+embeddings. Each method is timed right after exact search over the full embeddings, so that a busy
+machine slows both. The ratio is that of the two.
 
     python benchmarks/search.py --n_speakers 1000000 --output search.json
 """

@@ -43,9 +43,11 @@ class MatryoshkaDistillationLoss(nn.Module):
     Where sizes follow different teachers, their targets disagree on the dimensions that prefixes
     share. The first three terms then compare a linear map of the prefix, one per size. It is
     trained with the student (give the objective's parameters to the optimizer) and of no use
-    afterwards. With several processes in training, all terms but ``aam`` see the utterances of all
-    ranks, which must be equally many; gradients averaged over ranks are then those of one process
-    with the whole batch. In eval mode each rank sees its own utterances.
+    afterwards.
+
+    With several processes in training, all terms but ``aam`` see the utterances of all ranks, which
+    must be equally many. Gradients averaged over ranks are then those of one process with the whole
+    batch. In eval mode each rank sees its own utterances.
 
     Arguments
     ---------
@@ -179,8 +181,8 @@ class MatryoshkaDistillationLoss(nn.Module):
     ) -> tuple[Tensor, dict[str, float]]:
         """Student (B, D), teachers {name: (B, D_t)} and, for ``aam``, speakers (B,) to the loss.
 
-        Returns the scalar to minimise and each term's unweighted value, {"gram/64": float, ...};
-        with ``values_as_tensors`` these stay on their device, and a GPU need not be waited for.
+        Returns the scalar to minimise and each term's unweighted value, {"gram/64": float, ...}.
+        With ``values_as_tensors`` these stay on their device, and a GPU need not be waited for.
         In eval mode without labels, ``aam`` is left out: held-out speakers are no classes.
         """
         self._check_batch(student_embeddings, teacher_embeddings, labels)

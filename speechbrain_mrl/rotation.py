@@ -47,11 +47,11 @@ def matryoshka_rotation(
 ) -> Rotation:
     """The rotation that makes the prefixes of any encoder's embeddings useful, without training.
 
-    Without labels this is PCA: each prefix keeps the most variance that its size can hold. With
-    labels it is LDA: variance within a speaker is whitened, as far as a covariance shrunk half way
-    to its mean variance knows it; the directions that separate speakers come first, and those that
-    do not (all past C - 1) follow by their variance. The result does not depend on the order of the
-    utterances.
+    Without labels this is PCA: each prefix keeps the most variance that its size can hold.
+
+    With labels of C speakers it is LDA. Variance within a speaker is whitened, by a covariance that
+    is shrunk half way to its mean variance. The C - 1 directions that separate speakers come first;
+    the others follow by their variance. The order of the utterances has no effect.
 
     Arguments
     ---------

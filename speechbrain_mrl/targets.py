@@ -16,10 +16,9 @@ class EnsembleRotation(nn.Module):
     """One nested target out of several teachers: its first d dimensions are the best d.
 
     Each teacher is centred by its fitted mean, L2-normalised, weighted, and concatenated with the
-    others. The union's dot products are then the weighted mean
-    of the teachers' cosines, and its principal components (not centred again) keep those dot
-    products as well as any d dimensions can. With labelled utterances the axes are those of LDA
-    instead, which separate speakers rather than keep what varies.
+    others. Dot products of the whole are then the weighted mean of the teachers' cosines. Its
+    principal components (not centred again) keep them as well as any d dimensions can. With
+    labelled utterances the axes are those of LDA instead, which separate speakers.
 
     Arguments
     ---------

@@ -21,9 +21,9 @@ def read_headers(
 ) -> dict[str, int | str]:
     """Length of each utterance in samples at 16 kHz, or the reason why it cannot be used.
 
-    With ``decode`` the samples are looked at too, as ``check_audio`` does. Good files are kept in a
-    journal in ``save_folder``: the call after a killed one reads the others, and those whose size
-    or time has changed.
+    With ``decode`` the samples are checked too, by ``check_audio``. Good files are kept in a journal
+    in ``save_folder``. The call after a killed one reads the others, and those whose size or time
+    has changed.
     """
     journal = Path(os.devnull) if save_folder is None else save_folder / JOURNALS[decode]
     lengths = dict.fromkeys(paths)

@@ -3,8 +3,8 @@
     python recipes/voxceleb/train_demo_teachers.py --device=cuda
 
 They are four networks of one size that complement each other, for each is trained on other voices.
-The files that ship are of an earlier form of this script, with the same networks, voices and
-settings, which stopped by time after 570 steps; a new run does not give the same numbers.
+The files that ship have the same networks, voices and settings, but were stopped by time after 570
+steps. So a new run does not give the same numbers.
 """
 
 import argparse

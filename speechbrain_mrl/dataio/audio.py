@@ -261,8 +261,8 @@ def _native_segment(
 ) -> tuple[int, int]:
     """First sample and count (-1: up to the end) to read at the file's own rate.
 
-    Where the rate changes, that is whole seconds, which begin on a sample at
-    either rate, with at least one more on each side for the resampler's filter.
+    Where the rate changes, whole seconds are read, which begin on a sample at either rate. There is
+    at least one more on each side, for the resampler's filter.
     """
     if native_rate == sample_rate:
         return start, num_frames

@@ -22,8 +22,8 @@ from speechbrain_mrl.dataio.lists import check_columns, check_row, read_rows
 class ClipDataset(DynamicItemDataset):
     """As ``DynamicItemDataset.from_csv``, but a row is parsed when it is asked for.
 
-    In memory are only where each line begins and ``data_ids``, here the numbers of the rows, as
-    arrays that worker processes share; items have their ``id`` from the column ID as always.
+    Memory holds only where each line begins, and ``data_ids``, which are the numbers of the rows.
+    Both are arrays that worker processes share. Items have their ``id`` from the column ID.
 
     Arguments
     ---------

@@ -1,7 +1,7 @@
 """Reads training utterances out of tar shards, from end to end, as network storage likes it.
 
-``recipes/voxceleb/shards.py`` writes them: of each utterance ``<number>.json`` with its id, start
-and stop, and ``<number>.<flac|wav|...>``; the number is that of its row in the training list.
+``recipes/voxceleb/shards.py`` writes them. An utterance is ``<number>.json`` with its id, start and
+stop, and ``<number>.<flac|wav|...>``; the number is that of its row in the training list.
 """
 
 import io
@@ -27,8 +27,8 @@ BUFFER = 500  # utterances, not decoded, of which a reading process draws the ne
 class ShardedClips(IterableDataset[Any]):
     """The items of a dataset in an order of the shards, for ``DataLoader``.
 
-    Each process of a distributed run, and each worker in it, reads whole shards of its own; which,
-    and in which order, is drawn anew every epoch. All give equally many batches: what is over in an
+    Each process of a distributed run, and each worker in it, reads whole shards of its own. Every
+    epoch draws which ones, and in which order. All give equally many batches: what is over in an
     epoch, as with ``drop_last``, is left out. An item is the dataset's own, chunk and label
     included.
 

@@ -58,8 +58,8 @@ def evaluate_student(
         one with the lowest EER; of that one ``naive_truncation`` and ``pca_truncation``;
         ``ensemble``, the principal components of all teachers together; and ``start``. With
         ``fit_labels`` there are ``lda_truncation`` and ``ensemble_lda`` too. ``gain`` is the
-        student's EER minus that of each row but ``naive_truncation`` on the same draws of speakers;
-        a size that a row lacks is compared with its largest.
+        student's EER minus that of each row but ``naive_truncation``, on the same draws of speakers.
+        A size that a row lacks is compared with its largest.
 
     Example
     -------

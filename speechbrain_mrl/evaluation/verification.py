@@ -286,8 +286,8 @@ def compare(
 ) -> dict[str, dict[str, Any]]:
     """Difference in EER of two models on one list, with its interval over speakers.
 
-    Both models are measured on the same draws of speakers, so that what makes a draw easy or hard
-    for both cancels out: the interval is that of the difference, not of either model.
+    Both models are measured on the same draws of speakers, so what makes a draw easy or hard for
+    both cancels out. The interval is that of the difference, not of either model.
 
     Arguments
     ---------

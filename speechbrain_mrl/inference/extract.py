@@ -164,9 +164,8 @@ def embed_long(
     """Embedding of one recording, its network run window by window.
 
     Features are normalised by the whole recording, and frames of all windows are pooled as one
-    sequence, so nothing is averaged over windows: the result differs from the whole recording's
-    only by what self-attention, convolutions and a ReDimNet2's group normalisation see beyond a
-    window and its margins.
+    sequence, so nothing is averaged over windows. Only what self-attention, convolutions and a
+    ReDimNet2's group normalisation see beyond a window and its margins makes a difference.
 
     Arguments
     ---------

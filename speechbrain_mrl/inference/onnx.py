@@ -32,8 +32,8 @@ _Run = Callable[[np.ndarray], np.ndarray]  # waveforms (B, T) to embeddings (B, 
 def export_onnx(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write ``model`` as an ONNX file that holds its features, network and embedding.
 
-    Input ``wavs`` (B, T), float32 at 16 kHz, any B, and any T that the model takes; outputs
-    ``embeddings`` (B, embed_dim) and ``feats``, (B, F, frames) or as the encoder's
+    The input is ``wavs`` (B, T), float32 at 16 kHz, of any B, and any T that the model takes. Outputs
+    are ``embeddings`` (B, embed_dim), and ``feats``, (B, F, frames) or as the encoder's
     ``compute_features`` gives them. Utterances of a batch have equal lengths. The sizes are in the
     file's metadata, as JSON under ``speechbrain_mrl``. ONNX Runtime runs all models; OpenVINO runs
     ReDimNets.

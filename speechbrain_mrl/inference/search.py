@@ -41,7 +41,7 @@ class MatryoshkaIndex:
     """A searchable set of speakers: short codes of the prefix, and the full embeddings, by FAISS.
 
     A search ranks all speakers by the codes of their prefixes, then the shortlist by the full
-    embeddings; with no more than 1000 speakers, or than the shortlist, it is exact. Codes are
+    embeddings. With no more than 1000 speakers, or than the shortlist, it is exact. Codes are
     fitted to the speakers themselves, at the first search and again as the index grows.
 
     Arguments

@@ -31,10 +31,10 @@ class MultiModelEnsemble(nn.Module):
     must be verified with the same one. So a result carries its member's name, and ``score`` refuses
     results of two members. A Matryoshka model has no such limit; this is the baseline without it.
 
-    The sizes in ``routes`` are quality levels. They choose a member and do not truncate: a prefix
-    of a plain encoder is not an embedding, so its whole embedding is returned (192 dimensions of a
-    released ReDimNet, whether 64 or 256 was asked for). Only a Matryoshka member that has the size
-    in its ``mrl_dims`` returns the prefix.
+    The sizes in ``routes`` are quality levels. They choose a member and do not truncate, since a
+    prefix of a plain encoder is not an embedding: a released ReDimNet returns 192 dimensions,
+    whether 64 or 256 are asked for. Only a Matryoshka member that has the size in its ``mrl_dims``
+    returns the prefix.
 
     Members that are not given as modules load when a route first needs them, onto the device that
     the ensemble was moved to. All stay in eval mode and run without gradients.

@@ -25,10 +25,9 @@ class KaldiFbank(nn.Module):
     16-bit integers, no dither. sherpa-onnx feeds these to a model (its metadata:
     ``normalize_samples`` 0, ``feature_normalize_type`` "global-mean").
 
-    An utterance is mirrored at its own end and its mean is of its own frames, so that both need its
-    length: with ``wav_lens`` its frames are the same alone and in a padded batch, and padding
-    frames are zero. Without, every sample counts: give utterances of one length. No
-    ``mean_var_norm`` is needed after it.
+    An utterance is mirrored at its own end, and its mean is of its own frames. With ``wav_lens`` its
+    frames are the same alone and in a padded batch, and padding frames are zero. Without, every
+    sample counts: give utterances of one length. No ``mean_var_norm`` is needed after it.
 
     Arguments
     ---------

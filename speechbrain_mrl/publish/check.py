@@ -22,8 +22,8 @@ from speechbrain_mrl.utils import read_json
 def check_folder(folder: str | os.PathLike[str]) -> None:
     """Raise unless ``folder`` is a complete export that loads without this package.
 
-    Loads it in a fresh process, offline and without this package, at every size, and compares its
-    embeddings with the exported model's; checks labels, card, licence and report. Runs its code.
+    Loads it at every size in a fresh process, offline and without this package, and runs its code.
+    Compares its embeddings with the exported model's. Checks labels, card, licence and report.
 
     Raises
     ------

@@ -35,9 +35,9 @@ def fit_objective(
 ) -> None:
     """Fit an objective's rotations on the teachers' embeddings of at most 50,000 utterances.
 
-    With trials of validation speakers, the target is rotated by PCA or by LDA of the training
-    speakers, whichever has the lower mean EER over sizes. Those of rank 0 count, so that all
-    processes distil to one target.
+    With trials of validation speakers, the target is rotated by PCA, or by LDA of the training
+    speakers if that has the lower mean EER over sizes. Those of rank 0 count, so that all processes
+    distil to one target.
 
     Arguments
     ---------
@@ -220,9 +220,9 @@ def start_new_dimensions(
 ) -> None:
     """Fit a grown student's new dimensions, in closed form, to what its old ones do not explain.
 
-    The objective's nested target is first rotated, without changing a cosine of the whole: its
-    first dimensions become what the old prefix already has, the rest the principal components of
-    the residual (``EnsembleRotation.align``). The new rows of the linear layer are then the ridge
+    The objective's nested target is first rotated (``EnsembleRotation.align``), which changes no
+    cosine of the whole. Its first dimensions become what the old prefix already has, the others the
+    principal components of the residual. The new rows of the linear layer are then the ridge
     regression of those axes on the student's pooled features. Old rows stay bit for bit.
 
     Arguments
