@@ -5,8 +5,11 @@ import re
 
 import griffe
 
+from speechbrain_mrl.training.defaults import DEFAULTS
+
 NAMES = {"Arguments": "Parameters", "Example": "Examples"}
 SECTION = r"^[A-Z]\w+\n-+$"
+DEFAULT = re.compile(r"""DEFAULTS\[["'](\w+)["']\]""")
 GROUP = re.compile(r"^((?:\w+, )+\w+)( : .*)?\n((?: {4}.*(?:\n|\Z))+)", re.M)
 REFERENCE = re.compile(rf"\n*^Reference\n-+\n(.*?)(?=\n+{SECTION}|\Z)", re.M | re.S)
 
@@ -17,6 +20,11 @@ class Dialect(griffe.Extension):
     def on_package(self, *, pkg, **kwargs):
         for name, module in ast.literal_eval(str(pkg["_ON_FIRST_USE"].value)).items():
             pkg.set_member(name, griffe.Alias(name, f"{pkg.name}.{module}.{name}"))
+
+    def on_function(self, *, func, **kwargs):
+        for parameter in func.parameters:  # a default is shown by its value
+            if found := DEFAULT.fullmatch(str(parameter.default)):
+                parameter.default = repr(DEFAULTS[found[1]])
 
     def on_object(self, *, obj, **kwargs):
         if obj.docstring is None:

@@ -270,6 +270,8 @@ def test_the_site_builds_without_a_warning(tmp_path):
     assert "<math" in (tmp_path / "site" / "objective" / "index.html").read_text(encoding="utf-8")
     api = (tmp_path / "site" / "reference" / "models" / "index.html").read_text(encoding="utf-8")
     assert "Parameters" in api and "Arguments\n" not in api
+    training_page = tmp_path / "site" / "reference" / "training" / "index.html"
+    assert "DEFAULTS" not in training_page.read_text(encoding="utf-8")  # values are shown
     notebook = (tmp_path / "site" / "notebook" / "index.html").read_text(encoding="utf-8")
     assert "<img" in notebook  # its outputs are stored
     assert (tmp_path / "site" / "examples" / "diarise.py").is_file()

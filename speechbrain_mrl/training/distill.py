@@ -160,10 +160,10 @@ def train_distilled_mrl(
 ) -> MatryoshkaHead:
     """Distil teachers into one Matryoshka student, without a YAML and without labels.
 
-    It trains what ``hparams/mrl_amalgamate.yaml`` trains; defaults are the recipe's. A call that
-    was interrupted goes on where it was when it is made again. One utterance in twenty, at most
-    500, is held out; the checkpoint that agrees best with the teachers on those is returned,
-    centred on the training utterances and rotated to their principal components.
+    It trains what ``hparams/mrl_amalgamate.yaml`` trains; defaults are the recipe's. The same call
+    resumes an interrupted one. One utterance in twenty, at most 500, is held out. The checkpoint
+    that agrees best with the teachers on those is returned, centred on the training utterances and
+    rotated to their principal components.
 
     Arguments
     ---------
