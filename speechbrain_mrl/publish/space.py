@@ -134,8 +134,8 @@ TITLE = "Voices at several sizes"
 INTRODUCTION = """
 # {title}
 The model **{model}** turns a recording into an *embedding* of its voice, a list of numbers. It is
-usable at {sizes} dimensions, the first numbers of the list: a small size searches faster, a large
-one is more accurate. The cosine of two embeddings is 1 for the same direction and near 0 for
+usable at {sizes} dimensions, the first numbers of the list. A small size searches faster, a large
+one is often more accurate. The cosine of two embeddings is 1 for the same direction and near 0 for
 unrelated voices.
 """
 
