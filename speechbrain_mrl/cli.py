@@ -41,7 +41,7 @@ MODEL = option(
 EXPORTED = option("model", metavar="MODEL", help="folder or Hub id of an exported model")
 FOLDER = option("folder", metavar="FOLDER", help="to be written")
 DEVICE = option("--device", default="cpu", help="cpu or cuda (default: cpu)")
-SECONDS = option("--max_seconds", type=float, help="read of a recording (default: all of it)")
+SECONDS = option("--max_seconds", type=float, help="seconds of each recording (default: all)")
 DECISIONS: dict[Any, str] = {True: "same speaker", False: "different speakers", None: "-"}
 
 
@@ -93,7 +93,7 @@ def embed(given: argparse.Namespace) -> Any:
 @command(
     MODEL,
     option("recordings", metavar="RECORDING", nargs="*", help="two files"),
-    option("--threshold", type=float, help="cosine from which on two are one speaker"),
+    option("--threshold", type=float, help="lowest cosine of one speaker (default: the model's)"),
     option("--trials", metavar="LIST", help="measure error rates on this list instead"),
     option("--data_folder", metavar="FOLDER", help="holds the recordings of the list"),
     option("--output", metavar="FOLDER", help="write report.json of the list there"),
@@ -159,8 +159,8 @@ def _verify_list(given: argparse.Namespace) -> Any:
 @command(
     MODEL,
     FOLDER,
-    option("--recordings", metavar="FOLDER", help="rotate to their principal components"),
-    option("--mrl_dims", type=int, nargs="+", help="of the rotated model (default: 64 128 192 …)"),
+    option("--recordings", metavar="FOLDER", help="rotate to the principal components of these"),
+    option("--mrl_dims", type=int, nargs="+", help="sizes after rotation (default: 64 128 192 …)"),
     option("--source", help="the release's file or its folder, instead of a download"),
     option("--report", help="report.json of the converted model, to publish it with"),
     option("--trials", default="", help="name of the report's trial list"),
@@ -220,7 +220,9 @@ def _written(given: argparse.Namespace) -> Any:
     option("--private", action="store_true", help="create the repo as private"),
     option("--revision", help="branch to upload to, instead of main"),
     option("--tag", help="name of this version, instead of the next of v1, v2, …"),
-    option("--calibration", metavar="FILE.json", help="verify.py's, to travel with the model"),
+    option(
+        "--calibration", metavar="FILE.json", help="that of verify.py, published with the model"
+    ),
     option("--dry_run", action="store_true", help="check and list, upload nothing"),
     option("--space", metavar="ORG/NAME", help="push a Space that shows the model too"),
 )
