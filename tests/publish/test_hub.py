@@ -161,6 +161,7 @@ def test_a_redimnet2_needs_speechbrain_alone_at_every_size(
     redimnet2 = random_model({**tiny_config2, "agg_gnorm": True, "dual_agg": True})
     student = ReDimNetMRL.from_redimnet(redimnet2, 32, SIZES).eval()
     folder = export_model(student, tmp_path / "model", PROVENANCE)
+    assert "author = {Yakovlev, Ivan and Okhotnikov, Anton}" in (folder / "README.md").read_text()
     wavs, wav_lens = torch.stack([voices(i, 1.0) for i in range(2)]), torch.tensor([1.0, 0.531])
     short = voices(0, 0.005)
     torch.save({"wavs": wavs, "wav_lens": wav_lens, "short": short}, tmp_path / "wavs.pt")
