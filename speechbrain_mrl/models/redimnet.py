@@ -754,7 +754,7 @@ class MapMix(nn.Module):
         weights = self.prepared()
         mixed = maps[0] * weights[0]
         for one, weight in zip(maps[1:], weights[1:]):
-            mixed = torch.addcmul(mixed, one, weight.to(one.dtype))
+            mixed.addcmul_(one, weight.to(one.dtype))  # in place: a new map leaves the cache
         return mixed
 
 
@@ -868,7 +868,8 @@ class ResNetBlock(nn.Module):
                 out = convolve(out, one, mask)
         if self.se is not None:
             out = self.se(out, mask)
-        return (out + x).relu_()
+        out += x
+        return out.relu_()
 
 
 class Block2d(nn.Module):
