@@ -78,7 +78,7 @@ def common_options(given, folder):
     hparams = train.load_stage(document)
     corpus = prepare(hparams, debug=False)
     if is_demo(hparams):
-        demo = YAML().load(RECIPE / "demo.yaml").keys() & document.keys()
+        demo = YAML().load(RECIPE / "demo.yaml").keys() & document.keys() - {"data_folder"}
         given = {**{key: dump(document[key]) for key in demo}, **given}
         given["data_folder"] = hparams["data_folder"]
     if given.get("trials") is None:  # the same for all runs

@@ -6,12 +6,14 @@ import shutil
 from collections import defaultdict
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import train
+import yaml
 from folder_prepare import prepare_folder
 from read_hparams import read_yaml
 from ruamel.yaml import YAML
@@ -508,6 +510,18 @@ def test_a_student_smaller_than_its_backbone_keeps_what_the_teachers_say_first(r
 
 
 # Which is best
+
+
+def test_without_data_the_ways_have_the_demos_options(tmp_path, monkeypatch):
+    trials = tmp_path / "demo_trials.txt"
+    trials.write_text("1 a b\n")
+    monkeypatch.setattr(ways, "prepare", lambda *_, **__: SimpleNamespace(test_trials=trials))
+    given, _, _ = ways.common_options({"lr": "0.5"}, tmp_path)
+    assert given["data_folder"] == str(tmp_path / "voices") and given["lr"] == "0.5"
+    assert (tmp_path / "trials.txt").read_text() == "1 a b\n"
+    demo = yaml.safe_load((ways.RECIPE / "demo.yaml").read_text().replace("!ref", ""))
+    for key in ("batch_size", "chunk_seconds", "wav_augment", "test_speakers"):
+        assert yaml.safe_load(given[key]) == demo[key]
 
 
 def test_one_command_compares_the_ways(small_corpus, two_teachers, tmp_path, short_runs):
