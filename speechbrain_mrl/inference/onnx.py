@@ -272,7 +272,7 @@ def _openvino_core() -> Any:
 
     A core puts the signal stack of its thread aside for its own, and puts that back when it is
     freed. Of two cores freed in the order they were made, the second puts back the first one's
-    freed stack, and the next signal that Python handles (a worker that ends) kills the process.
+    freed stack. The next signal that Python handles (a worker that ends) then kills the process.
     """
     # OpenVINO would report its use to its makers, over the network and from a fork of this process,
     # with the threads of whatever runs here; it does without where its reporter is not installed.

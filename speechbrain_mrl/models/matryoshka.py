@@ -36,7 +36,7 @@ class MatryoshkaEncoder(MatryoshkaHead):
     embedding, and a linear layer to ``embed_dim`` dimensions.
 
     In eval mode an utterance has the same embedding alone and in a padded batch, whatever the encoder
-    does with padding, since utterances of one length run together. In training the parts are told
+    does with padding: utterances of one length run together. In training the parts are told
     the lengths, as in SpeechBrain's recipes, and treat padding in their own ways; chunks of equal
     lengths have none. The noise of 1e-5 that SpeechBrain's
     ``StatisticsPooling`` adds to x-vectors is left out: an utterance has one embedding.

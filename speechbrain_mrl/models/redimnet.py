@@ -503,8 +503,8 @@ class LogMel(_StaysFloat, nn.Module):
 
 
 # Layers that know which frames are padding. A map is (B, C, T, F), or (B, F·C, T, 1) of the same
-# numbers, and its memory is (B, T, F, C), which torch calls ``channels_last``: convolutions take
-# their fast kernels there, and both shapes are free.
+# numbers. Its memory is (B, T, F, C), which torch calls ``channels_last``: convolutions take their
+# fast kernels there, and both shapes are free.
 # A layer's output beyond an utterance's end is undefined; a layer that reads neighbouring frames
 # clears it first.
 # ``prepared`` is what a layer computes of its weights alone, and a copy for inference only once.
@@ -836,8 +836,8 @@ class ResNetBlock(nn.Module):
     def prepared(self) -> tuple[list[Kernel], Tensor, list[Kernel]]:
         """In eval mode: convolutions with both norms in them, and a maximum between them.
 
-        With the first norm's scale s and shift, s · relu(y) + shift is max(|s| · y + floor, floor)
-        times the sign of s, where floor is the shift times that sign. So |s| and the floor go into
+        With the first norm's scale s, s · relu(y) + shift is max(|s| · y + floor, floor) times the
+        sign of s. There, floor is the shift times that sign. So |s| and the floor go into
         the convolution before, and the sign into the one after, whose silent padding it leaves.
         """
         scale, shift = affine(self.bn1)
@@ -1425,8 +1425,9 @@ def resized_rows(linear: nn.Linear, n_rows: int) -> tuple[Tensor, Tensor]:
 class MatryoshkaHead(nn.Module):
     """A network whose linear output layer gives an embedding that is truncated to its sizes.
 
-    A subclass has a ``linear`` layer, the sizes ``mrl_dims`` that end in ``embed_dim``, the fewest
-    samples that it embeds, ``min_samples``, ``of_sizes``, and a network beside it or ``_whole``.
+    A subclass has a ``linear`` layer, the sizes ``mrl_dims`` that end in ``embed_dim``, and
+    ``of_sizes``. ``min_samples`` are the fewest samples that it embeds. Beside this class it has a
+    network, or ``_whole``.
     """
 
     linear: nn.Linear
@@ -1491,7 +1492,7 @@ class MatryoshkaHead(nn.Module):
         """Multiply the embedding's first k dimensions by ``matrix``, inside the linear layer.
 
         An orthogonal ``matrix`` without ``mean`` leaves every cosine of those k dimensions as it
-        was, and with the principal components as rows it sorts the dimensions by importance.
+        was. With the principal components as rows it sorts the dimensions by importance.
 
         Arguments
         ---------

@@ -35,8 +35,8 @@ def fit_objective(
 ) -> None:
     """Fit an objective's rotations on the teachers' embeddings of at most 50,000 utterances.
 
-    With trials of validation speakers, the target is rotated by PCA, or by LDA of the training
-    speakers if that has the lower mean EER over sizes. Those of rank 0 count, so that all processes
+    The target is rotated by PCA. With trials of validation speakers, LDA of the training speakers
+    takes its place if that has the lower mean EER over sizes. Rank 0 decides, so that all processes
     distil to one target.
 
     Arguments
