@@ -161,6 +161,9 @@ class Code(NamedTuple):
     tag: str
     arguments: Any
 
+    def __repr__(self):
+        return self.tag
+
 
 class _Loader(ruamel.yaml.SafeLoader):
     """Reads what HyperPyYAML would build, and builds nothing."""
