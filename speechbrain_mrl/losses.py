@@ -102,25 +102,25 @@ class MatryoshkaDistillationLoss(nn.Module):
         super().__init__()
         self.mrl_dims = check_mrl_dims(mrl_dims)
         self.mrl_weights = check_weights(mrl_weights, self.mrl_dims)
+        weights = terms.values() if isinstance(terms, Mapping) and set(terms) <= set(TERMS) else ()
+        if not any(weights) or not all(isinstance(w or 0, (int, float)) for w in weights):
+            raise ValueError(f"terms must be some of {TERMS} with their weights, got {terms!r}")
         self.terms = {term: weight for term, weight in terms.items() if weight}
         self.values_as_tensors = False
-        unknown = sorted(set(terms) - set(TERMS))
-        if unknown or not self.terms:
-            raise ValueError(f"terms must be some of {TERMS}, got {dict(terms)}")
         self.contrastive_scale = contrastive_scale
 
         groups = _teachers_of_each_size(teacher_map, self.mrl_dims)
-        weights = dict(teacher_weights or {})
-        teaching = {name for group in groups.values() for name in group or weights}
-        if set(weights) - teaching:
-            raise ValueError(f"teacher_weights {weights} must be for teachers {sorted(teaching)}")
+        shares = dict(teacher_weights or {})
+        teaching = {name for group in groups.values() for name in group or shares}
+        if set(shares) - teaching:
+            raise ValueError(f"teacher_weights {shares} must be for teachers {sorted(teaching)}")
         distinct = list(dict.fromkeys(groups.values()))
         self.ensemble_of = {dim: distinct.index(group) for dim, group in groups.items()}
         self.ensembles = nn.ModuleList(
             EnsembleRotation(
                 dim=max(dim for dim in self.mrl_dims if groups[dim] == group),
                 names=group,
-                weights={n: w for n, w in weights.items() if group is None or n in group},
+                weights={n: w for n, w in shares.items() if group is None or n in group},
             )
             for group in distinct
         )

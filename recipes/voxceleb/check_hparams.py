@@ -207,18 +207,19 @@ def contradictions(tree):
         yield "objective.n_classes is the number of speakers that training has; leave it out"
     try:
         made = called(tree["objective"])(**arguments, n_classes=2)
+        terms, ensembles = made.terms.keys(), made.ensembles
     except (AttributeError, TypeError, ValueError) as error:
         yield f"objective: {error}"
         return
-    if "aam" in made.terms and not tree["labels"]:
+    if "aam" in terms and not tree["labels"]:
         yield "labels is False, but objective.terms has aam, which needs them; set one of the two"
-    if tree.get("margin_epochs") and "aam" not in made.terms:
+    if tree.get("margin_epochs") and "aam" not in terms:
         yield f"margin_epochs is {tree['margin_epochs']}, but only the term aam has margins"
     if tree.get("teachers") is not None:
         teachers = choose_teachers(tree["teachers"], tree["taught_by"])
-    elif terms := sorted(made.terms.keys() - {"aam"}):
-        yield f"objective.terms {terms} need teachers, which is null"
-    teaching = {name for ensemble in made.ensembles for name in ensemble.names or ()}
+    elif taught := sorted(terms - {"aam"}):
+        yield f"objective.terms {taught} need teachers, which is null"
+    teaching = {name for ensemble in ensembles for name in ensemble.names or ()}
     teaching |= set(arguments.get("teacher_weights") or ())
     if absent := sorted(teaching - teachers.keys()):
         yield f"objective names {absent}, but the teachers are {sorted(teachers)}"
