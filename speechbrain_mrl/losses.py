@@ -1,6 +1,7 @@
 """The objective that trains every prefix of an embedding at once: by teachers, labels, or both."""
 
 from collections.abc import Iterable, Mapping
+from math import isfinite
 from typing import Any
 
 import torch
@@ -102,9 +103,12 @@ class MatryoshkaDistillationLoss(nn.Module):
         super().__init__()
         self.mrl_dims = check_mrl_dims(mrl_dims)
         self.mrl_weights = check_weights(mrl_weights, self.mrl_dims)
-        weights = terms.values() if isinstance(terms, Mapping) and set(terms) <= set(TERMS) else ()
-        if not any(weights) or not all(isinstance(w or 0, (int, float)) for w in weights):
-            raise ValueError(f"terms must be some of {TERMS} with their weights, got {terms!r}")
+        known = isinstance(terms, Mapping) and set(terms) <= set(TERMS)
+        weights = [weight or 0 for weight in terms.values()] if known else []
+        if not any(weights) or not all(
+            isinstance(w, (int, float)) and isfinite(w) for w in weights
+        ):
+            raise ValueError(f"terms must be some of {TERMS} with finite weights, got {terms!r}")
         self.terms = {term: weight for term, weight in terms.items() if weight}
         self.values_as_tensors = False
         self.contrastive_scale = contrastive_scale

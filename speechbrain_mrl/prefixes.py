@@ -3,6 +3,7 @@
 The product of the first d dimensions is the product of the size before plus one more block.
 """
 
+import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import accumulate, pairwise
@@ -109,14 +110,17 @@ def weighted_mean(per_size: Mapping[int, Tensor], weights: Sequence[float]) -> A
 def check_weights(
     mrl_weights: Iterable[float] | None, mrl_dims: tuple[int, ...]
 ) -> tuple[float, ...]:
-    weights = (1.0,) * len(mrl_dims) if mrl_weights is None else tuple(mrl_weights)
+    try:
+        weights = (1.0,) * len(mrl_dims) if mrl_weights is None else tuple(map(float, mrl_weights))
+    except (TypeError, ValueError):
+        raise ValueError(f"mrl_weights must be a list of numbers, got {mrl_weights!r}") from None
     if len(weights) != len(mrl_dims):
         raise ValueError(
             f"mrl_weights has {len(weights)} entries for {len(mrl_dims)} mrl_dims {mrl_dims}; "
             "give one weight per size, in the same order"
         )
-    if min(weights) < 0 or sum(weights) == 0:
-        raise ValueError(f"mrl_weights must not be negative, nor all zero, got {weights}")
+    if min(weights) < 0 or not 0 < sum(weights) < math.inf:
+        raise ValueError(f"mrl_weights must be finite, none negative, one above 0, got {weights}")
     return weights
 
 

@@ -316,7 +316,11 @@ def test_large_embeddings_in_half_precision_do_not_overflow(dtype):
         ({"teacher_map": dict.fromkeys(DIMS, [])}, "must name a teacher for each size"),
         ({"teacher_map": "small"}, "teacher_map must map sizes to entries, got a str"),
         ({"mrl_weights": [1.0]}, r"has 1 entries for 3 mrl_dims .*; give one weight per size"),
-        ({"mrl_weights": [1.0, -1.0, 1.0]}, "must not be negative"),
+        ({"mrl_weights": [1.0, -1.0, 1.0]}, "must be finite, none negative"),
+        ({"mrl_weights": [1.0, float("nan"), 1.0]}, "must be finite"),
+        ({"mrl_weights": [0, 0, 0]}, "one above 0"),
+        ({"mrl_weights": 3}, "must be a list of numbers, got 3"),
+        ({"terms": {"cosine": float("inf")}}, "finite weights, got"),
         ({"terms": {"aam": 1.0}}, "^the aam term needs n_classes"),
         ({"terms": {"aam": 1.0}, "n_classes": 3, "margins": {2: 0.1}}, "margins must have"),
         (

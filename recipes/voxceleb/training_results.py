@@ -5,7 +5,6 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
-import torch
 from read_hparams import is_demo
 
 from speechbrain_mrl import export_model
@@ -102,10 +101,8 @@ def enrol(student, corpus, **embed_options):
             found.append(clip)
     chosen = [clip for found in clips.values() for clip in found]
     embeddings = embed_clips({"student": student}, chosen, **embed_options)["student"]
-    speakers = defaultdict(list)
-    for clip, embedding in zip(chosen, embeddings, strict=True):
-        speakers[speaker_of(clip.id)].append(embedding)
-    return {speaker: torch.stack(found) for speaker, found in speakers.items()}
+    of_each = embeddings.split([len(found) for found in clips.values()])
+    return dict(zip(clips, of_each, strict=True))
 
 
 def export(student, speakers, teachers, report, corpus, hparams):
