@@ -318,6 +318,7 @@ def test_missing_keys_are_named(name):
         ("stages: [{lr: 0.1}, {lr: 0.2}]\nlr: 0.3", "lr is set by every stage; change it there"),
         ("lrr: 1", "lrr is not a key of the YAML; did you mean 'lr'"),
         ("objective: {term: {}}", "objective.term is not a key of .*; did you mean 'terms'"),
+        ("data_folder: []", r"data_folder must be existing files or folders, got \[\]"),
     ],
 )
 def test_what_contradicts_itself_is_refused_before_anything_is_written(tmp_path, changes, sentence):
@@ -350,6 +351,7 @@ def test_a_bad_verification_is_refused_before_anything_is_written(tmp_path):
     for key, value, sentence in (
         ("trials", "no/such.txt", "trials must be existing files"),
         ("trials", "{x: no/such.txt}", "trials must be existing files"),
+        ("data_folder", "{x: hparams}", "data_folder must be existing files or folders"),
         ("batch_second", 1, "batch_second is not a key of the YAML; did you mean 'batch_seconds'"),
     ):
         given = {**options, "trials": "setup.cfg", key: value}
