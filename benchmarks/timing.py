@@ -36,11 +36,18 @@ def start(parser: argparse.ArgumentParser) -> argparse.Namespace:
     return args
 
 
-def interleaved(functions: Mapping[str, Callable], repeats: int) -> dict[str, float]:
-    """Median seconds of each function; one round of all warms up, then all take turns."""
+def interleaved(
+    functions: Mapping[str, Callable], repeats: int, calls: int = 1
+) -> dict[str, float]:
+    """Median seconds of each function; one round of all warms up, then all take turns.
+
+    The last of ``calls`` in a turn is timed: threads of another engine may spin during the first.
+    """
     seconds = {name: [] for name in functions}
     for number in range(repeats + 1):
         for name, function in functions.items():
+            for _ in range(calls - 1):
+                function()
             started = time.perf_counter()
             function()
             if number:

@@ -1,7 +1,7 @@
 """The objective that trains every prefix of an embedding at once: by teachers, labels, or both."""
 
 from collections.abc import Iterable, Mapping
-from math import isfinite
+from math import inf
 from typing import Any
 
 import torch
@@ -106,9 +106,11 @@ class MatryoshkaDistillationLoss(nn.Module):
         known = isinstance(terms, Mapping) and set(terms) <= set(TERMS)
         weights = [weight or 0 for weight in terms.values()] if known else []
         if not any(weights) or not all(
-            isinstance(w, (int, float)) and isfinite(w) for w in weights
+            isinstance(w, (int, float)) and 0 <= w < inf for w in weights
         ):
-            raise ValueError(f"terms must be some of {TERMS} with finite weights, got {terms!r}")
+            raise ValueError(
+                f"terms must be some of {TERMS} with finite weights of at least 0, got {terms!r}"
+            )
         self.terms = {term: weight for term, weight in terms.items() if weight}
         self.values_as_tensors = False
         self.contrastive_scale = contrastive_scale

@@ -320,7 +320,8 @@ def test_large_embeddings_in_half_precision_do_not_overflow(dtype):
         ({"mrl_weights": [1.0, float("nan"), 1.0]}, "must be finite"),
         ({"mrl_weights": [0, 0, 0]}, "one above 0"),
         ({"mrl_weights": 3}, "must be a list of numbers, got 3"),
-        ({"terms": {"cosine": float("inf")}}, "finite weights, got"),
+        ({"terms": {"cosine": float("inf")}}, "finite weights of at least 0, got"),
+        ({"terms": {"cosine": 1.0, "gram": -1.0}}, "finite weights of at least 0, got"),
         ({"terms": {"aam": 1.0}}, "^the aam term needs n_classes"),
         ({"terms": {"aam": 1.0}, "n_classes": 3, "margins": {2: 0.1}}, "margins must have"),
         (
