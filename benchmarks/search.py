@@ -215,7 +215,7 @@ def main():
                 Path(folder),
             )
             print_row(method, results[method])
-    settings = {key: str(v) if isinstance(v, Path) else v for key, v in vars(args).items()}
+    settings = {key: value for key, value in vars(args).items() if key != "output"}
     report = {
         "settings": settings,
         "effective_rank": source.effective_rank,

@@ -18,15 +18,17 @@ TO_DOCS = re.compile(r"\]\((?:\.\./)*docs/")
 
 
 def on_files(files, config):
-    """Add the notebook as a page, the READMEs, and the scripts."""
+    """Add the notebook as a page, the READMEs, the scripts, and what the benchmarks measured."""
     text, resources = MarkdownExporter().from_filename(ROOT / "notebooks" / "matryoshka.ipynb")
     pages = {place: (ROOT / path).read_text(encoding="utf-8") for path, place in PAGES.items()}
     for place, content in {"notebook.md": text, **pages}.items():
         files.append(File.generated(config, place, content=TO_DOCS.sub("](", content)))
     for name, content in resources["outputs"].items():
         files.append(File.generated(config, name, content=content))
-    for path in sorted((ROOT / "examples").glob("*.py")):
-        address = f"examples/{path.name}"
+    scripts = (ROOT / "examples").glob("*.py")
+    measured = (ROOT / "benchmarks/measured").glob("*.json")
+    for path in sorted([*scripts, *measured]):
+        address = f"{path.parent.name}/{path.name}"
         files.append(File.generated(config, address, abs_src_path=str(path)))
     return files
 
