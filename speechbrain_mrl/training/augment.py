@@ -2,7 +2,8 @@
 
 import os
 from collections.abc import Sequence
-from functools import lru_cache
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from speechbrain_mrl.dataio.clips import SAMPLE_RATE, find_recordings
 from speechbrain_mrl.dataio.lists import read_rows
 
 KEPT_RIRS = 1024  # room impulse responses that stay in memory
+KEPT_LENGTHS = 2**16  # recordings whose length is asked for once
+READERS = 8  # threads that read recorded noise
 LONGEST_ROOM = 0.8  # seconds in which a synthetic room decays by 60 dB, at most
 BUTTERWORTH_ORDER = 8
 
@@ -137,14 +140,21 @@ class Noise:
             coloured: Tensor = pink_noise_like(wavs, 0.0, 1.0, SAMPLE_RATE)
             return coloured
         chosen = torch.randint(len(self.paths), (len(wavs),)).tolist()
-        pieces = [_piece(self.paths[number], wavs.shape[1]) for number in chosen]
-        return torch.stack(pieces).to(wavs.device)
+        paths, length = [self.paths[number] for number in chosen], wavs.shape[1]
+        spare = [max(0, _num_frames(path) - length) for path in paths]
+        starts = [int(torch.randint(n + 1, ())) for n in spare]
+        with ThreadPoolExecutor(READERS) as pool:  # a GPU would wait for one reader
+            pieces = pool.map(partial(_piece, length=length), paths, starts)
+            return torch.stack(list(pieces)).to(wavs.device)
 
 
-def _piece(path: str, length: int) -> Tensor:
-    """Somewhere in a recording, ``length`` samples; a shorter one is repeated."""
-    spare = audio_info(path).num_frames - length
-    start = int(torch.randint(max(spare, 0) + 1, ()))
+@lru_cache(KEPT_LENGTHS)
+def _num_frames(path: str) -> int:
+    return audio_info(path).num_frames
+
+
+def _piece(path: str, start: int, length: int) -> Tensor:
+    """Samples (length,) of a recording; a shorter one is repeated."""
     wav = read_audio(path, start, length)
     return wav.repeat(-(-length // len(wav)))[:length]
 

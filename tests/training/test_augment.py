@@ -163,6 +163,14 @@ def test_recorded_noise_is_a_piece_of_a_recording(recordings):
         assert min(found) < 1e-4
 
 
+def test_recorded_noise_follows_the_seed_whichever_thread_reads_it(recordings):
+    drawn = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        drawn.append(Noise(recordings)(torch.zeros(40, 500)))
+    assert torch.equal(*drawn) and len(drawn[0].unique(dim=0)) > 20
+
+
 def test_noise_is_read_from_speechbrains_csv_and_repeated_where_it_is_short(recordings):
     csv_file = recordings / "noise.csv"
     csv_file.write_text(
