@@ -37,6 +37,7 @@ def on_page_markdown(markdown, **_):
     """A page's links to what lies outside lead to the site's copies."""
     for path, place in PAGES.items():
         markdown = re.sub(rf"\]\((?:\.\./)*{re.escape(path)}", f"]({place}", markdown)
+    markdown = markdown.replace("](../benchmarks/measured/", "](measured/")
     return markdown.replace("](../examples/", "](examples/")
 
 
