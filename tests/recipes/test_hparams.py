@@ -275,7 +275,7 @@ def test_missing_keys_are_named(name):
         ("objective: {mrl_weights: [1, 1]}", "objective: mrl_weights"),
         ("objective: {margins: {64: 0.2}}", "objective: margins"),
         ("objective: {terms: {sine: 1.0}}", "objective: terms must be some of"),
-        ("objective: {terms: {aam: much}}", "objective: terms must be .* weights, got .*'much'"),
+        ("objective: {terms: {aam: much}}", "objective: terms must be .* weights .*, got .*'much'"),
         ("objective: {terms: null}", "objective: terms must be some of .*, got None"),
         ("objective: !name:torch.nn.Identity", "objective: 'Identity' object has no attribute"),
         ("labels: False", "labels is False, but objective.terms has aam, which needs them"),
