@@ -104,29 +104,27 @@ class MatryoshkaDistillationLoss(nn.Module):
         self.mrl_dims = check_mrl_dims(mrl_dims)
         self.mrl_weights = check_weights(mrl_weights, self.mrl_dims)
         known = isinstance(terms, Mapping) and set(terms) <= set(TERMS)
-        weights = [weight or 0 for weight in terms.values()] if known else []
-        if not any(weights) or not all(
-            isinstance(w, (int, float)) and 0 <= w < inf for w in weights
-        ):
+        self.terms = {term: weight for term, weight in terms.items() if weight} if known else {}
+        valid = [isinstance(w, (int, float)) and 0 < w < inf for w in self.terms.values()]
+        if not valid or not all(valid):
             raise ValueError(
                 f"terms must be some of {TERMS} with finite weights of at least 0, got {terms!r}"
             )
-        self.terms = {term: weight for term, weight in terms.items() if weight}
         self.values_as_tensors = False
         self.contrastive_scale = contrastive_scale
 
         groups = _teachers_of_each_size(teacher_map, self.mrl_dims)
-        shares = dict(teacher_weights or {})
-        teaching = {name for group in groups.values() for name in group or shares}
-        if set(shares) - teaching:
-            raise ValueError(f"teacher_weights {shares} must be for teachers {sorted(teaching)}")
+        weights = dict(teacher_weights or {})
+        teaching = {name for group in groups.values() for name in group or weights}
+        if set(weights) - teaching:
+            raise ValueError(f"teacher_weights {weights} must be for teachers {sorted(teaching)}")
         distinct = list(dict.fromkeys(groups.values()))
         self.ensemble_of = {dim: distinct.index(group) for dim, group in groups.items()}
         self.ensembles = nn.ModuleList(
             EnsembleRotation(
                 dim=max(dim for dim in self.mrl_dims if groups[dim] == group),
                 names=group,
-                weights={n: w for n, w in shares.items() if group is None or n in group},
+                weights={n: w for n, w in weights.items() if group is None or n in group},
             )
             for group in distinct
         )
