@@ -56,14 +56,11 @@ def make_brain(config, world_size, **run_opts):
     )
 
 
-def train(rank, world_size, config, folder):
-    """A few steps on this rank's clips, then validation, which rank 0 has a batch more of.
-
-    Two processes compute activations anew in backward, which changes nothing.
-    """
+def train(rank, world_size, config, folder, checkpointing=False):
+    """A few steps on this rank's clips, then validation, which rank 0 has a batch more of."""
     join(rank, world_size, folder)
     brain = make_brain(config, world_size)
-    if world_size > 1:
+    if checkpointing:
         checkpoint_gradients(brain.unwrapped["student"])
     brain.on_fit_start()
     brain.on_stage_start(sb.Stage.TRAIN, epoch=1)
@@ -102,12 +99,13 @@ def leave(world_size):
         dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module")
-def runs(tiny_config, tmp_path_factory):
-    """What one process saved, and what each of two did."""
+@pytest.fixture(scope="module", params=[False, True], ids=["plain", "gradient checkpointing"])
+def runs(request, tiny_config, tmp_path_factory):
+    """What one process saved, and what each of two did, also with gradient checkpointing."""
     folder = tmp_path_factory.mktemp("ranks")
     train(0, 1, tiny_config, folder)
-    start_processes(train, args=(2, tiny_config, folder), nprocs=2, start_method="forkserver")
+    arguments = 2, tiny_config, folder, request.param
+    start_processes(train, args=arguments, nprocs=2, start_method="forkserver")
     return [torch.load(folder / name) for name in ("1-0.pt", "2-0.pt", "2-1.pt")]
 
 
