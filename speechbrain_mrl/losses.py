@@ -114,6 +114,10 @@ class MatryoshkaDistillationLoss(nn.Module):
         self.contrastive_scale = contrastive_scale
 
         groups = _teachers_of_each_size(teacher_map, self.mrl_dims)
+        if not isinstance(teacher_weights, (Mapping, type(None))):
+            raise ValueError(
+                f"teacher_weights must be a mapping of names to weights, got {teacher_weights!r}"
+            )
         weights = dict(teacher_weights or {})
         teaching = {name for group in groups.values() for name in group or weights}
         if set(weights) - teaching:

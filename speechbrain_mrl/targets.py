@@ -49,8 +49,8 @@ class EnsembleRotation(nn.Module):
         self.dim = dim
         self.names = None if names is None else sorted(names)
         self.weights = dict(weights or {})
-        if any(weight <= 0 for weight in self.weights.values()):
-            raise ValueError(f"teacher weights must be positive, got {self.weights}")
+        if not all(isinstance(w, (int, float)) and w > 0 for w in self.weights.values()):
+            raise ValueError(f"teacher weights must be positive numbers, got {self.weights}")
         self.register_buffer("matrix", torch.empty(0, 0))
 
     @property

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from speechbrain_mrl.inference.encoders import HUB_ID, choose_teachers
 from speechbrain_mrl.models.redimnet import check_mrl_dims
-from speechbrain_mrl.models.releases import check_released, released_names
+from speechbrain_mrl.models.releases import check_released, names_release, released_names
 
 STRICT = ConfigDict(strict=True, allow_inf_nan=False)
 is_released = released_names().__contains__
@@ -88,7 +88,7 @@ File = must_be("an existing file", os.path.isfile)
 Files = must_be("existing files", os.path.isfile, many=(list, dict))
 Place = must_be("an existing file or folder", os.path.exists)
 Places = must_be("existing files or folders", os.path.exists, many=list)
-IS_MODEL = is_released, os.path.exists, HUB_ID.fullmatch
+IS_MODEL = names_release, os.path.exists, HUB_ID.fullmatch
 Model = must_be("a released name, file, folder, Hub id or object", *IS_MODEL, also=Code)
 Models = must_be(
     "released names, files, folders, Hub ids or objects", *IS_MODEL, also=Code, many=(list, dict)
@@ -226,7 +226,7 @@ def contradictions(tree):
     models = [("teacher", name) for name in teachers.values()]
     models += [("student", tree["backbone"])] if tree.get("pretrained") else []
     for whose, name in models:
-        if is_released(name) and not os.path.exists(name):
+        if names_release(name) and not os.path.exists(name):
             try:
                 check_released(name, tree[f"{whose}_train_type"], tree[f"{whose}_dataset"])
             except ValueError as error:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from speechbrain_mrl.inference.extract import embed_long
 from speechbrain_mrl.inference.optimize import for_inference
 from speechbrain_mrl.models.pretrained import load_checkpoint, load_released
-from speechbrain_mrl.models.releases import parse_release, released_names
+from speechbrain_mrl.models.releases import names_release, parse_release, released_names
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
@@ -72,15 +72,13 @@ def load_teacher(
     released = released_names()
     if isinstance(teacher, nn.Module):
         module = teacher
-    elif teacher in released:
-        module = load_released(str(teacher), train_type, dataset)
+    elif teacher in released or (names_release(teacher) and not os.path.exists(teacher)):
+        name, dataset, train_type = parse_release(str(teacher), train_type, dataset)
+        module = load_released(name, train_type, dataset)
     elif os.path.isfile(teacher):
         module = load_checkpoint(teacher)
     elif os.path.isdir(teacher) or HUB_ID.fullmatch(str(teacher)):
         module = EncoderClassifierTeacher(str(teacher), device)
-    elif str(teacher).split("-")[0] in released:
-        name, its_dataset, its_train_type = parse_release(str(teacher))
-        module = load_released(name, its_train_type, its_dataset)
     else:
         raise FileNotFoundError(
             f"{str(teacher)!r} is neither a file or folder, nor a released name {released}, "

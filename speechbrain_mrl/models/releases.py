@@ -56,8 +56,16 @@ SHA256 = {  # of ReDimNet2's files, as far as they are known
 PREFIX2 = "redimnet2_"  # of a ReDimNet2's name where both families are named: redimnet2_b2
 
 
-def parse_release(release: str) -> tuple[str, str, str]:
-    """Model name, dataset and train type out of a release's name; of a model's the usual ones.
+def names_release(name: object) -> bool:
+    """Whether a text names a model, "b2", or is meant as a whole release name, "b2-vox2-ptn"."""
+    is_name = isinstance(name, str) and "/" not in name
+    return is_name and str(name).split("-")[0] in released_names()
+
+
+def parse_release(
+    release: str, train_type: str = "ft_lm", dataset: str = "vox2"
+) -> tuple[str, str, str]:
+    """Model name, dataset and train type out of a release's name; of a model's those given.
 
     Example
     -------
@@ -65,7 +73,7 @@ def parse_release(release: str) -> tuple[str, str, str]:
     (('redimnet2_b2', 'vox2', 'ptn'), ('b2', 'vox2', 'ft_lm'))
     """
     if release in released_names():
-        return release, "vox2", own_train_type(release, "ft_lm")
+        return release, dataset, own_train_type(release, train_type)
     parts, table = release.split("-"), releases_of(release)
     if len(parts) != 3 or parts[1] not in table:
         raise ValueError(
@@ -81,8 +89,11 @@ def releases_of(model_name: str) -> dict[str, dict[str, Any]]:
     return RELEASES2 if model_name.startswith(PREFIX2) else RELEASES
 
 
-def release_license(model_name: str, dataset: str) -> str:
-    """Licence of a released model's weights, by its name "b2" or "redimnet2_b2"."""
+def release_license(release_name: str, dataset: str) -> str:
+    """Licence of released weights; of a model's name, "b2" or "redimnet2_b2", those of a dataset."""
+    if not names_release(release_name):
+        return "not stated"
+    model_name, dataset, _ = parse_release(release_name, dataset=dataset)
     release = releases_of(model_name).get(dataset, {"model_names": ()})
     released = model_name.removeprefix(PREFIX2) in release["model_names"]
     return str(release["license"]) if released else "not stated"
@@ -108,9 +119,10 @@ def own_train_type(model_name: str, train_type: str) -> str:
     return "lm" if model_name.startswith(PREFIX2) else "ft_lm"
 
 
-def check_released(model_name: str, train_type: str, dataset: str) -> None:
-    """Raise ValueError unless there is a release as ``load_released`` names it."""
-    _check_release(model_name, own_train_type(model_name, train_type), dataset)
+def check_released(release: str, train_type: str, dataset: str) -> None:
+    """Raise ValueError unless there is a release as ``load_teacher`` names it."""
+    model_name, dataset, train_type = parse_release(release, train_type, dataset)
+    _check_release(model_name, train_type, dataset)
 
 
 def _is_released(model_name: str, train_type: str, dataset: str) -> bool:

@@ -27,6 +27,7 @@ from speechbrain_mrl.models.releases import (
     RELEASES,
     RELEASES2,
     parse_release,
+    release_license,
 )
 
 # Files and folders
@@ -142,6 +143,22 @@ def test_a_release_is_named_by_model_dataset_and_training():
 def test_a_models_name_alone_is_its_usual_release():
     assert parse_release("b2") == ("b2", "vox2", "ft_lm")
     assert parse_release("redimnet2_b2") == ("redimnet2_b2", "vox2", "lm")
+    assert parse_release("M", "ft_mix", "vb2+vox2+cnc") == ("M", "vb2+vox2+cnc", "ft_mix")
+
+
+@pytest.mark.parametrize(
+    ("name", "dataset", "licence"),
+    [
+        ("b2", "vox2", "cc-by-4.0"),
+        ("M-vb2-ptn", "vox2", "non-commercial"),
+        ("b2-vox2-ptn", "vb2", "cc-by-4.0"),
+        ("b2", "vb2", "not stated"),
+        ("mine", "vox2", "not stated"),
+        ("b2-org/b2-vox2-ptn", "vox2", "not stated"),
+    ],
+)
+def test_a_teachers_licence_is_that_of_its_release(name, dataset, licence):
+    assert release_license(name, dataset) == licence
 
 
 @pytest.mark.parametrize("name", ["b2-vox2", "b2-vox2-ft-lm", "b2-vox1-ptn", "vox2-b2-ptn"])

@@ -270,6 +270,7 @@ def test_missing_keys_are_named(name):
             r"objective names \['b1'\], but the teachers are \['b0', 'b6'\]",
         ),
         ("objective: {teacher_map: {64: b0}}", "objective: teacher_map"),
+        ("objective: {teacher_weights: 3}", "objective: teacher_weights must be .* got 3"),
         ("objective: {teacher_weights: {b9: 2.0}}", r"teacher_weights.*'b9'|names \['b9'\]"),
         ("objective: {mrl_weights: [1, 1]}", "objective: mrl_weights"),
         ("objective: {margins: {64: 0.2}}", "objective: margins"),
@@ -291,6 +292,8 @@ def test_missing_keys_are_named(name):
         ("teachers: [a/b0, b/b0]", "share a name; give a mapping"),
         ("taught_by: [4]", r"taught_by \[4\] must be positions in the 4 teachers"),
         ("teacher_dataset: vb2", "teacher_dataset: b0-vb2-ft_lm.* never released"),
+        ("teachers: [b2-vox2-ft_mix]", "teacher_dataset: b2-vox2-ft_mix.* never released"),
+        ("teachers: [b2-vox2]", "teacher_dataset: a release is named like .* got 'b2-vox2'"),
         ("student_train_type: ft_mix", "student_train_type .*: b2-vox2-ft_mix.* never released"),
         ("backbone: {F: 72}", "backbone is a model_config, which has no weights"),
         (
