@@ -115,86 +115,26 @@ def _preset(
 
 
 # Architectures for random initialisation. b0, b2 and b5 are those of the released checkpoints; b1,
-# b3, b4 and b6 are a third party's (WeSpeaker's) and were never compared with a checkpoint.
+# b3, b4 and b6 are a third party's (WeSpeaker's) and were never compared with a checkpoint. Of each
+# stage there are stride, blocks, expansion and reduction.
+# fmt: off
 PRESETS = {
-    "b0": _preset(
-        60,
-        10,
-        "basic_resnet",
-        1,
-        [(1, 2, 1, 30), (2, 3, 2, 30), (1, 3, 3, 30), (2, 4, 2, 10), (1, 3, 1, 10)],
-    ),
-    "b1": _preset(
-        72,
-        12,
-        "convnext_like",
-        8,
-        [(1, 2, 1, None), (2, 3, 1, None), (3, 4, 1, 12), (2, 5, 1, 12), (2, 3, 1, 8)],
-    ),
-    "b2": _preset(
-        72,
-        16,
-        "convnext_like",
-        4,
-        [(1, 2, 1, 12), (2, 2, 1, 12), (1, 3, 1, 12), (3, 4, 1, 8), (1, 4, 1, 8), (2, 4, 1, 4)],
-    ),
-    "b3": _preset(
-        72,
-        16,
-        "basic_resnet_fwse",
-        1,
-        [
-            (1, 6, 4, 32),
-            (2, 6, 2, 32),
-            (1, 8, 2, 32),
-            (2, 10, 2, 16),
-            (1, 10, 1, 16),
-            (2, 8, 1, 16),
-        ],
-    ),
-    "b4": _preset(
-        72,
-        32,
-        "basic_resnet_fwse",
-        1,
-        [
-            (1, 4, 2, 48),
-            (2, 4, 2, 48),
-            (1, 6, 2, 48),
-            (2, 6, 1, 32),
-            (1, 8, 1, 24),
-            (2, 4, 1, 16),
-        ],
-    ),
-    "b5": _preset(
-        72,
-        32,
-        "basic_resnet_fwse",
-        16,
-        [
-            (1, 4, 2, 48),
-            (2, 4, 2, 48),
-            (1, 6, 2, 48),
-            (2, 6, 1, 32),
-            (1, 8, 1, 24),
-            (2, 4, 1, 16),
-        ],
-    ),
-    "b6": _preset(
-        72,
-        32,
-        "basic_resnet",
-        32,
-        [
-            (1, 4, 4, 32),
-            (2, 6, 2, 32),
-            (1, 6, 2, 24),
-            (3, 8, 1, 24),
-            (1, 8, 1, 16),
-            (2, 8, 1, 16),
-        ],
-    ),
+    "b0": _preset(60, 10, "basic_resnet", 1, [
+        (1, 2, 1, 30), (2, 3, 2, 30), (1, 3, 3, 30), (2, 4, 2, 10), (1, 3, 1, 10)]),
+    "b1": _preset(72, 12, "convnext_like", 8, [
+        (1, 2, 1, None), (2, 3, 1, None), (3, 4, 1, 12), (2, 5, 1, 12), (2, 3, 1, 8)]),
+    "b2": _preset(72, 16, "convnext_like", 4, [
+        (1, 2, 1, 12), (2, 2, 1, 12), (1, 3, 1, 12), (3, 4, 1, 8), (1, 4, 1, 8), (2, 4, 1, 4)]),
+    "b3": _preset(72, 16, "basic_resnet_fwse", 1, [
+        (1, 6, 4, 32), (2, 6, 2, 32), (1, 8, 2, 32), (2, 10, 2, 16), (1, 10, 1, 16), (2, 8, 1, 16)]),
+    "b4": _preset(72, 32, "basic_resnet_fwse", 1, [
+        (1, 4, 2, 48), (2, 4, 2, 48), (1, 6, 2, 48), (2, 6, 1, 32), (1, 8, 1, 24), (2, 4, 1, 16)]),
+    "b5": _preset(72, 32, "basic_resnet_fwse", 16, [
+        (1, 4, 2, 48), (2, 4, 2, 48), (1, 6, 2, 48), (2, 6, 1, 32), (1, 8, 1, 24), (2, 4, 1, 16)]),
+    "b6": _preset(72, 32, "basic_resnet", 32, [
+        (1, 4, 4, 32), (2, 6, 2, 32), (1, 6, 2, 24), (3, 8, 1, 24), (1, 8, 1, 16), (2, 8, 1, 16)]),
 }
+# fmt: on
 
 
 # Front end

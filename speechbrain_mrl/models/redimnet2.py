@@ -179,37 +179,21 @@ def _reduced(stages: list[Any], *reductions: int) -> list[Any]:
     return [(*stage, reduction) for stage, reduction in zip(stages, reductions)]
 
 
+# fmt: off
 PRESETS = {
     "redimnet2_b0": _preset(12, 64, _reduced(_NARROW, 36, 36, 36, 36, 18, 18)),
     "redimnet2_b1": _preset(16, None, _reduced(_NARROW, 32, 32, 32, 32, 16, 16)),
-    "redimnet2_b2": _preset(
-        20,
-        None,
-        [
-            (1, 1, 2, 2, 40),
-            (2, 1, 3, 1, 30),
-            (1, 2, 4, 1, 30),
-            (3, 1, 5, 1, 20),
-            (1, 2, 4, 1, 20),
-            (2, 1, 3, 1, 10),
-        ],
-    ),
+    "redimnet2_b2": _preset(20, None, [
+        (1, 1, 2, 2, 40), (2, 1, 3, 1, 30), (1, 2, 4, 1, 30), (3, 1, 5, 1, 20), (1, 2, 4, 1, 20),
+        (2, 1, 3, 1, 10)]),
     "redimnet2_b3": _preset(24, None, _reduced(_WIDE, 24, 24, 24, 24, 24, 24)),
     "redimnet2_b4": _preset(32, None, _reduced(_WIDE, 24, 24, 24, 24, 24, 24)),
     "redimnet2_b5": _preset(48, 256, _reduced(_WIDE, 48, 48, 48, 48, 32, 32)),
-    "redimnet2_b6": _preset(
-        64,
-        224,
-        [
-            (1, 1, 3, 3, 64),
-            (2, 1, 4, 2, 64),
-            (1, 2, 5, 2, 48),
-            (2, 1, 5, 1, 48),
-            (1, 2, 4, 0.75, 32),
-            (2, 1, 3, 0.5, 24),
-        ],
-    ),
+    "redimnet2_b6": _preset(64, 224, [
+        (1, 1, 3, 3, 64), (2, 1, 4, 2, 64), (1, 2, 5, 2, 48), (2, 1, 5, 1, 48), (1, 2, 4, 0.75, 32),
+        (2, 1, 3, 0.5, 24)]),
 }
+# fmt: on
 
 
 # Front end
@@ -354,10 +338,7 @@ class PooledConv(nn.Conv2d):
 
     def prepared(self) -> Kernel:
         weight, groups = self.weight, self.groups
-        if groups > 1 and self.kernel_size == (
-            1,
-            1,
-        ):  # torch takes twenty times as long with groups
+        if groups > 1 and self.kernel_size == (1, 1):  # with groups torch takes 20 times as long
             weight = torch.block_diag(*weight.flatten(1).unflatten(0, (groups, -1)))
             weight, groups = weight[..., None, None], 1
         return weight.transpose(2, 3), self.bias, groups

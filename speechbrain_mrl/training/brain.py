@@ -103,15 +103,24 @@ class MRLBrain(SteppingBrain):
         if valid_set is not None and not isinstance(valid_set, DataLoader):
             loader_kwargs = {"ckpt_prefix": None, **(valid_loader_kwargs or {})}
             valid_set = self.make_dataloader(valid_set, sb.Stage.VALID, **loader_kwargs)
-        epochs = self._epochs(epoch_counter, valid_set)
+        epochs = self._epochs(epoch_counter, getattr(train_set, "dataset", train_set), valid_set)
         super().fit(epochs, train_set, valid_set, progressbar, train_loader_kwargs or {})
 
-    def _epochs(self, epoch_counter: Any, valid_set: Any) -> Any:
-        """Those of the counter, the validation before the first step in front of them."""
+    def _epochs(self, epoch_counter: Any, train_data: Any, valid_set: Any) -> Any:
+        """Those of the counter, the validation before the first step in front of them.
+
+        The training data are told each epoch, from which their draws follow.
+        """
         if valid_set is not None and self.checkpointer.find_checkpoint() is None:
             self.train_stats: dict[str, float] = {}
             self._fit_valid(valid_set, 0, enable=False)
-        yield from epoch_counter
+        for epoch in epoch_counter:
+            seed_draws(epoch, 0)  # a DataLoader that shuffles by torch's generator begins here
+            if isinstance(train_data, (SeededClips, ShardedClips)):
+                train_data.epoch.fill_(epoch)
+            if isinstance(train_data, ShardedClips):
+                train_data.done.fill_(self.step)
+            yield epoch
 
     def compute_forward(self, batch: Any, stage: sb.Stage) -> Tensor:
         """A batch of waveforms to embeddings (B, D), augmented in training."""
@@ -217,22 +226,15 @@ class MRLBrain(SteppingBrain):
             return
         self.checkpointer.save_and_keep_only(meta={"valid_error": error}, min_keys=["valid_error"])
 
-    def _fit_train(self, train_set: Any, epoch: Any, enable: bool) -> None:
-        seed_draws(epoch, 0)  # a DataLoader that shuffles by torch's generator begins here
-        dataset = getattr(train_set, "dataset", None)
-        if isinstance(dataset, (SeededClips, ShardedClips)):
-            dataset.epoch.fill_(epoch)
-        if isinstance(dataset, ShardedClips):
-            dataset.done.fill_(self.step)
-        super()._fit_train(train_set, epoch, enable)
-
     def _fit_valid(self, valid_set: Any, epoch: int | None, enable: bool) -> None:
+        """Without validation data the epoch ends, and its checkpoint is saved, here."""
         super()._fit_valid(valid_set, epoch, enable)
         if valid_set is None:
             self.checkpointer.save_and_keep_only()
 
     @mark_as_saver
     def _save(self, path: str | os.PathLike[str]) -> None:
+        """With the sums so far: the log of an epoch that is resumed is of all of it."""
         super()._save(path)
         self._read_sums()
         with open(path, "a", encoding="utf-8") as file:
