@@ -25,6 +25,7 @@ _ON_FIRST_USE = {  # importing the package alone imports neither torch nor Speec
     "Telephone": "training.augment",
     "TrainingLog": "training.logger",
     "UtteranceAugmenter": "training.augment",
+    "VoiceRegistry": "inference.registry",
     "babble": "training.augment",
     "embed_folder": "inference.store",
     "evaluate": "evaluation.verification",

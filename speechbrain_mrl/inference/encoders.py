@@ -99,10 +99,24 @@ def sizes_and_thresholds(encoder: nn.Module, embed_dim: int) -> tuple[list[int],
     thresholds : dict of int to float
         Size -> threshold at the equal error rate, of a published model that has a report.
     """
-    named = encoder.encoder.hparams if isinstance(encoder, EncoderClassifierTeacher) else encoder
-    sizes = [size for size in getattr(named, "mrl_dims", [embed_dim]) if size <= embed_dim]
-    thresholds = getattr(named, "thresholds", {})
-    return sizes, {int(size): found["eer"] for size, found in thresholds.items()}
+    sizes = [
+        size for size in getattr(_named(encoder), "mrl_dims", [embed_dim]) if size <= embed_dim
+    ]
+    return sizes, {size: found["eer"] for size, found in thresholds_of(encoder).items()}
+
+
+def thresholds_of(encoder: nn.Module) -> dict[int, dict[str, float]]:
+    """Of a published model that has a report: size -> {"eer": cosine, "far_0.01": cosine, …}.
+
+    The cosines are those at the equal error rate, and at false-accept rates.
+    """
+    found = getattr(_named(encoder), "thresholds", {})
+    return {int(size): dict(cosines) for size, cosines in found.items()}
+
+
+def _named(encoder: nn.Module) -> Any:
+    """What has the attributes ``mrl_dims`` and ``thresholds``, if there are any."""
+    return encoder.encoder.hparams if isinstance(encoder, EncoderClassifierTeacher) else encoder
 
 
 def choose_teachers(
