@@ -12,8 +12,9 @@ from command import run_command
 
 from speechbrain_mrl import embed_folder
 from speechbrain_mrl.inference.encoders import EncoderClassifierTeacher, load_teacher
+from speechbrain_mrl.inference.engines import ENGINES, check_engine
 from speechbrain_mrl.inference.fingerprint import fingerprint
-from speechbrain_mrl.inference.onnx import ENGINES, ExportedEncoder, check_engine, export_onnx
+from speechbrain_mrl.inference.onnx import ExportedEncoder, export_onnx
 from speechbrain_mrl.inference.optimize import (
     PRECISIONS,
     batch_seconds_for,

@@ -60,8 +60,9 @@ def join_groups(conv: Conv2d) -> None:
 class ReDimNetGraph(nn.Module):
     """The model as the engines run it best; ``model`` itself becomes that."""
 
-    def __init__(self, model: ReDimNet) -> None:
+    def __init__(self, model: ReDimNet, target_dim: int | None = None) -> None:
         super().__init__()
+        self.target_dim = target_dim
         *before, mel = model.spec.torchfbank
         if isinstance(mel, MelSpectrogram):
             model.spec.torchfbank = nn.Sequential(*before, FourierMel(mel))
@@ -76,22 +77,32 @@ class ReDimNetGraph(nn.Module):
         feats, _ = model.spec._features(wavs, None)
         pooled = model.pool(model.backbone(feats.unsqueeze(1)), None)
         embeddings = model.linear(model.bn(pooled))
-        return embeddings if model.bn2 is None else model.bn2(embeddings), feats
+        embeddings = embeddings if model.bn2 is None else model.bn2(embeddings)
+        return embeddings[:, : self.target_dim], feats
 
 
-class EncoderGraph(nn.Module):
-    """Any encoder with its head. Whole utterances have no lengths to tell its parts."""
+class FeatureGraph(nn.Module):
+    """Any encoder with its head, from its features on. Whole utterances have no lengths to tell."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, target_dim: int | None = None) -> None:
         super().__init__()
         self.model: Any = model
+        self.target_dim = target_dim
 
-    def forward(self, wavs: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, feats: Tensor) -> Any:
         model = self.model
-        feats = wavs if model.compute_features is None else model.compute_features(wavs)
         normed = feats if model.mean_var_norm is None else model.mean_var_norm(feats)
         own = model.embedding_model(normed)
-        return model.linear(own.squeeze(1) if own.ndim == 3 else own), feats
+        return model.linear(own.squeeze(1) if own.ndim == 3 else own)[:, : self.target_dim]
+
+
+class EncoderGraph(FeatureGraph):
+    """The same from waveforms on."""
+
+    def forward(self, wavs: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.model.compute_features
+        feats = wavs if features is None else features(wavs)
+        return super().forward(feats), feats
 
 
 @contextlib.contextmanager

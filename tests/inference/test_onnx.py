@@ -6,7 +6,9 @@ import encoders
 import numpy as np
 import pytest
 import torch
+from kaldi_native import native
 from speechbrain.inference.classifiers import EncoderClassifier
+from speechbrain.lobes.models.ECAPA_TDNN import ECAPA_TDNN
 
 from speechbrain_mrl import KaldiFbank, MatryoshkaEncoder, export_model
 from speechbrain_mrl.inference import graphs
@@ -87,6 +89,74 @@ def test_any_encoder_is_exported_from_waveforms(kind, voices, tmp_path):
         pytest.importorskip("openvino")
         with pytest.raises(ValueError, match="OpenVINO cannot read .* use engine 'onnxruntime'"):
             ExportedEncoder(path, "openvino")
+
+
+@pytest.fixture(scope="module")
+def fed(tmp_path_factory):
+    """A model on ``KaldiFbank()``, and its file of 4 dimensions for runtimes that feed features."""
+    torch.manual_seed(0)
+    net = ECAPA_TDNN(80, "cpu", 8, channels=[16] * 4 + [48], attention_channels=8, res2net_scale=4)
+    model = MatryoshkaEncoder(net, 16, (4, 16), compute_features=KaldiFbank()).eval()
+    path = tmp_path_factory.mktemp("fbank") / "model.onnx"
+    export_onnx(model, path, input="fbank", target_dim=4)
+    return model, path
+
+
+def test_a_graph_from_features_embeds_what_kaldis_own_code_computes(fed, voices):
+    """Names and shapes as 3D-Speaker's C++ asks for; WeSpeaker's takes one input and one output."""
+    session = pytest.importorskip("onnxruntime").InferenceSession(fed[1])
+    assert [one.name for one in session.get_inputs()] == ["feature"]
+    assert [one.name for one in session.get_outputs()] == ["embedding"]
+    for samples in (4000, 23456):
+        wavs = torch.stack([voices(i, samples / 16000) for i in range(2)])
+        feats = torch.stack([native(wav) for wav in wavs]).numpy()
+        (found,) = session.run(["embedding"], {"feature": feats})
+        with torch.no_grad():
+            expected = fed[0](wavs, target_dim=4)
+        assert found.shape == (2, 4)
+        assert torch.cosine_similarity(torch.from_numpy(found), expected).min() > 0.9999
+
+
+def test_sherpa_onnx_gives_the_embedding_of_the_waveform(fed, voices):
+    sherpa_onnx = pytest.importorskip("sherpa_onnx")
+    config = sherpa_onnx.SpeakerEmbeddingExtractorConfig(model=str(fed[1]))
+    extractor = sherpa_onnx.SpeakerEmbeddingExtractor(config)
+    assert extractor.dim == 4
+    wav, stream = voices(0, 1.5), extractor.create_stream()
+    stream.accept_waveform(16000, wav.numpy())
+    stream.input_finished()
+    with torch.no_grad():
+        expected = fed[0](wav, target_dim=4)[0]
+    found = torch.tensor(extractor.compute(stream))
+    assert torch.cosine_similarity(found, expected, dim=0) > 0.9999
+
+
+def test_a_graph_of_one_size_gives_that_prefix(exported, voices, tmp_path):
+    model, path = exported[0], tmp_path / "model.onnx"
+    export_onnx(model, path, target_dim=8)
+    encoder, wav = ExportedEncoder(path, threads=1), voices(0, 0.5)
+    assert encoder.mrl_dims == (8,) and encoder.embed_dim == 8
+    with torch.no_grad():
+        torch.testing.assert_close(encoder(wav), model(wav)[:, :8], rtol=1e-4, atol=1e-4)
+
+
+def test_what_cannot_be_exported_is_refused_before_a_file_is_written(exported, fed, tmp_path):
+    path = tmp_path / "model.onnx"
+    with pytest.raises(ValueError, match="input must be one of .* got 'mel'"):
+        export_onnx(exported[0], path, input="mel")
+    for size in (9, 8.0):
+        with pytest.raises(ValueError, match=r"target_dim must be one of mrl_dims \[8, 32\], got"):
+            export_onnx(exported[0], path, target_dim=size)
+    with pytest.raises(ValueError, match="got a MatryoshkaReDimNet with features of its own"):
+        export_onnx(exported[0], path, input="fbank")
+    with pytest.raises(ValueError, match="80 bands from 20 to 7600 Hz, .* has 24 other ones"):
+        export_onnx(encoder_model("kaldi"), path, input="fbank")
+    other = MatryoshkaEncoder(fed[0].embedding_model, 16, (16,), KaldiFbank(f_max=8000.0))
+    with pytest.raises(ValueError, match="80 bands from 20 to 7600 Hz"):
+        export_onnx(other, path, input="fbank")
+    assert not path.exists()
+    with pytest.raises(ValueError, match="was not written by export_onnx with input='wavs'"):
+        ExportedEncoder(fed[1])
 
 
 @pytest.mark.parametrize("config", ["b2", "b5", "syn_att_convnext", "syn_conv_fwse", "mfa"])
