@@ -17,6 +17,7 @@ _ON_FIRST_USE = {  # importing the package alone imports neither torch nor Speec
     "MultiModelEnsemble": "models.ensemble",
     "Noise": "training.augment",
     "Provenance": "publish.card",
+    "PyannoteEmbedding": "publish.pyannote",
     "ReDimNet": "models.redimnet",
     "ReDimNet2": "models.redimnet2",
     "ReDimNetMRL": "models.pretrained",

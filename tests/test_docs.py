@@ -155,7 +155,7 @@ def names_of_a_page(workplace):
 
 
 EXTRAS = {"inference.md": ["onnxscript", "openvino"], "search.md": ["faiss", "milvus_lite"]}
-EXTRAS["runtimes.md"] = ["onnxscript", "sherpa_onnx"]
+EXTRAS["runtimes.md"] = ["onnxscript", "sherpa_onnx", "pyannote.audio"]
 PYTHON_PAGES = [page for page in PAGES if any(b[1] == "python" for b in blocks(page))]
 
 
