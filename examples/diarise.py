@@ -4,19 +4,16 @@ python examples/diarise.py --model results/mrl_distill/1986/model \\
     --data_folder results/mrl_distill/1986/voices --trials results/mrl_distill/1986/lists/test_trials.txt
 
 Mixes conversations from a folder in VoxCeleb's layout; speakers take turns without overlap. Embeds a
-window of 1.5 s every 0.75 s, once. Clusters the windows by each prefix with SpeechBrain's
-``do_spec_clustering``. Prints for each size the diarisation error rate (DER) and the median time of
+window of 1.5 s every 0.75 s, once. Clusters the windows by each prefix, as ``speechbrain-mrl
+diarize`` does. Prints for each size the diarisation error rate (DER) and the median time of
 a clustering. DER is the share of the time that is given to the wrong speaker; speech is taken as
 known. Rates are means over conversations, with 95 % intervals by bootstrap over conversations. Needs the extra ``diarisation``.
 """
 
 import argparse
 import random
-import tempfile
 import time
-import warnings
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -27,14 +24,9 @@ from tqdm import tqdm
 
 from speechbrain_mrl.dataio.audio import read_audio
 from speechbrain_mrl.evaluation.verification import read_trials
-
-with warnings.catch_warnings():  # SpeechBrain 1.1 has moved it, 1.0 knows the old place only
-    warnings.simplefilter("ignore", DeprecationWarning)
-    from speechbrain.processing.diarization import do_spec_clustering
+from speechbrain_mrl.inference.diarization import cluster, windows
 
 SAMPLE_RATE = 16000  # Hz
-WINDOW, STEP = 1.5, 0.75  # seconds
-PRUNING = 0.1  # share of each window's similarities that spectral clustering keeps
 
 
 def mix(clips, n_turns, rng, sample_rate=SAMPLE_RATE):
@@ -57,19 +49,12 @@ def mix(clips, n_turns, rng, sample_rate=SAMPLE_RATE):
     return torch.cat(wavs), reference
 
 
-def windows(n_samples, sample_rate=SAMPLE_RATE):
-    """Start and end of every window, in samples; the last one ends with the signal."""
-    length, step = round(WINDOW * sample_rate), round(STEP * sample_rate)
-    starts = [*range(0, n_samples - length, step), n_samples - length]
-    return [(start, start + length) for start in starts]
-
-
 def embed(encoder, wav, spans, batch_size=64):
     """Full embeddings of the windows, (N, D)."""
     cuts = torch.stack([wav[start:end] for start, end in spans])  # (N, T)
     with torch.no_grad():
         found = [encoder.encode_batch(batch).squeeze(1) for batch in cuts.split(batch_size)]
-    return torch.cat(found).cpu().numpy()
+    return torch.cat(found).cpu()
 
 
 def diarise(embeddings, spans, size, n_speakers=None):
@@ -77,19 +62,12 @@ def diarise(embeddings, spans, size, n_speakers=None):
 
     ``n_speakers`` None: estimated from the eigenvalues, 2 to 10.
     """
-    ids = [f"mix_{start / SAMPLE_RATE:.4f}_{end / SAMPLE_RATE:.4f}" for start, end in spans]
-    # what do_spec_clustering reads of SpeechBrain's StatObject_SB
-    stat_object = SimpleNamespace(stat1=embeddings[:, :size], segset=np.array(ids))
-    np.random.seed(0)  # of the k-means in it
-    with tempfile.TemporaryDirectory() as folder:
-        rttm = Path(folder, "mix.rttm")
-        start = time.perf_counter()
-        do_spec_clustering(stat_object, str(rttm), "mix", n_speakers, PRUNING, "cos", None)
-        seconds = time.perf_counter() - start
-        rows = [line.split() for line in rttm.read_text().splitlines()]
+    start = time.perf_counter()
+    turns = cluster(embeddings[:, :size], spans, n_speakers)
+    seconds = time.perf_counter() - start
     found = Annotation(uri="mix")
-    for turn, (_, _, _, begin, length, _, _, speaker, *_) in enumerate(rows):
-        found[Segment(float(begin), float(begin) + float(length)), turn] = speaker
+    for number, turn in enumerate(turns):
+        found[Segment(turn.start, turn.end), number] = turn.speaker
     return found, seconds
 
 

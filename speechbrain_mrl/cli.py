@@ -1,4 +1,5 @@
-"""The command line: speechbrain-mrl embed | verify | convert | export | publish | info.
+"""The command line: speechbrain-mrl embed | verify | enroll | identify | diarize | calibrate |
+convert | export | publish | info. Here are the commands that write and publish models.
 
 A command imports what it needs when it runs, so that ``info`` and ``--help`` do not wait for torch.
 """
@@ -8,152 +9,16 @@ import contextlib
 import inspect
 import json
 import sys
-import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
-from tqdm import tqdm
-
+from speechbrain_mrl.commands import COMMANDS, MODEL, command, option
 from speechbrain_mrl.publish.folder import model_info, print_info
-from speechbrain_mrl.utils import attempt, check_device, check_writable, print_table, replacing
+from speechbrain_mrl.utils import attempt
 
 PROGRAM = "speechbrain-mrl"
-COMMANDS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {}
-
-
-def option(*names: str, **settings: Any) -> Any:
-    """What ``add_argument`` takes."""
-    return names, settings
-
-
-def command(*options: Any) -> Any:
-    """Decorator: a command of the function's name and docstring; what it returns becomes JSON."""
-    return lambda run: COMMANDS.setdefault(run.__name__, (run, options))[0]
-
-
-MODEL = option(
-    "model",
-    metavar="MODEL",
-    help="folder or Hub id of a SpeechBrain speaker encoder, a released name (b0 … b6, "
-    "redimnet2_b2, b2-vox2-ptn, …), or a checkpoint file of ReDimNet or ReDimNet2",
-)
 EXPORTED = option("model", metavar="MODEL", help="folder or Hub id of an exported model")
 FOLDER = option("folder", metavar="FOLDER", help="to be written")
-DEVICE = option("--device", default="cpu", help="cpu or cuda (default: cpu)")
-SECONDS = option("--max_seconds", type=float, help="seconds of each recording (default: all)")
-DECISIONS: dict[Any, str] = {True: "same speaker", False: "different speakers", None: "-"}
-
-
-@command(
-    MODEL,
-    option("recordings", metavar="RECORDING", nargs="+", help="files, or folders of them"),
-    option("--output", metavar="FILE.npz", help="write the embeddings there"),
-    option("--target_dim", type=int, metavar="D", help="first dimensions to keep"),
-    DEVICE,
-    SECONDS,
-)
-def embed(given: argparse.Namespace) -> Any:
-    """Turn recordings into embeddings.
-
-    Examples:
-      speechbrain-mrl embed models/b2 calls/ --output calls.npz
-      speechbrain-mrl embed org/redimnet-mrl one.wav two.flac --target_dim 64 --json
-
-    the .npz holds ids (N,) and embeddings (N, target_dim), float32, L2-normalised
-    """
-    import numpy as np
-    from torch.nn.functional import normalize
-
-    from speechbrain_mrl.dataio.clips import SAMPLE_RATE, clips_at
-
-    if given.output is not None:
-        check_writable(given.output)
-    clips = clips_at(given.recordings)
-    embeddings, _, sizes, _ = _embed(given, clips)
-    size = given.target_dim or embeddings.shape[1]
-    if size not in sizes:
-        raise ValueError(f"--target_dim must be one of {sizes}, the model's sizes, got {size}")
-    embeddings = normalize(embeddings[:, :size], dim=1).numpy()
-    found = [{"id": c.id, "seconds": round(c.num_frames / SAMPLE_RATE, 2)} for c in clips]
-    if given.output is None:
-        found = [f | {"embedding": e.tolist()} for f, e in zip(found, embeddings, strict=True)]
-    else:
-        with replacing(given.output) as part, open(part, "wb") as file:
-            np.savez(file, ids=[clip.id for clip in clips], embeddings=embeddings)
-    if given.json:
-        return dict(model=given.model, target_dim=size, output=given.output, recordings=found)
-    few = ["  ".join(f"{x:+.3f}" for x in row[:6]) + " …" for row in embeddings]
-    rows = [[f["id"], f["seconds"], start] for f, start in zip(found, few, strict=True)]
-    print_table(["recording", "seconds", "first dimensions"], rows)
-    where = f"written to {given.output}" if given.output else "to keep them, give --output"
-    print(f"{len(clips)} embeddings of {size} dimensions, L2-normalised; {where}")
-
-
-@command(
-    MODEL,
-    option("recordings", metavar="RECORDING", nargs="*", help="two files"),
-    option("--threshold", type=float, help="lowest cosine of one speaker (default: the model's)"),
-    option("--trials", metavar="LIST", help="measure error rates on this list instead"),
-    option("--data_folder", metavar="FOLDER", help="holds the recordings of the list"),
-    option("--output", metavar="FOLDER", help="write report.json of the list there"),
-    DEVICE,
-    SECONDS,
-)
-def verify(given: argparse.Namespace) -> Any:
-    """Decide whether two recordings are of one speaker, or measure a trial list.
-
-    Examples:
-      speechbrain-mrl verify models/b2 first.wav second.wav --threshold 0.4
-      speechbrain-mrl verify org/redimnet-mrl --trials veri_test2.txt --data_folder VoxCeleb1/wav
-
-    a trial list has lines "1 a b" (same speaker) or "0 a b"; a and b are paths below --data_folder.
-    The decision is by the cosine at the model's equal error rate, unless --threshold says
-    otherwise. Intervals, normalisation, calibration, comparison: recipes/voxceleb/verify.py.
-    """
-    if given.trials is not None:
-        return _verify_list(given)
-    from torch.nn.functional import cosine_similarity
-
-    from speechbrain_mrl.dataio.clips import clips_at
-
-    clips = clips_at(given.recordings, folders=False)
-    (first, second), _, sizes, thresholds = _embed(given, clips)
-    scores = []
-    for size in sizes:
-        cosine = cosine_similarity(first[:size], second[:size], dim=0).item()
-        threshold = thresholds.get(size) if given.threshold is None else given.threshold
-        same = None if threshold is None else cosine >= threshold
-        scores.append({"size": size, "score": cosine, "threshold": threshold, "same": same})
-    if given.json:
-        return {"model": given.model, "recordings": given.recordings, "scores": scores}
-    rows = [[s["size"], s["score"], s["threshold"], DECISIONS[s["same"]]] for s in scores]
-    print_table(["dimensions", "cosine", "threshold", "decision"], rows)
-    if not thresholds and given.threshold is None:
-        print("The model brings no threshold; give --threshold, fitted to recordings like yours.")
-
-
-def _verify_list(given: argparse.Namespace) -> Any:
-    from speechbrain_mrl.dataio.clips import find_clips
-    from speechbrain_mrl.evaluation.report import make_report, print_report, write_report
-    from speechbrain_mrl.evaluation.verification import evaluate, read_trials
-
-    started = time.time()
-    if given.output is not None:
-        check_writable(Path(given.output, "report.json"))
-    trials = read_trials(given.trials)
-    clips = find_clips(given.data_folder, trials.clip_ids)
-    trials.check_clips({clip.id for clip in clips})
-    embeddings, encoder, sizes, _ = _embed(given, clips)
-    found = trials.stack(dict(zip((clip.id for clip in clips), embeddings, strict=True)))
-    dims, params = evaluate(found, trials, sizes), sum(p.numel() for p in encoder.parameters())
-    seconds = round(time.time() - started, 1)
-    report = make_report(dims, trials, {}, given.data_folder, params, seconds)
-    if given.output is not None:
-        write_report(report, given.output)
-    if given.json:
-        return report
-    print_report(report)
 
 
 @command(
@@ -267,19 +132,6 @@ def _options(given: argparse.Namespace) -> dict[str, Any]:
     return {key: value for key, value in vars(given).items() if key not in ("command", "json")}
 
 
-def _embed(given: argparse.Namespace, clips: Sequence[Any]) -> tuple[Any, Any, Any, Any]:
-    """Embeddings of the utterances, (N, D); their encoder, its sizes and its thresholds."""
-    from speechbrain_mrl.inference.encoders import load_teacher, sizes_and_thresholds
-    from speechbrain_mrl.inference.extract import embed_clips
-
-    device = check_device(given.device)
-    encoder = load_teacher(given.model, device=device)
-    with tqdm(total=len(clips), unit=" utterances", desc="Embedding", disable=None) as bar:
-        options = {"device": device, "max_seconds": given.max_seconds, "progress": bar}
-        embeddings = embed_clips({"model": encoder}, clips, **options)["model"]
-    return embeddings, encoder, *sizes_and_thresholds(encoder, embeddings.shape[1])
-
-
 def parser() -> argparse.ArgumentParser:
     """All commands with their options; ``command`` of what it parses is the command's name."""
     as_written = argparse.RawDescriptionHelpFormatter
@@ -330,7 +182,7 @@ def _run(given: argparse.Namespace) -> None:
 
 def run() -> None:
     """The console script: one command; the process is prepared for those that embed recordings."""
-    if {"embed", "verify", "convert"} & {*sys.argv[1:2]}:
+    if (COMMANDS.keys() - {"export", "publish", "info"}) & {*sys.argv[1:2]}:
         from speechbrain_mrl.inference.optimize import prepare_cpu
 
         prepare_cpu()

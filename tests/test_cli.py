@@ -17,6 +17,7 @@ from test_utils import full_disk
 
 from speechbrain_mrl import cli
 from speechbrain_mrl.cli import COMMANDS, main, parser
+from speechbrain_mrl.evaluation.calibration import Calibration, read_calibrations
 from speechbrain_mrl.inference import encoders, optimize
 from speechbrain_mrl.inference.encoders import load_teacher
 from speechbrain_mrl.models.redimnet import MatryoshkaReDimNet
@@ -148,6 +149,72 @@ def test_verify_of_a_list_reports_error_rates_at_every_size(folder, recordings, 
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     assert list(report["dims"]) == ["8", "16", "32"]
     assert report["trials"] == {"target": 1, "impostor": 1}
+
+
+def test_enroll_and_identify_name_speakers_or_nobody(student, folder, recordings, tmp_path, capsys):
+    staff = tmp_path / "staff"
+    found = as_json(capsys, "enroll", staff, "ann", recordings / "a1.wav", f"--model={folder}")
+    assert found == {"name": "ann", "recordings": 1, "seconds": 1.0}
+    found = as_json(capsys, "enroll", staff, "bob", recordings / "b1.wav")
+    (one,) = as_json(capsys, "identify", staff, recordings / "a2.wav")["recordings"]
+    query = expected(student, recordings, "a2")
+    scores = [(query @ expected(student, recordings, name)).item() for name in ("a1", "b1")]
+    assert one["score"] == pytest.approx(max(scores), abs=1e-4)
+    assert one["margin"] == pytest.approx(abs(scores[0] - scores[1]), abs=1e-4)
+    (own,) = as_json(capsys, "identify", staff, recordings / "a1.wav")["recordings"]
+    assert own["score"] == pytest.approx(1.0, abs=1e-5)
+    assert (own["name"] == "ann") == (own["margin"] >= 0.05) == (own["reason"] is None)
+    soundfile.write(tmp_path / "silence.wav", np.zeros(32000), 16000)
+    assert main(["identify", str(staff), str(tmp_path / "silence.wav")]) == 0
+    assert "nobody" in (table := capsys.readouterr().out) and "holds only silence" in table
+
+
+def test_a_registry_keeps_its_model(folder, recordings, tmp_path, capsys):
+    staff, wav = str(tmp_path / "staff"), str(recordings / "a1.wav")
+    assert main(["enroll", staff, "ann", wav]) == 1
+    assert "is no registry yet; give --model to make it" in capsys.readouterr().err
+    assert not (tmp_path / "staff").exists()
+    assert main(["enroll", staff, "ann", wav, f"--model={folder}"]) == 0
+    assert "ann: 1 recordings, 1.0 s of sound" in capsys.readouterr().out
+    assert main(["enroll", staff, "bob", wav, "--threshold=0.3"]) == 1
+    assert "--threshold is for a new registry" in capsys.readouterr().err
+
+
+def test_diarize_prints_turns_and_writes_rttm(folder, recordings, tmp_path, capsys):
+    wavs = [soundfile.read(recordings / f"{name}.wav")[0] for name in ("a1", "b1")]
+    call = tmp_path / "a call.wav"
+    soundfile.write(call, np.concatenate([np.tile(wav, 8) for wav in wavs]), 16000)
+    output = tmp_path / "call.rttm"
+    arguments = ["diarize", folder, call, "--n_speakers=2", f"--output={output}"]
+    turns = as_json(capsys, *arguments)["turns"]
+    assert turns[0]["start"] == 0 and turns[-1]["end"] == 16
+    rows = [line.split() for line in output.read_text().splitlines()]
+    assert [[float(row[3]), row[7]] for row in rows] == [
+        [turn["start"], f"speaker{turn['speaker']}"] for turn in turns
+    ]
+    assert {(row[0], row[1], len(row)) for row in rows} == {("SPEAKER", "a_call", 10)}
+    assert main(["diarize", str(folder), str(call), "--n_speakers=1"]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split() == ["0.000", "16.000", "1"]
+
+
+def test_calibrate_writes_what_a_fit_of_its_cosines_gives(
+    student, folder, recordings, tmp_path, capsys
+):
+    trials, output = tmp_path / "trials.txt", tmp_path / "fitted.json"
+    pairs = [(1, "a1", "a2"), (0, "a1", "b1"), (0, "a2", "b1")]
+    trials.write_text("".join(f"{label} {x}.wav {y}.wav\n" for label, x, y in pairs))
+    arguments = ["calibrate", folder, f"--trials={trials}", f"--data_folder={recordings}"]
+    found = as_json(capsys, *arguments, f"--output={output}", "--p_target=0.5")
+    calibrations, scores = read_calibrations(output)
+    assert scores == "cosine" and [*calibrations] == [*SIZES] == [int(d) for d in found]
+    cosines = [
+        (expected(student, recordings, x) @ expected(student, recordings, y)).item()
+        for _, x, y in pairs
+    ]
+    durations = np.zeros((3, 2))  # log of one second
+    fitted = Calibration.fit(cosines, [1, 0, 0], durations, p_target=0.5)
+    ratios = calibrations[32](cosines, durations)
+    np.testing.assert_allclose(ratios, fitted(cosines, durations), rtol=1e-3)
 
 
 def test_a_list_may_name_clips_as_voxceleb_does_and_no_other_file_is_read(
@@ -284,7 +351,7 @@ print({{"torch", "speechbrain", "numpy", "sklearn"}} & {{*sys.modules}})"""
     assert done.stdout.splitlines()[-1] == "set()"
 
 
-@pytest.mark.parametrize("command", ["embed", "verify", "convert", "info", "--help"])
+@pytest.mark.parametrize("command", [*COMMANDS, "--help"])
 def test_the_process_is_prepared_where_recordings_are_embedded(command, monkeypatch):
     prepared = []
     monkeypatch.setattr(optimize, "prepare_cpu", lambda: prepared.append(True))
@@ -292,7 +359,7 @@ def test_the_process_is_prepared_where_recordings_are_embedded(command, monkeypa
     monkeypatch.setattr(sys, "argv", ["speechbrain-mrl", command])
     with pytest.raises(SystemExit):
         cli.run()
-    assert bool(prepared) == (command in ("embed", "verify", "convert"))
+    assert bool(prepared) == (command not in ("export", "publish", "info", "--help"))
 
 
 def test_publish_lists_what_would_be_uploaded(folder, capsys):
@@ -328,6 +395,10 @@ def test_publish_pushes_the_model_then_the_space_that_shows_it(folder, capsys, m
         (["embed", "{model}", "missing.wav"], "there is no file missing.wav"),
         (["embed", "{model}", "{empty}"], "holds no recording"),
         (["embed", "{model}", "{wav}", "--target_dim=9"], r"one of [8, 16, 32]"),
+        (["identify", "{empty}", "{wav}"], "so it is no saved registry"),
+        (["diarize", "{model}", "{wav}"], "lasts 1.00 s; diarization needs 1.5 s at least"),
+        (["diarize", "{model}", "{wav}", "--output={empty}"], "cannot write {empty}"),
+        (["calibrate", "{model}", "--trials=/gone", "--data_folder=/gone"], "cannot open /gone"),
         (["convert", "b9", "out"], "named like b2, b2-vox2-ft_lm"),
         (["embed", "b2-vox2", "{wav}"], "named like b2, b2-vox2-ft_lm"),
         (["embed", "{model}", "{wav}", "--device=gpu"], "device 'gpu' cannot be used here"),
@@ -344,12 +415,14 @@ def test_a_users_error_is_one_sentence_and_exit_code_1(
     places = {"empty": tmp_path, "model": folder, "wav": recordings / "a1.wav"}
     assert main([argument.format(**places) for argument in arguments]) == 1
     shown = capsys.readouterr()
+    sentence = sentence.replace("{empty}", str(tmp_path))
     assert shown.err.count("\n") == 1 and sentence in shown.err and not shown.out
 
 
 @pytest.mark.parametrize(
     "arguments",
     [[], ["fly"], ["verify", "model", "one.wav"], ["verify", "model", "--trials=list"]]
+    + [["calibrate", "model", "--trials=list"], ["identify", "registry"]]
     + [["publish", "model", "org/name", "--space=org/show", "--dry_run"]],
 )
 def test_wrong_usage_is_exit_code_2(arguments, capsys):

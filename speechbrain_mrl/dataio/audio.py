@@ -18,12 +18,14 @@ from torchaudio.functional import resample
 
 from speechbrain_mrl.dataio.decoders import Recording, by_av, by_soundfile
 
-__all__ = ["AudioInfo", "audio_info", "check_audio", "read_audio", "read_sound"]
+__all__ = ["AudioInfo", "audio_info", "check_audio", "read_audio", "read_sound", "sound_frames"]
 
 Source = str | os.PathLike[str] | BinaryIO  # a path, or a file that is open and has a name
 RATES = 4000, 384000  # Hz, of a recording that may hold speech
 FULL_SCALE = 2.0**31  # no format's samples are larger
 CANCELLED = 1e-4  # of the channels' power; their mean has less where they are in opposite phase
+FRAME = 400  # samples, 25 ms, of which the level tells sound from silence
+SILENCE = 1e-4  # RMS of a silent frame, -80 dB of full scale; or 40 dB below a loud frame
 LARGEST_KERNEL = 1000  # phases of torchaudio's resampler, which keeps a filter for each
 
 
@@ -125,6 +127,19 @@ def read_sound(path: Source, start: int, stop: int, length: int) -> torch.Tensor
         if len(wav) < length:  # the file ends
             break
     raise ValueError(f"{_name(path)} holds only zeros; leave it out")
+
+
+def sound_frames(wav: Tensor) -> Tensor:
+    """Which frames of 25 ms of a waveform (T,) at 16 kHz are not silent, bool (⌈T / 400⌉,).
+
+    Example
+    -------
+    >>> sound_frames(torch.tensor([0.0] * 800 + [0.5, -0.5] * 400)).tolist()
+    [False, False, True, True]
+    """
+    frames = torch.nn.functional.pad(wav, (0, -len(wav) % FRAME)).reshape(-1, FRAME)
+    levels = frames.square().mean(dim=1).sqrt()
+    return levels > max(SILENCE, 0.01 * levels.quantile(0.95).item())
 
 
 def audio_info(path: str | os.PathLike[str], sample_rate: int = 16000) -> AudioInfo:

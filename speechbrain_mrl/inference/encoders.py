@@ -105,6 +105,14 @@ def sizes_and_thresholds(encoder: nn.Module, embed_dim: int) -> tuple[list[int],
     return sizes, {size: found["eer"] for size, found in thresholds_of(encoder).items()}
 
 
+def chosen_size(encoder: nn.Module, embed_dim: int, target_dim: int | None = None) -> int:
+    """``target_dim``, if it is one of the encoder's sizes; None: the largest."""
+    sizes, _ = sizes_and_thresholds(encoder, embed_dim)
+    if target_dim is not None and target_dim not in sizes:
+        raise ValueError(f"target_dim must be one of {sizes}, the model's sizes, got {target_dim}")
+    return target_dim or sizes[-1]
+
+
 def thresholds_of(encoder: nn.Module) -> dict[int, dict[str, float]]:
     """Of a published model that has a report: size -> {"eer": cosine, "far_0.01": cosine, …}.
 

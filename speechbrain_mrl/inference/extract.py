@@ -95,10 +95,10 @@ def embed_clips(
         results: dict[str, Tensor] = {}
         for wavs, wav_lens, indices in loader:
             wavs, wav_lens = wavs.to(device), wav_lens.to(device)
-            is_long = wavs.shape[1] > LONG_SECONDS * SAMPLE_RATE
             for name, encoder in encoders.items():
                 with torch.inference_mode():
-                    found = _embed_windows(encoder, wavs) if is_long else encoder(wavs, wav_lens)
+                    one = len(wavs) == 1
+                    found = embed_recording(encoder, wavs) if one else encoder(wavs, wav_lens)
                     embeddings = found.float().cpu()  # (B, D)
                 broken = ~embeddings.isfinite().all(dim=1)
                 if broken.any():
@@ -112,13 +112,14 @@ def embed_clips(
     return results
 
 
-def _embed_windows(encoder: Any, wav: Tensor) -> Tensor:
-    """A long utterance's embedding, window by window if there is a ReDimNet to do so."""
-    own = getattr(encoder, "embed_long", None)
-    if own is not None:
-        return own(wav)
-    if isinstance(encoder, ReDimNet):
-        return embed_long(encoder, wav)
+def embed_recording(encoder: Any, wav: Tensor) -> Tensor:
+    """One recording (1, T) to its embedding (1, D); a ReDimNet embeds a long one by ``embed_long``."""
+    if wav.shape[1] > LONG_SECONDS * SAMPLE_RATE:
+        own = getattr(encoder, "embed_long", None)
+        if own is not None:
+            return own(wav)
+        if isinstance(encoder, ReDimNet):
+            return embed_long(encoder, wav)
     return encoder(wav, torch.ones(1, device=wav.device))
 
 
