@@ -248,7 +248,8 @@ class VoiceRegistry:
         order = sorted(range(len(names)), key=scores.__getitem__, reverse=True)
         name, score = names[order[0]], scores[order[0]]
         margin = score - scores[order[1]] if len(order) > 1 else None
-        threshold, reason = self._threshold(name, len(names)), None
+        threshold = self._threshold(name, len(names))
+        reason: str | None = None
         if score < threshold:
             reason = f"the score with {name}, {score:.3f}, is below {threshold:.3f}"
         elif margin is not None and margin < MIN_MARGIN:
