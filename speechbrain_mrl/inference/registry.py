@@ -240,8 +240,8 @@ class VoiceRegistry:
     def _decide(self, recording: str | os.PathLike[str], names: list[str]) -> Decision:
         """Which of these speakers speaks in a recording, if one does."""
         seconds, embedding = self._embed(recording)
-        if embedding is None or not names:
-            reason = _unfit(seconds) or "nobody is enrolled"
+        reason = _unfit(seconds) or (None if names else "nobody is enrolled")
+        if embedding is None or reason:
             return Decision(None, None, None, None, seconds, reason)
         rows = [self._row(name) for name in names]
         scores = (F.normalize(self.sums[rows], dim=1) @ embedding).tolist()
@@ -249,7 +249,6 @@ class VoiceRegistry:
         name, score = names[order[0]], scores[order[0]]
         margin = score - scores[order[1]] if len(order) > 1 else None
         threshold = self._threshold(name, len(names))
-        reason: str | None = None
         if score < threshold:
             reason = f"the score with {name}, {score:.3f}, is below {threshold:.3f}"
         elif margin is not None and margin < MIN_MARGIN:
