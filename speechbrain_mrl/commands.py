@@ -12,7 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from speechbrain_mrl.utils import check_device, check_writable, print_table, replacing
+from speechbrain_mrl.utils import check_device, check_writable, only_run, print_table, replacing
 
 COMMANDS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {}
 
@@ -171,25 +171,27 @@ def enroll(given: argparse.Namespace) -> Any:
     """
     from speechbrain_mrl.inference.registry import FILE, VoiceRegistry
 
-    if Path(given.registry, FILE).is_file():
-        for name in ("target_dim", "threshold"):
-            if getattr(given, name) is not None:
-                raise ValueError(f"--{name} is for a new registry; {given.registry} has its own")
-        registry = VoiceRegistry.load(given.registry, given.model, given.device)
-    elif given.model is None:
+    if not Path(given.registry, FILE).is_file() and given.model is None:
         raise ValueError(f"{given.registry} is no registry yet; give --model to make it")
-    else:
-        check_writable(Path(given.registry, FILE))
-        registry = VoiceRegistry(given.model, given.target_dim, given.threshold, given.device)
-    registry.enroll(given.name, given.recordings)
-    registry.save(given.registry)
+    with only_run(given.registry, patience=-1):  # two at once would lose one's speaker
+        if Path(given.registry, FILE).is_file():
+            for name in ("target_dim", "threshold"):
+                if getattr(given, name) is not None:
+                    raise ValueError(
+                        f"--{name} is for a new registry, which {given.registry} is not"
+                    )
+            registry = VoiceRegistry.load(given.registry, given.model, given.device)
+        else:
+            registry = VoiceRegistry(given.model, given.target_dim, given.threshold, given.device)
+        registry.enroll(given.name, given.recordings)
+        registry.save(given.registry)
     count, seconds = registry.speakers[given.name]
     if given.json:
         return {"name": given.name, "recordings": count, "seconds": round(seconds, 2)}
-    print(
-        f"{given.name}: {count} recordings, {seconds:.1f} s of sound; {given.registry} has ", end=""
+    print_table(
+        ["speaker", "recordings", "seconds of sound"],
+        [[name, n, total] for name, (n, total) in registry.speakers.items()],
     )
-    print(f"{len(registry.speakers)} speakers")
 
 
 @command(

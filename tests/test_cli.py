@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from concurrent import futures
 
 import huggingface_hub
 import numpy as np
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from huggingface_hub import ModelCard
 from test_utils import full_disk
 
-from speechbrain_mrl import cli
+from speechbrain_mrl import VoiceRegistry, cli
 from speechbrain_mrl.cli import COMMANDS, main, parser
 from speechbrain_mrl.evaluation.calibration import Calibration, read_calibrations
 from speechbrain_mrl.inference import encoders, optimize
@@ -24,7 +25,7 @@ from speechbrain_mrl.models.redimnet import MatryoshkaReDimNet
 from speechbrain_mrl.publish import hub
 from speechbrain_mrl.publish.card import Provenance
 from speechbrain_mrl.publish.export import export_model
-from speechbrain_mrl.utils import print_table
+from speechbrain_mrl.utils import only_run, print_table
 
 SIZES = (8, 16, 32)
 EERS = {"8": 0.125, "16": 0.0625, "32": 0.03125}
@@ -175,9 +176,23 @@ def test_a_registry_keeps_its_model(folder, recordings, tmp_path, capsys):
     assert "is no registry yet; give --model to make it" in capsys.readouterr().err
     assert not (tmp_path / "staff").exists()
     assert main(["enroll", staff, "ann", wav, f"--model={folder}"]) == 0
-    assert "ann: 1 recordings, 1.0 s of sound" in capsys.readouterr().out
+    assert capsys.readouterr().out.splitlines()[1].split() == ["ann", "1", "1.000"]
     assert main(["enroll", staff, "bob", wav, "--threshold=0.3"]) == 1
     assert "--threshold is for a new registry" in capsys.readouterr().err
+
+
+def test_who_enrols_waits_for_who_enrols(folder, recordings, tmp_path):
+    staff, wav = str(tmp_path / "staff"), str(recordings / "a1.wav")
+    first = VoiceRegistry(folder)
+    first.enroll("bob", recordings / "b1.wav")
+    with futures.ThreadPoolExecutor() as pool:
+        with only_run(staff):
+            second = pool.submit(main, ["enroll", staff, "ann", wav, f"--model={folder}"])
+            with pytest.raises(futures.TimeoutError):
+                second.result(timeout=1)
+            first.save(staff)
+        assert second.result() == 0
+    assert [*VoiceRegistry.load(staff).speakers] == ["bob", "ann"]
 
 
 def test_diarize_prints_turns_and_writes_rttm(folder, recordings, tmp_path, capsys):
