@@ -17,7 +17,7 @@ from speechbrain_mrl.inference.encoders import chosen_size
 
 WINDOW, STEP = 24000, 12000  # samples, 1.5 s every 0.75 s
 PRUNING = 0.1  # fraction of each window's similarities that the clustering keeps
-MIN_KEPT = 10  # of them, where there are as many
+MIN_KEPT = 10  # of them, but never more than half
 MAX_SPEAKERS = 10  # if their number is estimated
 BATCH = 64  # windows
 
@@ -113,7 +113,7 @@ def cluster(embeddings: Tensor, spans: Sequence[Span], n_speakers: int | None = 
         clustering = diarization.Spec_Clust_unorm(2, min(MAX_SPEAKERS, n_windows))
         state = np.random.get_state()
         np.random.seed(0)  # the k-means in it draws from numpy's own generator
-        pruning = min(1.0, max(PRUNING, MIN_KEPT / n_windows))
+        pruning = min(0.5, max(PRUNING, MIN_KEPT / n_windows))
         clustering.do_spec_clust(embeddings.numpy(), n_speakers, pruning)
         np.random.set_state(state)
         labels = clustering.labels_

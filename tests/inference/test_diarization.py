@@ -77,3 +77,10 @@ def test_the_generator_of_numpy_is_left_as_it_was():
 def test_what_cannot_be_diarised_is_refused(tmp_path, pieces, options, sentence):
     with pytest.raises(ValueError, match=sentence):
         diarize(Level(), write(tmp_path / "call.wav", *pieces), **options)
+
+
+def test_seven_windows_of_two_speakers_are_told_apart_with_one_that_holds_both():
+    angles = torch.tensor([45.0, 45, 45, -45, -90, -90, -90]).deg2rad()
+    embeddings = torch.stack([angles.cos(), angles.sin()], dim=1)
+    turns = cluster(embeddings, windows(96000), n_speakers=2)
+    assert turns == [(0.0, 2.625, 1), (2.625, 6.0, 2)]
