@@ -45,9 +45,9 @@ def identify_all(registry, recordings, n_enrolled, rng):
     tests = [(name, path) for name in known for path in recordings[name][n_enrolled:]]
     found = [(name, registry.identify(path).name) for name, path in tests]
     named = [bool(registry.identify(path)) for name in impostors for path in recordings[name]]
-    right = np.mean([own == name for own, name in found])
-    nobody = np.mean([name is None for _, name in found])
-    return right, nobody, 1 - right - nobody, np.mean(named)
+    right, nobody = ([own == name for own, name in found], [name is None for _, name in found])
+    another = [name not in (own, None) for own, name in found]
+    return [np.mean(one) for one in (right, nobody, another, named)]
 
 
 def main(arguments=None):

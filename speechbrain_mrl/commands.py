@@ -196,7 +196,7 @@ def enroll(given: argparse.Namespace) -> Any:
 
 @command(
     REGISTRY,
-    option("recordings", metavar="RECORDING", nargs="+", help="files"),
+    option("recordings", metavar="RECORDING", nargs="+", help="files, or folders of them"),
     DEVICE,
 )
 def identify(given: argparse.Namespace) -> Any:
@@ -204,23 +204,24 @@ def identify(given: argparse.Namespace) -> Any:
 
     Examples:
       speechbrain-mrl identify staff call.wav
-      speechbrain-mrl identify staff monday.wav tuesday.wav --json
+      speechbrain-mrl identify staff monday.wav calls/ --json
 
     margin: score minus that of the next speaker. seconds: of sound in the recording.
     """
+    from speechbrain_mrl.dataio.clips import clips_at
     from speechbrain_mrl.inference.registry import VoiceRegistry
 
     registry = VoiceRegistry.load(given.registry, device=given.device)
-    found = [registry.identify(path) for path in given.recordings]
+    paths = [clip.wav for clip in clips_at(given.recordings)]
+    found = [(path, registry.identify(path)) for path in tqdm(paths, disable=None)]
     if given.json:
-        pairs = zip(given.recordings, found, strict=True)
-        return {"recordings": [{"recording": path, **one._asdict()} for path, one in pairs]}
+        return {"recordings": [{"recording": path, **one._asdict()} for path, one in found]}
     heads = ["recording", "speaker", "score", "margin", "seconds", "why nobody"]
     print_table(
         heads,
         [
             [path, one.name or "nobody", one.score, one.margin, one.seconds, one.reason or ""]
-            for path, one in zip(given.recordings, found, strict=True)
+            for path, one in found
         ],
     )
 

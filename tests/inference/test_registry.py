@@ -272,3 +272,21 @@ def test_a_full_disk_leaves_the_old_registry(registry, recording, tmp_path):
     with full_disk(tmp_path, size=100), pytest.raises(OSError, match="cannot write"):
         registry.save(folder)
     assert [(path.name, path.read_bytes()) for path in folder.iterdir()] == [(FILE, before)]
+
+
+def test_the_benchmark_counts_every_recording_once(
+    tmp_path, small_corpus, random_model, tiny_config, capsys
+):
+    from benchmarks import identification
+
+    student = MatryoshkaReDimNet.from_redimnet(random_model(tiny_config), 32, (8, 32)).eval()
+    folder = export_model(student, tmp_path / "model")
+    trials = tmp_path / "trials.txt"
+    names = sorted(path.name for path in (small_corpus / "wav").iterdir())[:8]
+    other = "".join(f"0 {names[0]}/s0/0.wav {name}/s0/0.wav\n" for name in names[1:])
+    trials.write_text(f"1 {names[0]}/s0/0.wav {names[0]}/s1/0.wav\n{other}")
+    arguments = [f"--model={folder}", f"--data_folder={small_corpus}", f"--trials={trials}"]
+    found = identification.main([*arguments, "--draws=2", "--sizes=8", "--enrolled=1"])[8]
+    *known, named = found.values()
+    assert sum(known) == pytest.approx(100, abs=0.02) and 0 <= named <= 100
+    assert f"| 8 | {found['right']:.1f} (" in capsys.readouterr().out
