@@ -154,8 +154,11 @@ def names_of_a_page(workplace):
     }
 
 
-EXTRAS = {"inference.md": ["onnxscript", "openvino"], "search.md": ["faiss", "milvus_lite"]}
-EXTRAS["runtimes.md"] = ["onnxscript", "sherpa_onnx", "pyannote.audio"]
+EXTRAS = {
+    "inference.md": ["onnxscript", "openvino"],
+    "runtimes.md": ["onnxscript", "sherpa_onnx", "pyannote.audio", "sentence_transformers"],
+    "search.md": ["faiss", "milvus_lite"],
+}
 PYTHON_PAGES = [page for page in PAGES if any(b[1] == "python" for b in blocks(page))]
 
 

@@ -172,6 +172,8 @@ def export_model(
             ),
             "hyperparams.yaml": hyperparams(network, classifier, provenance.title, report),
             "custom.py": CUSTOM,
+            "custom_st.py": Path(__file__).with_name("custom_st.py").read_text(encoding="utf-8"),
+            "modules.json": json.dumps([MODULE], indent=2) + "\n",
         }
         for name, text in texts.items():
             (new / name).write_text(text, encoding="utf-8")
@@ -236,6 +238,8 @@ from speechbrain.inference.classifiers import EncoderClassifier
 class CustomInterface(EncoderClassifier):
     """For ``foreign_class``; ``EncoderClassifier.from_hparams`` gives the same model."""
 '''
+# For SentenceTransformer.
+MODULE = {"idx": 0, "name": "0", "path": "", "type": "custom_st.SpeakerEncoder"}
 
 
 def _widget(

@@ -15,8 +15,9 @@ from speechbrain_mrl.utils import hub_folder, print_table, read_json, sha256
 
 # All that a published folder may hold; examples is a folder of recordings.
 FILES = (
-    "README.md calibration.json check.json classifier.ckpt config.json custom.py eer_by_dim.png "
-    "embedding_model.ckpt examples hyperparams.yaml label_encoder.ckpt report.json"
+    "README.md calibration.json check.json classifier.ckpt config.json custom.py custom_st.py "
+    "eer_by_dim.png embedding_model.ckpt examples hyperparams.yaml label_encoder.ckpt modules.json "
+    "report.json"
 ).split()
 CHECKPOINTS = ("embedding_model.ckpt", "classifier.ckpt", "label_encoder.ckpt")
 
