@@ -1,10 +1,10 @@
 """The file of a published folder that sentence-transformers runs, with and without that package."""
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +13,7 @@ import torchaudio
 from speechbrain.inference.classifiers import EncoderClassifier
 
 from speechbrain_mrl import ReDimNetMRL, export_model
+from speechbrain_mrl.publish import custom_st
 
 
 @pytest.fixture(scope="module")
@@ -23,12 +24,11 @@ def folder(tiny_config, random_model, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def encoder(folder):
-    modules = json.loads((folder / "modules.json").read_text())
-    file, _, name = modules[0]["type"].partition(".")
-    spec = importlib.util.spec_from_file_location(file, folder / f"{file}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return getattr(module, name).load(str(folder), subfolder="", token=None, backend="torch")
+    assert (folder / "custom_st.py").read_text() == Path(custom_st.__file__).read_text()
+    (module,) = json.loads((folder / "modules.json").read_text())
+    name = module["type"].removeprefix("custom_st.")
+    load = getattr(custom_st, name).load  # called as the library does
+    return load(str(folder), subfolder="", token=None, trust_remote_code=True, backend="torch")
 
 
 def sounds(*wavs, rate=16000):
