@@ -1,6 +1,7 @@
 """Starts ONNX Runtime or OpenVINO on a file of ``export_onnx``. Needs the extra of that name."""
 
 import functools
+import json
 import os
 import queue
 import sys
@@ -35,9 +36,15 @@ class Options(NamedTuple):
     shape: tuple[int, int] | None = None
 
 
-def start(engine: str, path: str, options: Options) -> tuple[Run, Any]:
-    """What runs a file, and the file's metadata."""
+def start(engine: str, path: str, options: Options) -> tuple[Run, dict[str, Any]]:
+    """What runs a file, and the facts in the file's metadata; ValueError for a foreign file."""
     return (_openvino if engine == "openvino" else _onnxruntime)(path, options)
+
+
+def _facts(path: str, stored: str | None) -> Any:
+    if stored is None:
+        raise ValueError(f"{path} was not written by export_onnx with input='wavs'")
+    return json.loads(stored)
 
 
 def _onnxruntime(path: str, options: Options) -> tuple[Run, Any]:
@@ -54,7 +61,7 @@ def _onnxruntime(path: str, options: Options) -> tuple[Run, Any]:
     def run(wavs: np.ndarray) -> Any:
         return session.run(["embeddings"], {"wavs": wavs})[0]
 
-    return run, session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
+    return run, _facts(path, session.get_modelmeta().custom_metadata_map.get(METADATA_KEY))
 
 
 def _openvino(path: str, options: Options) -> tuple[Run, Any]:
@@ -72,7 +79,8 @@ def _openvino(path: str, options: Options) -> tuple[Run, Any]:
     if options.shape is not None:
         model.reshape(list(options.shape))
     where = ["framework", METADATA_KEY]
-    facts = model.get_rt_info(where).astype(str) if model.has_rt_info(where) else None
+    stored = model.get_rt_info(where).astype(str) if model.has_rt_info(where) else None
+    facts = _facts(path, stored)
     settings: dict[str, Any] = {"NUM_STREAMS": options.streams, "CPU_DENORMALS_OPTIMIZATION": True}
     if options.threads:
         settings["INFERENCE_NUM_THREADS"] = options.threads

@@ -182,9 +182,6 @@ class ExportedEncoder:
             raise ValueError(f"streams must be at least 1, got {streams}")
         path, options = os.fspath(path), Options(precision, threads, streams)
         self._any_shape, facts = start(engine, path, options)
-        if facts is None:
-            raise ValueError(f"{path} was not written by export_onnx with input='wavs'")
-        facts = json.loads(facts)
         self.min_samples = least = facts.get("min_samples", MIN_SAMPLES)
         if shape is not None and (len(shape) != 2 or shape[0] < 1 or shape[1] < least):
             raise ValueError(

@@ -3,6 +3,7 @@
 import inspect
 import json
 import os
+import runpy
 import subprocess
 import sys
 import tempfile
@@ -60,6 +61,8 @@ def check_folder(folder: str | os.PathLike[str]) -> None:
         own = expected[: int(size)]
         if (torch.tensor(embedding) - own).norm() > check["tolerance"] * own.norm():
             problems.append(f"at target_dim {size} the embedding is not the exported model's")
+    if (torch.tensor(found["sentences"]) - expected).norm() > check["tolerance"] * expected.norm():
+        problems.append("sentence-transformers gets another embedding than the exported model's")
     if not found.get("refuses"):
         problems.append("a target_dim that the model was not trained for is not refused")
     if problems:
@@ -68,7 +71,7 @@ def check_folder(folder: str | os.PathLike[str]) -> None:
 
 def _load_isolated(folder: Path) -> dict[str, Any]:
     script = "\n".join(
-        ["import json, sys", "sys.modules['speechbrain_mrl'] = None  # as if not installed"]
+        ["import json, runpy, sys", "sys.modules['speechbrain_mrl'] = None  # as if not installed"]
         + ["import torch", inspect.getsource(probe_wavs), inspect.getsource(_report_isolated)]
         + ["_report_isolated(sys.argv[1])"]
     )
@@ -103,6 +106,9 @@ def _report_isolated(folder: str) -> None:
         found["embeddings"][size] = model.encode_batch(wavs).flatten().tolist()
         if found["labels"]:
             model.classify_batch(wavs)
+    encoder = runpy.run_path(f"{folder}/custom_st.py")["SpeakerEncoder"].load(folder)
+    wavs = encoder.preprocess([{"array": wavs[0], "sampling_rate": 16000}])
+    found["sentences"] = encoder(wavs)["sentence_embedding"].flatten().tolist()
     try:
         load(target_dim=size + 1)
     except ValueError:

@@ -155,8 +155,11 @@ def test_what_cannot_be_exported_is_refused_before_a_file_is_written(exported, f
     with pytest.raises(ValueError, match="80 bands from 20 to 7600 Hz"):
         export_onnx(other, path, input="fbank")
     assert not path.exists()
+
+
+def test_a_graph_from_features_is_not_taken_for_one_from_waveforms(fed, engine):
     with pytest.raises(ValueError, match="was not written by export_onnx with input='wavs'"):
-        ExportedEncoder(fed[1])
+        ExportedEncoder(fed[1], engine)
 
 
 @pytest.mark.parametrize("config", ["b2", "b5", "syn_att_convnext", "syn_conv_fwse", "mfa"])

@@ -553,6 +553,13 @@ def test_files_that_no_export_wrote_are_not_published(copied):
         check_folder(copied)
 
 
+def test_another_embedding_in_sentence_transformers_is_not_published(copied):
+    code = (copied / "custom_st.py").read_text()
+    (copied / "custom_st.py").write_text(code.replace("squeeze(1)", "squeeze(1) + 1"))
+    with pytest.raises(ValueError, match="sentence-transformers gets another embedding"):
+        check_folder(copied)
+
+
 def test_a_folder_that_needs_this_package_is_not_published(copied):
     yaml = (copied / "hyperparams.yaml").read_text()
     (copied / "hyperparams.yaml").write_text(yaml + "extra: !new:speechbrain_mrl.ReDimNet\n")

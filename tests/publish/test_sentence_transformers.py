@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 import torchaudio
 from speechbrain.inference.classifiers import EncoderClassifier
@@ -48,6 +49,20 @@ def test_utterances_of_a_batch_have_speechbrains_embeddings(folder, encoder, voi
     assert encoder.get_embedding_dimension() == 32
 
 
+def test_an_utterance_that_is_repeated_alone_is_so_in_a_batch(folder, encoder, voices):
+    long, short = voices(0, 1.0), voices(1, 0.012)
+    expected = EncoderClassifier.from_hparams(folder).encode_batch(short[None])[0, 0]
+    found = embed(encoder, sounds(long, short))[1]
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_arrays_and_paths_are_inputs_too(encoder, voices, tmp_path):
+    wav, path = voices(0, 0.8), tmp_path / "a.wav"
+    soundfile.write(path, torch.stack([wav, wav], 1).numpy(), 16000, subtype="FLOAT")
+    found = embed(encoder, [*sounds(wav), wav, wav.numpy(), {"audio": sounds(wav)[0]}, str(path)])
+    torch.testing.assert_close(found[1:], found[:1].expand(4, -1), rtol=1e-3, atol=1e-3)
+
+
 def test_other_rates_are_resampled_and_channels_averaged(encoder, voices):
     wav = torchaudio.functional.resample(voices(0, 1.0), 16000, 8000)
     expected = embed(encoder, sounds(torchaudio.functional.resample(wav, 8000, 16000)))
@@ -61,8 +76,9 @@ def test_other_rates_are_resampled_and_channels_averaged(encoder, voices):
 @pytest.mark.parametrize(
     "given, reason",
     [
-        ("a.wav", 'an input must be {"array": waveform, "sampling_rate": hertz}, got str'),
-        ({"array": np.zeros(9)}, 'an input must be {"array"'),
+        ({"array": np.zeros(9)}, r"keys \['array'\] needs 'array', .* and 'sampling_rate'"),
+        (sounds(np.full(9000, np.nan))[0], "array has samples that are not finite"),
+        (sounds(np.zeros(9000), rate=0)[0], "sampling_rate must be positive, in hertz, got 0"),
         (sounds(np.zeros(9000, dtype=np.int16))[0], "array must be float .* got torch.int16"),
         (sounds(np.zeros((2, 3, 4)))[0], r"array must be float .* \(2, 3, 4\)"),
         (sounds(np.zeros(0))[0], "not empty"),
