@@ -14,6 +14,7 @@ from torch import Tensor
 from speechbrain_mrl.dataio.audio import FRAME, read_audio, sound_frames
 from speechbrain_mrl.dataio.clips import SAMPLE_RATE
 from speechbrain_mrl.inference.encoders import chosen_size
+from speechbrain_mrl.inference.optimize import arrange
 
 WINDOW, STEP = 24000, 12000  # samples, 1.5 s every 0.75 s
 PRUNING = 0.1  # fraction of each window's similarities that the clustering keeps
@@ -70,11 +71,16 @@ def diarize(
     ]
     if not spans:
         raise ValueError(f"{recording} holds only silence")
-    found = [
-        encoder(batch.to(device), torch.ones(len(batch), device=device)).float().cpu()
-        for batch in torch.stack([wav[start:end] for start, end in spans]).split(BATCH)
-    ]
+    fast, found = arrange({"": encoder}, device)[""], []
+    for first in range(0, len(spans), BATCH):
+        batch = torch.stack([wav[start:end] for start, end in spans[first : first + BATCH]])
+        with torch.inference_mode():
+            found.append(
+                fast(batch.to(device), torch.ones(len(batch), device=device)).cpu().float()
+            )
     embeddings = torch.cat(found)
+    if not embeddings.isfinite().all():
+        raise ValueError(f"the model gives an embedding that is not finite for {recording}")
     size = chosen_size(encoder, embeddings.shape[1], target_dim)
     return cluster(embeddings[:, :size], spans, n_speakers)
 

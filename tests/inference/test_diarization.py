@@ -48,6 +48,16 @@ def test_silence_is_nobodys(tmp_path):
     assert one.end == pytest.approx(12, abs=0.75) and two.start == pytest.approx(18, abs=0.75)
 
 
+def test_an_embedding_that_is_not_finite_is_refused(tmp_path):
+    class Broken(Level):
+        def forward(self, wavs, wav_lens):
+            return super().forward(wavs, wav_lens) * torch.nan
+
+    path = write(tmp_path / "call.wav", (0.1, 6))
+    with pytest.raises(ValueError, match=f"an embedding that is not finite for {path}"):
+        diarize(Broken(), path)
+
+
 def test_one_speaker_or_one_window_is_one_turn(tmp_path):
     path = write(tmp_path / "short.wav", (0.1, 1.5))
     assert diarize(Level(), path) == [Turn(0.0, 1.5, 1)]
