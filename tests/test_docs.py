@@ -128,7 +128,7 @@ def at_work(workplace, monkeypatch, tiny_config):
     """In that folder; released architectures are tiny, trainings short, nothing is uploaded."""
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(workplace / "hub"))
     tiny = {name: tiny_config for name in redimnet.PRESETS}
-    monkeypatch.setattr(redimnet, "PRESETS", tiny)
+    monkeypatch.setattr(redimnet.ReDimNet, "presets", tiny)
     for module in (sys.modules["speechbrain_mrl.publish.hub"],):
         monkeypatch.setattr(module, "push_to_hub", lambda folder, repo_id, **_: str(repo_id))
         monkeypatch.setattr(module, "push_space", lambda space, model, **_: space)
@@ -146,7 +146,7 @@ def names_of_a_page(workplace):
     return {
         "wavs": wavs,
         "wav_lens": torch.ones(4),
-        "model": MatryoshkaReDimNet(backbone="b0").eval(),
+        "model": MatryoshkaReDimNet().eval(),
         "report": None,
         "speakers": {"ann": torch.ones(256)},
         "embeddings_by_clip_id": {clip: torch.randn(256) for clip in clips},

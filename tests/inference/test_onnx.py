@@ -131,6 +131,7 @@ def test_sherpa_onnx_gives_the_embedding_of_the_waveform(fed, voices):
     assert torch.cosine_similarity(found, expected, dim=0) > 0.9999
 
 
+@pytest.mark.slow  # the graph from features is of one size, too
 def test_a_graph_of_one_size_gives_that_prefix(exported, voices, tmp_path):
     model, path = exported[0], tmp_path / "model.onnx"
     export_onnx(model, path, target_dim=8)
