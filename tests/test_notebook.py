@@ -7,6 +7,7 @@ import pytest
 NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "matryoshka.ipynb"
 
 
+@pytest.mark.slow
 def test_the_notebook_runs_and_shows_both_maps():
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     pytest.importorskip("espeakng_loader")
