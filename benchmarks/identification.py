@@ -19,6 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from speechbrain_mrl import VoiceRegistry, read_trials
+from speechbrain_mrl.dataio.clips import find_recordings, speaker_of
 from speechbrain_mrl.evaluation.metrics import Ranking
 
 OUTCOMES = ("right", "nobody", "another speaker", "impostors named")
@@ -64,13 +65,8 @@ def main(arguments=None):
     parser.add_argument("--output", type=Path, help="write the rates as JSON")
     given = parser.parse_args(arguments)
 
-    speakers = sorted({clip.split("/")[0] for clip in read_trials(given.trials).clip_ids})
-    recordings = {
-        name: sorted(
-            path for path in (given.data_folder / "wav" / name).rglob("*") if path.is_file()
-        )
-        for name in speakers
-    }
+    speakers = sorted({speaker_of(clip) for clip in read_trials(given.trials).clip_ids})
+    recordings = {name: find_recordings(given.data_folder / "wav" / name) for name in speakers}
     print(f"| dimensions | {' | '.join(f'{name}, %' for name in OUTCOMES)} |")
     print("| --: |" + " --: |" * len(OUTCOMES))
     results = {}

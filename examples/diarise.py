@@ -19,12 +19,12 @@ import numpy as np
 import torch
 from pyannote.core import Annotation, Segment
 from pyannote.metrics.diarization import DiarizationErrorRate
-from speechbrain.inference.classifiers import EncoderClassifier
 from tqdm import tqdm
 
 from speechbrain_mrl.dataio.audio import read_audio
 from speechbrain_mrl.evaluation.verification import read_trials
-from speechbrain_mrl.inference.diarization import cluster, windows
+from speechbrain_mrl.inference.diarization import cluster, embed_windows, windows
+from speechbrain_mrl.inference.encoders import load_teacher
 
 SAMPLE_RATE = 16000  # Hz
 
@@ -47,14 +47,6 @@ def mix(clips, n_turns, rng, sample_rate=SAMPLE_RATE):
         reference[Segment(start, start + seconds), turn] = last
         start += seconds
     return torch.cat(wavs), reference
-
-
-def embed(encoder, wav, spans, batch_size=64):
-    """Full embeddings of the windows, (N, D)."""
-    cuts = torch.stack([wav[start:end] for start, end in spans])  # (N, T)
-    with torch.no_grad():
-        found = [encoder.encode_batch(batch).squeeze(1) for batch in cuts.split(batch_size)]
-    return torch.cat(found).cpu()
 
 
 def diarise(embeddings, spans, size, n_speakers=None):
@@ -104,8 +96,8 @@ def main(arguments=None):
     parser.add_argument("--sizes", type=int, nargs="+", help="dimensions; default: the model's")
     given = parser.parse_args(arguments)
 
-    encoder = EncoderClassifier.from_hparams(source=given.model)
-    sizes = sorted(given.sizes or encoder.hparams.mrl_dims)
+    model = load_teacher(given.model)
+    sizes = sorted(given.sizes or model.encoder.hparams.mrl_dims)
     speakers = find_speakers(given.data_folder, given.trials)
     if len(speakers) < given.n_speakers:
         raise ValueError(
@@ -124,7 +116,7 @@ def main(arguments=None):
         wav, reference = mix(clips, given.n_turns, rng)
         spans = windows(len(wav))
         start = time.perf_counter()
-        embeddings = embed(encoder, wav, spans)
+        embeddings = embed_windows(model, wav, spans)
         embedding += time.perf_counter() - start
         spoken, n_windows = spoken + len(wav) / SAMPLE_RATE, n_windows + len(spans)
         diarise(embeddings, spans, sizes[0])  # what loads on first use is not timed

@@ -71,14 +71,7 @@ def diarize(
     ]
     if not spans:
         raise ValueError(f"{recording} holds only silence")
-    fast, found = arrange({"": encoder}, device)[""], []
-    for first in range(0, len(spans), BATCH):
-        batch = torch.stack([wav[start:end] for start, end in spans[first : first + BATCH]])
-        with torch.inference_mode():
-            found.append(
-                fast(batch.to(device), torch.ones(len(batch), device=device)).cpu().float()
-            )
-    embeddings = torch.cat(found)
+    embeddings = embed_windows(encoder, wav, spans, device)
     if not embeddings.isfinite().all():
         raise ValueError(f"the model gives an embedding that is not finite for {recording}")
     size = chosen_size(encoder, embeddings.shape[1], target_dim)
@@ -95,6 +88,18 @@ def windows(n_samples: int) -> list[Span]:
     """
     starts = [*range(0, n_samples - WINDOW, STEP), n_samples - WINDOW]
     return [(start, start + WINDOW) for start in starts]
+
+
+def embed_windows(encoder: Any, wav: Tensor, spans: Sequence[Span], device: str = "cpu") -> Tensor:
+    """Embeddings (N, D) of the windows of a signal (T,), on the CPU."""
+    fast, found = arrange({"": encoder}, device)[""], []
+    for first in range(0, len(spans), BATCH):
+        batch = torch.stack([wav[start:end] for start, end in spans[first : first + BATCH]])
+        with torch.inference_mode():
+            found.append(
+                fast(batch.to(device), torch.ones(len(batch), device=device)).cpu().float()
+            )
+    return torch.cat(found)
 
 
 def cluster(embeddings: Tensor, spans: Sequence[Span], n_speakers: int | None = None) -> list[Turn]:
